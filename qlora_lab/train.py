@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'answer_losses', 'Score', 'improvement', 'score', 'spread', 'attach_adapters', 'train_step', 'Run',
-           'step_memory', 'fingerprint', 'save_checkpoint', 'load_checkpoint', 'train']
+           'activation_bytes', 'step_memory', 'fingerprint', 'save_checkpoint', 'load_checkpoint', 'train']
 
 # %% ../nbs/10_train.ipynb #b97ce1ac
 import json
@@ -26,14 +26,14 @@ from .lora import ADAPTER_FILES, add_lora, lora_state, reset_lora, save_adapter,
 from .model import answer, memory_bill
 from .records import LabError, peak_memory_gib, provenance, read_json, write_whole
 
-# %% ../nbs/10_train.ipynb #55c36bce
+# %% ../nbs/10_train.ipynb #11ecf97d
 @dataclass(frozen=True)
 class TrainConfig:
     "What a run does. The defaults train SmolLM2 on docstrings in minutes on two cores; rate and clipping follow QLoRA, section B of its appendix."
     folder: str = "runs/docstrings"  # where the run lives
     steps: int = 100             # optimizer steps
-    batch_size: int = 8          # examples a forward pass
-    accumulation: int = 1        # forward passes an optimizer step
+    batch_size: int = 4          # examples a forward pass
+    accumulation: int = 2        # forward passes an optimizer step
     lr: float = 5e-4             # learning rate after warm-up, constant
     warmup: int = 5              # steps of linear warm-up
     max_grad_norm: float = 0.3   # gradients longer than this are shortened to it
@@ -212,10 +212,19 @@ class Run:
         import pandas as pd
         return pd.DataFrame.from_dict(self.record["memory"], orient="index", columns=["QLoRA", "16-bit LoRA", "16-bit full"])
 
-# %% ../nbs/10_train.ipynb #49dac41f
+# %% ../nbs/10_train.ipynb #56096ae0
+def activation_bytes(
+    model: nn.Module,
+    batch: dict[str, Tensor],  # of `collate`
+) -> int:
+    "What autograd keeps for the backward pass of one batch, counted by its saved-tensor hooks."
+    with saved_for_backward(model) as kept: losses = answer_losses(model, batch)[0]
+    del losses
+    return sum(n for _, _, n in kept.values())
+
 def step_memory(
     model: nn.Module,
-    activations: int,  # bytes that autograd kept for one backward pass
+    activations: int,  # of the longest batch
 ) -> dict[str, list[int]]:  # component to bytes: here, with a 16-bit base, with full fine-tuning in 16 bit
     "What a training step holds; the columns beside it are arithmetic: 2 bytes a weight, 2 a gradient, 8 of Adam."
     bill, adapters = memory_bill(model), sum(p.numel() for p in trainable(model))
@@ -270,7 +279,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": saved[f"exp_avg.{i}"].to(p.device), "exp_avg_sq": saved[f"exp_avg_sq.{i}"].to(p.device)}
     return step
 
-# %% ../nbs/10_train.ipynb #225b8c41
+# %% ../nbs/10_train.ipynb #a6ba7b8a
 def train(
     model: nn.Module,      # of `load_model`, with either backend
     tokenizer,
@@ -292,13 +301,14 @@ def train(
     optimizer = torch.optim.AdamW(trainable(model), lr=config.lr, weight_decay=config.weight_decay)
     if record is None:
         record = {"state": "running", "identity": identity, "config": asdict(config), "provenance": provenance(),
-                  "before": {"score": asdict(score(model, held, config.batch_size))}}
+                  "before": {"score": asdict(score(model, held))}}
         record["answers"] = [{"prompt": e.prompt, "reference": e.answer, "before": a} for e, a in zip(asked, answer(model, tokenizer, [e.prompt for e in asked]))]
         write_whole(folder / "run.json", json.dumps(record, indent=1))
     done = load_checkpoint(folder, model, optimizer)
     metrics = Run.load(folder).metrics[:done] if done else []
     write_whole(folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics))
-    activations, longest, began = 0, 0, time.perf_counter()
+    activations = activation_bytes(model, collate(sorted(learn, key=lambda t: len(t.ids))[-config.batch_size:]))
+    began = time.perf_counter()
     bar = tqdm(range(done, config.steps), initial=done, total=config.steps, disable=not progress, unit="step")
     with open(folder / "metrics.jsonl", "a") as log:
         for step in bar:
@@ -307,11 +317,7 @@ def train(
             batches = [collate([learn[i] for i in batch_indices(lengths, config.batch_size, k, config.seed)]) for k in passes]
             tokens, start = sum(int(b["attention_mask"].sum()) for b in batches), time.perf_counter()
             lr = config.lr * min(1, (step + 1) / max(1, config.warmup))
-            if batches[0]["input_ids"].numel() > longest:  # census of what autograd keeps, on the largest batch so far
-                longest = batches[0]["input_ids"].numel()
-                with saved_for_backward(model) as kept: loss, norm = train_step(model, optimizer, batches, lr, config.max_grad_norm)
-                activations = sum(n for _, _, n in kept.values())
-            else: loss, norm = train_step(model, optimizer, batches, lr, config.max_grad_norm)
+            loss, norm = train_step(model, optimizer, batches, lr, config.max_grad_norm)
             seconds = time.perf_counter() - start
             metrics.append({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens, "seconds": seconds})
             log.write(json.dumps(metrics[-1]) + "\n"); log.flush()
@@ -322,9 +328,9 @@ def train(
 
 def _finish(folder, record, model, tokenizer, held, config, activations, seconds) -> None:
     "Score, answer, save the adapter, and only then call the run done."
-    record["after"] = {"score": asdict(score(model, held, config.batch_size))}
+    record["after"] = {"score": asdict(score(model, held))}
     for row, text in zip(record["answers"], answer(model, tokenizer, [r["prompt"] for r in record["answers"]])): row["after"] = text
-    if activations: record["memory"] = step_memory(model, activations)
+    record["memory"] = step_memory(model, activations)
     record |= {"seconds": seconds, "peak_memory_gib": peak_memory_gib()}
     if hasattr(model, "lora_config"): save_adapter(model, folder / "adapter")
     else: model.save_pretrained(folder / "adapter")
