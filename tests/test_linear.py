@@ -1,0 +1,128 @@
+"The 4-bit layer: forward and backward against a dense layer, and a state dict that bitsandbytes takes."
+import bitsandbytes as bnb
+import pytest
+import torch
+from conftest import devices, make_llama
+from torch import nn
+
+from qlora_lab.double_quant import quantize_4bit
+from qlora_lab.linear4bit import (Linear4bit, bnb_tensors, from_bnb_tensors, logical_numel, matmul_4bit, quantize_model,
+                                  saved_for_backward)
+
+
+def layer(out=96, into=128, bias=True, dtype=torch.float32, device="cpu", **kw):
+    torch.manual_seed(0)
+    linear = nn.Linear(into, out, bias=bias).to(device, dtype)
+    return linear, Linear4bit.from_linear(linear, **kw)
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("bias", [False, True])
+def test_equals_a_dense_layer_with_the_dequantized_weight(bias, dtype, device):
+    "Forward and the gradients of input and bias, to the bit: the weight in between is the same tensor."
+    linear, q = layer(bias=bias, dtype=dtype, device=device)
+    dense = nn.Linear(128, 96, bias=bias, device=device, dtype=dtype)
+    dense.weight.data = q.quantized.dequantize(dtype)
+    if bias: dense.bias.data = linear.bias.data
+    x = torch.randn(3, 5, 128, device=device, dtype=dtype)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    ya, yb = q(a), dense(b)
+    g = torch.randn_like(ya)
+    ya.backward(g); yb.backward(g)
+    assert torch.equal(ya, yb) and torch.equal(a.grad, b.grad)
+    assert q.weight.grad is None and not q.weight.requires_grad
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradcheck(bias):
+    "Backward against finite differences in float64, where a wrong factor or a missing sum cannot hide."
+    q = quantize_4bit(torch.randn(6, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).float(), "nf4", 64)
+    x = torch.randn(2, 3, 64, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(6, dtype=torch.float64, requires_grad=True) if bias else None
+    assert torch.autograd.gradcheck(lambda x, b: matmul_4bit(x, q, b), (x, b))
+
+
+def test_keeps_no_dequantized_weight_for_backward():
+    "The point of the layer: autograd keeps neither a float weight nor anything of its size."
+    _, q = layer(512, 512, bias=False)
+    x = torch.randn(2, 512, requires_grad=True)
+    with saved_for_backward(q) as kept: q(x).sum()
+    assert sum(n for *_, n in kept.values()) <= x.nbytes
+    with saved_for_backward(q) as kept: torch.nn.functional.linear(x, q.quantized.dequantize()).sum()
+    assert sum(n for *_, n in kept.values()) >= 512 * 512 * 4  # the control: the naive version does keep it
+
+
+def test_changed_bytes_between_forward_and_backward_are_noticed():
+    "A weight overwritten in place would give a silently wrong gradient."
+    _, q = layer()
+    y = q(torch.randn(2, 128, requires_grad=True)).sum()
+    q.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"): y.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_changing_dtype_leaves_the_statistics_alone(dtype):
+    "`.to(bfloat16)` and `.half()` must not round the scales, whose bytes are shared with bitsandbytes."
+    for double_quant in (True, False):
+        _, q = layer(double_quant=double_quant)
+        before = {k: v.clone() for k, v in q.state_dict().items()}
+        packed, stats = q.weight.clone(), q.stats.clone()
+        q.to(dtype)
+        assert torch.equal(q.weight, packed) and q.stats.dtype == stats.dtype and torch.equal(q.stats, stats)
+        if double_quant: assert q.absmax2.dtype == q.offset.dtype == torch.float32
+        assert q.quantized.dtype == q.quantized.dequantize().dtype == q.bias.dtype == dtype
+        assert all(torch.equal(v, q.state_dict()[k]) for k, v in before.items() if "absmax" in k)
+
+
+def test_compute_dtype_is_inside_only():
+    "Products in bfloat16, input and output in the dtype of the model."
+    linear, q = layer(compute_dtype=torch.bfloat16)
+    x = torch.randn(4, 128)
+    y = q(x)
+    assert y.dtype == torch.float32 and torch.equal(y, q.float()(x))
+    want = torch.nn.functional.linear(x.bfloat16(), q.quantized.dequantize(torch.bfloat16), linear.bias.bfloat16()).float()
+    assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_state_dict_is_bitsandbytes_own(quant_type, double_quant):
+    "bitsandbytes' Params4bit is made from our tensors, serializes to the same bytes, and gives the same weight."
+    _, q = layer(64, 128, quant_type=quant_type, double_quant=double_quant)
+    ours = q.state_dict()
+    stats = {k: v for k, v in ours.items() if k.startswith("weight.")}
+    theirs = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32)
+    theirs.weight = bnb.nn.Params4bit.from_prequantized(ours["weight"], stats, device="cpu", module=theirs)
+    theirs.bias.data = ours["bias"]
+    assert torch.equal(bnb.functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state), q.quantized.dequantize())
+    again = theirs.state_dict()
+    assert again.keys() == ours.keys()
+    assert all(torch.equal(v, again[k]) for k, v in ours.items() if "quant_state" not in k)
+    x = torch.randn(3, 128)
+    assert torch.allclose(theirs(x), q(x), atol=1e-5)
+
+
+def test_tensors_there_and_back():
+    "What is written is what is read; a file that lacks a part says so."
+    q = quantize_4bit(torch.randn(32, 64))
+    back = from_bnb_tensors(q.packed, bnb_tensors(q))
+    assert torch.equal(back.dequantize(), q.dequantize()) and back.nbytes == q.nbytes
+    with pytest.raises(ValueError, match="not a bitsandbytes 4-bit weight"): from_bnb_tensors(q.packed, {"absmax": q.stats})
+
+
+def test_quantize_model_takes_all_linear_layers_but_the_head():
+    "The count of weights stays; the names stay; the head, the embeddings and the norms stay as they are."
+    model = make_llama(tie=False)
+    n = sum(p.numel() for p in model.parameters())
+    quantize_model(model)
+    kinds = {name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert type(model.lm_head) is nn.Linear and logical_numel(model) == n
+
+
+def test_a_layer_that_cannot_be_quantized_is_named():
+    "One NaN among millions of weights: the message says where."
+    model = make_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"layer model\.layers\.1\.mlp\.up_proj: .*nan at index \[3, 5\]"): quantize_model(model)

@@ -1,0 +1,158 @@
+"""Killed at any moment, the same command goes on and ends with the very adapter that an uninterrupted run makes.
+
+The runs are the console script's own `main`, in processes that are killed with SIGKILL: nothing gets a chance to tidy up.
+"""
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sys
+import time
+
+import pytest
+from safetensors import safe_open
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["qlora_lab.cli", "qlora_lab.train", "qlora_lab.model", "peft", "transformers.models.llama.modeling_llama"])
+STEPS = 24
+
+
+def command(jsonl, tiny, out):
+    return ["train", "--data", str(jsonl), "--model", str(tiny), "--out", str(out), "--steps", str(STEPS), "--checkpoint-every", "3", "--rank", "4",
+            "--dropout", "0.1", "--eval-examples", "4", "--eval-prompts", "1", "--compute-dtype", "float32", "--held-out", "0.2"]
+
+
+def process(argv, log, kill_at=None):
+    "Run the console script; `kill_at` (n, when) ends it for good at its n-th file, before or after the file takes its name."
+    with open(log, "w") as f: os.dup2(f.fileno(), 1); os.dup2(f.fileno(), 2)
+    sys.argv = ["qlora-lab", *argv]
+    if kill_at:
+        replace, n = os.replace, [0]
+        def deadly(*args):
+            n[0] += 1
+            if kill_at == (n[0], "before"): os.kill(os.getpid(), signal.SIGKILL)
+            replace(*args)
+            if kill_at == (n[0], "after"): os.kill(os.getpid(), signal.SIGKILL)
+        os.replace = deadly
+    from qlora_lab.cli import main
+    code = main(argv)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def start(argv, log, kill_at=None):
+    p = CONTEXT.Process(target=process, args=(argv, str(log), kill_at))
+    p.start()
+    return p
+
+
+def assert_whole(folder):
+    "Every file that has its name is whole, whatever the moment."
+    for path in folder.rglob("*"):
+        if path.name.startswith(".") or path.is_dir(): continue
+        if path.suffix == ".json": json.loads(path.read_text())
+        elif path.suffix == ".jsonl": [json.loads(line) for line in path.read_text().splitlines()]
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt") as f: [f.get_tensor(k) for k in f.keys()]
+        else: assert path.suffix == ".md", path
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, tiny, jsonl):
+    "An uninterrupted run: its adapter, its record, its command's output, and how long it took."
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    start(["--version"], folder.parent / "warm").join()  # the server of the processes starts with the first one
+    began = time.perf_counter()
+    p = start(command(jsonl, tiny, folder), folder.parent / "log")
+    p.join()
+    assert p.exitcode == 0, (folder.parent / "log").read_text()
+    return folder, time.perf_counter() - began
+
+
+def adapter(folder):
+    return {p.name: p.read_bytes() for p in sorted((folder / "adapter").iterdir()) if p.suffix in (".json", ".safetensors")}
+
+
+def assert_same_end(folder, whole):
+    assert adapter(folder) == adapter(whole)
+    a, b = (json.loads((f / "run.json").read_text()) for f in (folder, whole))
+    assert a["state"] == "done" and a["before"] == b["before"] and a["after"] == b["after"] and a["answers"] == b["answers"]
+    a, b = ([json.loads(l) for l in (f / "metrics.jsonl").read_text().splitlines()] for f in (folder, whole))
+    timeless = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+    assert timeless(a) == timeless(b) and len(a) == STEPS
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments(seed, whole_run, tiny, jsonl, tmp_path):
+    "Seeded delays from no time at all to the length of a whole run, until a run gets through."
+    whole, seconds = whole_run
+    r, folder, kills = random.Random(seed), tmp_path / "run", 0
+    while True:
+        p = start(command(jsonl, tiny, folder), tmp_path / "log")
+        p.join(r.uniform(0.1, 0.9) * seconds if kills < 8 else None)
+        if p.exitcode is not None: break
+        p.kill(); p.join()
+        kills += 1
+        assert_whole(folder)
+    assert p.exitcode == 0, (tmp_path / "log").read_text()
+    assert kills > 0
+    assert_same_end(folder, whole)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_at_each_file(when, whole_run, tiny, jsonl, tmp_path):
+    "At each file that a run writes in turn, just before or just after it takes its name; the next run is killed two files further on."
+    whole, _ = whole_run
+    folder, kills = tmp_path / "run", 0
+    for n in (1, 2, 3, 2, 4, 3, 3, 4, 5, 4, 3, 2, 99):
+        p = start(command(jsonl, tiny, folder), tmp_path / "log", (n, when))
+        p.join()
+        assert_whole(folder)
+        if p.exitcode != -signal.SIGKILL: break
+        kills += 1
+    assert p.exitcode == 0, (tmp_path / "log").read_text()
+    assert kills >= 4
+    assert_same_end(folder, whole)
+
+
+def test_the_command_says_where_it_goes_on(whole_run, tiny, jsonl, tmp_path):
+    "Killed after its fourth file, the second checkpoint, a run says 'from step 6'; finished, it shows its report again and changes nothing."
+    folder = tmp_path / "run"
+    start(command(jsonl, tiny, folder), tmp_path / "log", (4, "after")).join()
+    start(command(jsonl, tiny, folder), tmp_path / "log").join()
+    said = (tmp_path / "log").read_text()
+    assert f"Going on from step 6 of {STEPS}." in said and "Held-out loss" in said
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    start(command(jsonl, tiny, folder), tmp_path / "again").join()
+    again = (tmp_path / "again").read_text()
+    assert "This run is done" in again and again[again.index("Held-out loss"):] == said[said.index("Held-out loss"):]
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert not re.search("Traceback|Warning|gemm_4bit|\\[transformers\\]", said)
+
+
+def test_interrupted_by_the_user(whole_run, tiny, jsonl, tmp_path):
+    "Ctrl-C: exit code 130, a word about going on, no traceback."
+    folder, log = tmp_path / "run", tmp_path / "log"
+    p = start(command(jsonl, tiny, folder) + ["--steps", "5000"], log)
+    checkpoint = folder / "checkpoint" / "state.safetensors"
+    for _ in range(600):
+        if checkpoint.exists() or p.exitcode is not None: break
+        time.sleep(0.1)
+    os.kill(p.pid, signal.SIGINT)
+    p.join(60)
+    said = log.read_text()
+    assert p.exitcode == 130 and "the same command goes on from step" in said and "Traceback" not in said
+    assert_whole(folder)
+
+
+def test_a_metrics_line_cut_short_is_no_obstacle(whole_run, tiny, jsonl, tmp_path):
+    "A power cut, unlike a kill, can leave half a line at the end of metrics.jsonl."
+    folder = tmp_path / "run"
+    start(command(jsonl, tiny, folder), tmp_path / "log", (5, "after")).join()
+    with open(folder / "metrics.jsonl", "a") as f: f.write('{"step": 99, "lo')
+    p = start(command(jsonl, tiny, folder), tmp_path / "log")
+    p.join()
+    assert p.exitcode == 0, (tmp_path / "log").read_text()
+    assert_same_end(folder, whole_run[0])
