@@ -23,17 +23,19 @@ from pathlib import Path
 
 from .records import LabError
 
-# %% ../nbs/howto/command_line.ipynb #fec1e8b6
+# %% ../nbs/howto/command_line.ipynb #59d1a253
 def field_notes(
     cls: type,           # a dataclass
 ) -> dict[str, str]:     # field to the comment beside it
     "The comment beside each field: the one place where it is explained."
     return dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M))
 
+# %% ../nbs/howto/command_line.ipynb #51d422cc
 class _Parser(argparse.ArgumentParser):
     "Mistakes become LabErrors, so that all messages look alike."
     def error(self, message): raise LabError(f"{message}; `{self.prog} --help` lists the options")
 
+# %% ../nbs/howto/command_line.ipynb #e3169da5
 def _add_fields(parser: argparse.ArgumentParser) -> None:
     "An option for each field of TrainConfig but the folder."
     from qlora_lab.train import TrainConfig
@@ -44,7 +46,7 @@ def _add_fields(parser: argparse.ArgumentParser) -> None:
                {"type": f.type, "metavar": f.type.__name__.upper()} if f.type in (int, float) else {"nargs": "+", "metavar": "NAME"}
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=f"{notes.get(f.name, '')} (default: {f.default})", **kind)
 
-# %% ../nbs/howto/command_line.ipynb #18d0b33a
+# %% ../nbs/howto/command_line.ipynb #a6458525
 def make_parser(
     command: str | None = None,  # the options of this command are filled in; those of `train` need torch
 ) -> argparse.ArgumentParser:
@@ -62,6 +64,7 @@ def make_parser(
         _add_fields(train)
     return parser
 
+# %% ../nbs/howto/command_line.ipynb #46ab39e2
 def _add_source(parser: argparse.ArgumentParser) -> None:
     "Where model and data come from, and where the run goes."
     parser.add_argument("--data", metavar="FILE.jsonl", help="examples of your own, one JSON object a line")
@@ -74,7 +77,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compute-dtype", choices=["float32", "bfloat16", "float16"], help="of the products with 4-bit weights (default: what the hardware does fastest)")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
 
-# %% ../nbs/howto/command_line.ipynb #d014f1f4
+# %% ../nbs/howto/command_line.ipynb #21a53624
 def aligned(
     rows: list[list[str]],  # the first one is the header
 ) -> str:
@@ -82,6 +85,7 @@ def aligned(
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:]))]).rstrip() for r in rows)
 
+# %% ../nbs/howto/command_line.ipynb #6ea621fd
 def memory_table(
     memory: "DataFrame",  # bytes; rows: component; columns: ways to train
 ) -> str:
@@ -89,12 +93,13 @@ def memory_table(
     rows = [["MiB", *memory.columns]] + [[name, *(f"{v / 2 ** 20:,.1f}" for v in row)] for name, row in zip(memory.index, memory.values)]
     return aligned(rows + [["total", *(f"{v / 2 ** 20:,.1f}" for v in memory.sum())]])
 
+# %% ../nbs/howto/command_line.ipynb #1c20b9a5
 def _indented(label: str, text: str, width: int) -> str:
     "A labelled text, wrapped, its own line breaks kept."
     lines = [part for line in (text.strip() or "(nothing)").splitlines() for part in textwrap.wrap(line, width - 15, replace_whitespace=False) or [""]]
     return "\n".join(f"  {label if i == 0 else '':11}{line}".rstrip() for i, line in enumerate(lines))
 
-# %% ../nbs/howto/command_line.ipynb #18625af5
+# %% ../nbs/howto/command_line.ipynb #5db3456b
 def _losses(run: "Run") -> str:
     from qlora_lab.train import improvement
     def row(name, loss, error): return [f"  {name}", f"{loss:.3f}", "(one group: no standard error)" if isnan(error) else f"± {error:.3f}"]
@@ -102,10 +107,12 @@ def _losses(run: "Run") -> str:
     return "Held-out loss, nats a token\n" + aligned([["", "", ""], row("before", before.loss, before.stderr), row("after", after.loss, after.stderr),
                                                       row("fell by", *improvement(before, after))]).lstrip("\n")
 
+# %% ../nbs/howto/command_line.ipynb #237449ee
 def _answers(run: "Run", width: int) -> str:
     texts = ["\n".join(_indented(key, str(row[key]), width) for key in ("prompt", "reference", "before", "after")) for row in run.record["answers"]]
     return "Held-out prompts, answered before and after\n" + "\n\n".join(texts)
 
+# %% ../nbs/howto/command_line.ipynb #9c041b76
 def _next_steps(run: "Run") -> str:
     identity, adapter = run.record["identity"], str(run.folder / "adapter")
     return textwrap.dedent(f"""\
@@ -120,6 +127,7 @@ def _next_steps(run: "Run") -> str:
           train on examples of your own:  qlora-lab train --data my.jsonl
           see how each piece works:       make lab""")
 
+# %% ../nbs/howto/command_line.ipynb #b10cb819
 def report(
     run: "Run",
     width: int | None = None,  # characters a line; the terminal's by default, from 60 to 100
@@ -132,7 +140,7 @@ def report(
     memory = "Memory by component\n" + textwrap.indent(memory_table(run.memory), "  ")
     return "\n\n".join([_losses(run), _answers(run, width), memory, facts, _next_steps(run)])
 
-# %% ../nbs/howto/command_line.ipynb #eb9b19a9
+# %% ../nbs/howto/command_line.ipynb #377c1a95
 def saved_step(
     folder: Path,
 ) -> int:       # 0 where there is no checkpoint
@@ -144,6 +152,7 @@ def saved_step(
         with safe_open(path, "pt") as f: return int(f.metadata()["step"])
     except (SafetensorError, KeyError, TypeError, ValueError): return 0  # `load_checkpoint` says what is wrong with it
 
+# %% ../nbs/howto/command_line.ipynb #efd56e0a
 def _data(args) -> tuple["Split", str, str]:
     "(split, what it is, where its run goes)"
     from qlora_lab.data import default_split, docstring_pairs, load_jsonl, split
@@ -152,6 +161,7 @@ def _data(args) -> tuple["Split", str, str]:
     made = default_split() if args.held_out is None else split(docstring_pairs(), args.held_out, seed=3)
     return made, "docstrings of Python's standard library", "runs/docstrings"
 
+# %% ../nbs/howto/command_line.ipynb #904b982d
 def _announce(args, config, data, what, device) -> str:
     "What a run is about to do."
     from qlora_lab.model import best_dtype
@@ -162,10 +172,12 @@ def _announce(args, config, data, what, device) -> str:
     return "\n".join([f"model   {args.model}, {weights}, {layers}", f"data    {what}: {len(data.train):,} examples to learn from, {len(data.held_out):,} held out, {scored} of them scored",
                       f"device  {_device_name(device)}, products in {dtype}", f"run     {config.folder}: {config.steps} steps of {config.batch_size * config.accumulation} examples, rank {config.rank}"])
 
+# %% ../nbs/howto/command_line.ipynb #f9272863
 def _device_name(device) -> str:
     import torch
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
+# %% ../nbs/howto/command_line.ipynb #816546ca
 def _load(args, device):
     "The model an argument list asks for, with a word about the first time."
     import torch
@@ -176,21 +188,33 @@ def _load(args, device):
     return load_model(args.model, None if args.quantize == "none" else args.quantize, args.backend, device=device, double_quant=not args.no_double_quant,
                       compute_dtype=args.compute_dtype and getattr(torch, args.compute_dtype))
 
-def run_train(args: argparse.Namespace) -> int:
-    "Train, or go on, or show a finished run again; the exit code."
-    from qlora_lab.model import best_device
-    from qlora_lab.train import TrainConfig, _open_folder, fingerprint, train
+# %% ../nbs/howto/command_line.ipynb #cbb2e64c
+def _config(args, folder: Path) -> "TrainConfig":
+    "The run that the options describe; `targets` is a list of names, or one word for all."
+    from qlora_lab.train import TrainConfig
+    asked = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if f.name != "folder"}
+    if isinstance(asked["targets"], list): asked["targets"] = asked["targets"][0] if asked["targets"] == ["all-linear"] else tuple(asked["targets"])
+    return TrainConfig(folder=str(folder), **asked)
+
+def _device(args) -> "torch.device":
     import torch
-    data, what, default = _data(args)
-    folder = Path(args.out or default)
-    config = TrainConfig(folder=str(folder), **{f.name: tuple(v) if isinstance(v := getattr(args, f.name), list) and v != ["all-linear"] else
-                                                v[0] if isinstance(v, list) else v for f in fields(TrainConfig) if f.name != "folder"})
+    from qlora_lab.model import best_device
     try: device = torch.device(args.device) if args.device else best_device()
     except RuntimeError: raise LabError(f"--device {args.device}: expected cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available(): raise LabError(f"--device {args.device}: torch finds no GPU here; `qlora-lab doctor` says more")
+    return device
+
+# %% ../nbs/howto/command_line.ipynb #17fd1a6d
+def run_train(args: argparse.Namespace) -> int:
+    "Train, or go on, or show a finished run again; the exit code."
+    from qlora_lab.train import fingerprint, open_folder, train
+    data, what, default = _data(args)
+    folder = Path(args.out or default)
+    config, device = _config(args, folder), _device(args)
     print(_announce(args, config, data, what, device), flush=True)
     try:
         model, tokenizer = _load(args, device)
-        begun = _open_folder(folder, fingerprint(model, data, config))
+        begun = open_folder(folder, fingerprint(model, data, config))
         print("\n" + _outset(begun, saved_step(folder), config) + "\n", flush=True)
         run = train(model, tokenizer, data, config)
     except KeyboardInterrupt:
@@ -200,18 +224,20 @@ def run_train(args: argparse.Namespace) -> int:
     print("\n" + report(run))
     return 0
 
+# %% ../nbs/howto/command_line.ipynb #c5dafc77
 def _outset(begun: dict | None, step: int, config: "TrainConfig") -> str:
     if begun and begun.get("state") == "done": return "This run is done; here is its report again."
     if step: return f"Going on from step {step} of {config.steps}."
     return f"Before training: the loss on held-out examples, and answers to {config.eval_prompts} prompts."
 
-# %% ../nbs/howto/command_line.ipynb #756000dc
+# %% ../nbs/howto/command_line.ipynb #ca4d0e45
 def hush() -> None:
     "Without advice from libraries that is not meant for the people at this command line."
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("bitsandbytes", "transformers"): logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+# %% ../nbs/howto/command_line.ipynb #a4386af0
 def main(
     argv: list[str] | None = None,  # what follows `qlora-lab`
 ) -> int:                           # exit code: 0 done, 1 the doctor misses something, 2 a mistake, 130 interrupted
@@ -230,12 +256,13 @@ def main(
         if isinstance(e, RuntimeError) and "out of memory" not in str(e): raise
         return _fail("out of memory; try a smaller --batch-size with more --accumulation, or a shorter --max-length")
 
+# %% ../nbs/howto/command_line.ipynb #f2e7a58e
 def _fail(message: str, code: int = 2) -> int:
     if os.environ.get("QLORA_LAB_DEBUG") and sys.exc_info()[0]: raise
     print(f"qlora-lab: {message}", file=sys.stderr)
     return code
 
-# %% ../nbs/howto/command_line.ipynb #07818ebc
+# %% ../nbs/howto/command_line.ipynb #f418c849
 @dataclass(frozen=True)
 class Check:
     "One thing the doctor looked at."
@@ -244,12 +271,14 @@ class Check:
     state: str = "ok"  # "ok"; "note": works, with a drawback; "missing": needed
     advice: str = ""   # what to do unless all is well
 
+# %% ../nbs/howto/command_line.ipynb #c0d8ad76
 def _packages(extra: str) -> dict[str, str]:
     "The package's own requirements: name to version specifier, as its metadata tells."
     from packaging.requirements import Requirement
     asked = [Requirement(r) for r in metadata.requires("qlora-lab") or []]
     return {r.name: r.specifier for r in asked if (r.marker is None and not extra) or (r.marker and extra and r.marker.evaluate({"extra": extra}))}
 
+# %% ../nbs/howto/command_line.ipynb #06a73c30
 def _version_checks() -> list[Check]:
     "Each required package: there, new enough, and as tested."
     from qlora_lab.records import versions
@@ -263,7 +292,7 @@ def _version_checks() -> list[Check]:
         else: found.append(Check(name, f"{version}, as tested"))
     return found
 
-# %% ../nbs/howto/command_line.ipynb #15d05bcf
+# %% ../nbs/howto/command_line.ipynb #62cb4d38
 def _machine_checks() -> list[Check]:
     "Cores, memory and GPU."
     import psutil
@@ -279,6 +308,7 @@ def _machine_checks() -> list[Check]:
     else: found.append(Check("GPU", "none that torch can use", "note", "every lesson runs on the CPU; larger models want a GPU and a build of torch for it"))
     return found + [_bf16_check()]
 
+# %% ../nbs/howto/command_line.ipynb #c3452578
 def _bf16_check() -> Check:
     import torch
     from qlora_lab.model import best_device, best_dtype
@@ -287,6 +317,7 @@ def _bf16_check() -> Check:
     instead = str(best_dtype(device)).removeprefix("torch.")
     return Check("bfloat16", "not multiplied in hardware", "note", f"products are computed in {instead} instead; on a CPU, training takes about twice as long")
 
+# %% ../nbs/howto/command_line.ipynb #37fa558a
 def _weights_checks() -> list[Check]:
     "The packages that carry weights, the converted model and the room for it."
     from importlib.util import find_spec
@@ -302,10 +333,12 @@ def _weights_checks() -> list[Check]:
     short = free < 1 and not done
     return found + [Check("disk", f"{free:.0f} GiB free for {cache_folder()}", *("missing", "1 GiB is needed: free some, or set QLORA_LAB_CACHE to a folder elsewhere") if short else ())]
 
+# %% ../nbs/howto/command_line.ipynb #1073cecc
 def checkup() -> list[Check]:
     "All that the doctor looks at."
     return _machine_checks() + _weights_checks() + _version_checks()
 
+# %% ../nbs/howto/command_line.ipynb #fbfd73f1
 def run_doctor(args: argparse.Namespace) -> int:
     "Print the findings and the advice; the exit code."
     found = checkup()

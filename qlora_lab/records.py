@@ -68,7 +68,7 @@ def read_json(
     except FileNotFoundError: raise LabError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise LabError(f"{path}: not valid JSON ({e}); the file may be cut short") from None
 
-# %% ../nbs/reference/records.ipynb #e06db62e
+# %% ../nbs/reference/records.ipynb #100b1254
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "numpy")
 
 def versions(
@@ -90,8 +90,9 @@ def provenance() -> dict:
     "Machine, versions, date and command: what a recorded number needs so that it can be made again."
     import torch
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": " ".join(sys.argv), "cpu": cpu_name(),
-            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "system": platform.platform(), "versions": versions()}
+    command = " ".join(Path(a).name if os.path.isabs(a) else a for a in sys.orig_argv)  # no folder of this machine
+    return {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command, "cpu": cpu_name(),
+            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "system": f"{platform.system()} {platform.machine()}", "versions": versions()}
 
 # %% ../nbs/reference/records.ipynb #ee8fd644
 def peak_memory_gib() -> float:
