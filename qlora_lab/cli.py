@@ -64,14 +64,14 @@ def make_parser(
         _add_fields(train)
     return parser
 
-# %% ../nbs/howto/command_line.ipynb #46ab39e2
+# %% ../nbs/howto/command_line.ipynb #aaa15697
 def _add_source(parser: argparse.ArgumentParser) -> None:
     "Where model and data come from, and where the run goes."
     parser.add_argument("--data", metavar="FILE.jsonl", help="examples of your own, one JSON object a line")
     parser.add_argument("--held-out", type=float, metavar="SHARE", help="share of the examples to hold out (default: 0.1, and 0.12 of the docstrings)")
     parser.add_argument("--model", default="smollm2-135m-instruct", metavar="NAME", help="a known name, a folder or a hub id (default: %(default)s)")
     parser.add_argument("--out", metavar="FOLDER", help="where the run lives (default: runs/docstrings, or runs/NAME for NAME.jsonl)")
-    parser.add_argument("--quantize", default="nf4", choices=["nf4", "fp4", "none"], help="type of the 4-bit weights; none leaves 16 bit (default: %(default)s)")
+    parser.add_argument("--quantize", default="nf4", choices=["nf4", "fp4", "none"], help="type of the 4-bit weights; none leaves them unquantized (default: %(default)s)")
     parser.add_argument("--no-double-quant", action="store_true", help="leave the quantization statistics in 32 bit")
     parser.add_argument("--backend", default="lab", choices=["lab", "bnb"], help="the lab's layers, or bitsandbytes and PEFT (default: %(default)s)")
     parser.add_argument("--compute-dtype", choices=["float32", "bfloat16", "float16"], help="of the products with 4-bit weights (default: what the hardware does fastest)")
@@ -161,11 +161,11 @@ def _data(args) -> tuple["Split", str, str]:
     made = default_split() if args.held_out is None else split(docstring_pairs(), args.held_out, seed=3)
     return made, "docstrings of Python's standard library", "runs/docstrings"
 
-# %% ../nbs/howto/command_line.ipynb #904b982d
+# %% ../nbs/howto/command_line.ipynb #a629b3c8
 def _announce(args, config, data, what, device) -> str:
     "What a run is about to do."
     from qlora_lab.model import best_dtype
-    weights = "16 bit" if args.quantize == "none" else args.quantize.upper() + ("" if args.no_double_quant else " with double quantization")
+    weights = "not quantized" if args.quantize == "none" else args.quantize.upper() + ("" if args.no_double_quant else " with double quantization")
     layers = "bitsandbytes + PEFT" if args.backend == "bnb" else "the lab's own layers"
     dtype = args.compute_dtype or str(best_dtype(device)).removeprefix("torch.")
     scored = min(config.eval_examples, len(data.held_out))

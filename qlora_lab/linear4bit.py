@@ -142,7 +142,7 @@ def from_bnb_tensors(
     return QuantizedTensor(packed.reshape(-1, 1).view(torch.uint8), tensors["absmax"], torch.Size(meta["shape"]), getattr(torch, meta["dtype"]),
                            meta["blocksize"], meta["quant_type"], tensors["nested_absmax"] if nested else None, offset)
 
-# %% ../nbs/05_linear4bit.ipynb #684f4ec5
+# %% ../nbs/05_linear4bit.ipynb #806f5eb7
 def quantize_model(
     model: nn.Module,
     quant_type: str = "nf4",    # name of a code book with at most 16 levels
@@ -151,12 +151,15 @@ def quantize_model(
     compute_dtype: torch.dtype | None = None,  # dtype of the products; that of the input by default
     skip: tuple[str, ...] = ("lm_head",),      # last parts of the names to leave as they are
 ) -> nn.Module:                 # the same model
-    "Replace each linear layer, in place, by its 4-bit twin; raises ValueError that names the layer it cannot take."
-    for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or name.split(".")[-1] in skip: continue
-        try: layer = Linear4bit.from_linear(module, quant_type, blocksize, double_quant, compute_dtype)
-        except ValueError as e: raise ValueError(f"layer {name}: {e}") from None
-        set_submodule(model, name, layer)
+    "Replace each linear layer, in place, by its 4-bit twin; raises ValueError that names the layer it cannot take, and then leaves the model as it was."
+    found = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and n.split(".")[-1] not in skip}
+    unfit = next((n for n, m in found.items() if not m.weight.isfinite().all()), None)
+    try:
+        if unfit: quantize_4bit(found[unfit].weight)  # says which number is at fault
+        for name in list(found):
+            unfit = name
+            set_submodule(model, name, Linear4bit.from_linear(found.pop(name), quant_type, blocksize, double_quant, compute_dtype))
+    except ValueError as e: raise ValueError(f"layer {unfit}: {e}") from None
     return model
 
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -86,16 +86,21 @@ def assert_same_end(folder, whole):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_random_moments(seed, whole_run, tiny, jsonl, tmp_path):
-    "Seeded delays from no time at all to the length of a whole run, until a run gets through."
-    whole, seconds = whole_run
-    r, folder, kills = random.Random(seed), tmp_path / "run", 0
+    "At a seeded step and a moment after it, again and again until a run gets through; one time in four within the first moments."
+    (whole, seconds), folder = whole_run, tmp_path / "run"
+    r, kills, metrics = random.Random(seed), 0, folder / "metrics.jsonl"
     while True:
-        p = start(command(jsonl, tiny, folder), tmp_path / "log")
-        p.join(r.uniform(0.1, 0.9) * seconds if kills < 8 else None)
-        if p.exitcode is not None: break
+        p, more = start(command(jsonl, tiny, folder), tmp_path / "log"), r.randrange(1, 9)
+        target = min((len(metrics.read_text().splitlines()) if metrics.exists() else 0) + more, STEPS)
+        if kills % 4 == 3: p.join(r.uniform(0, 0.3) * seconds)
+        else:
+            while p.exitcode is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= target): time.sleep(0.002)
+            p.join(r.uniform(0, 0.1))
+        if p.exitcode is not None or kills == 12: break
         p.kill(); p.join()
         kills += 1
         assert_whole(folder)
+    p.join()
     assert p.exitcode == 0, (tmp_path / "log").read_text()
     assert kills > 0
     assert_same_end(folder, whole)
