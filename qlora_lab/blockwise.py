@@ -89,7 +89,7 @@ def _nearest_by_table(x: Tensor, code: Tensor, chunk: int = 1 << 17) -> Tensor:
         out[i:i + chunk] = base.index_select(0, bits) + (part > above.index_select(0, bits))
     return out.view(x.shape)
 
-# %% ../nbs/01_blockwise.ipynb #a73d6cfd
+# %% ../nbs/01_blockwise.ipynb #65b8df27
 def to_blocks(
     x: Tensor,       # any shape
     blocksize: int,  # numbers a block
@@ -111,7 +111,7 @@ def _check_input(x: Tensor, blocksize: int) -> None:
 def _check_finite(x: Tensor, absmax: Tensor) -> None:
     "A NaN or an infinity anywhere in a block shows in its absmax, so the check costs one pass over the statistics."
     if absmax.isfinite().all(): return
-    at = (~x.isfinite()).nonzero()[0].tolist()
+    at = (~x.float().isfinite()).nonzero()[0].tolist()
     raise ValueError(f"expected finite numbers to quantize, got {x[tuple(at)].item()} at index {at} of shape {tuple(x.shape)}; "
                      "mend or drop that weight first, since one such number spoils its whole block")
 

@@ -80,7 +80,7 @@ def _functions(file: Path):
         for prefix, node in owner:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"): yield prefix + node.name, node
 
-# %% ../nbs/09_data.ipynb #e9bccbd9
+# %% ../nbs/09_data.ipynb #0d04603c
 @dataclass(frozen=True)
 class Tokens:
     "One example as the model sees it."
@@ -88,6 +88,7 @@ class Tokens:
     mask: Tensor  # [length] bool: tokens to learn, the answers and the mark that ends each
     example: Example
 
+# %% ../nbs/09_data.ipynb #ecb6210a
 def tokenize(
     tokenizer,           # a fast one
     example: Example,

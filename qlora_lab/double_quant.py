@@ -96,7 +96,7 @@ def levels_by_code(
     if quant_type == "fp4": levels = [levels[FP4_NIBBLES.index(c)] for c in range(16)]
     return tuple(levels + [0.] * (16 - len(levels)))
 
-# %% ../nbs/03_double_quant.ipynb #86b7983c
+# %% ../nbs/03_double_quant.ipynb #0a6b2f30
 def _nf4_pivots() -> Tensor:
     "NF4's midpoints as the CUDA kernels round them: four lie exactly between two float32 numbers, and there take the other neighbour."
     pivots = midpoints(NF4)
@@ -111,7 +111,8 @@ def _codes_4bit(scaled: Tensor, quant_type: str) -> Tensor:
         return torch.tensor(FP4_NIBBLES, dtype=torch.uint8)[nearest_code(scaled, codebook("fp4")).int()]
     magnitude = torch.tensor(FP4_NIBBLES[8:], device=scaled.device) & 7
     index = torch.bucketize(scaled.abs(), torch.tensor(FP4_PIVOTS, device=scaled.device))
-    return (magnitude[index] | (scaled < 0) * 8).to(torch.uint8)
+    negative = scaled <= -torch.finfo(torch.float32).tiny  # the kernels flush subnormal numbers to zero
+    return (magnitude[index] | negative * 8).to(torch.uint8)
 
 # %% ../nbs/03_double_quant.ipynb #66fce312
 @dataclass(frozen=True)

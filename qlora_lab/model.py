@@ -36,7 +36,7 @@ def find_model(
         raise LabError(f"no model named {str(name)!r}: expected {SMOLLM2!r}, a folder with config.json, or a hub id like 'owner/model'")
     return str(name)
 
-# %% ../nbs/08_model.ipynb #847a6480
+# %% ../nbs/08_model.ipynb #20d97311
 def best_device() -> torch.device:
     "The GPU where there is one."
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,8 +47,22 @@ def best_dtype(device: torch.device) -> torch.dtype:
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return torch.bfloat16 if has_bf16() else torch.float32
 
-# %% ../nbs/08_model.ipynb #8a977b51
-def _open(source: str, quantize: str | None, backend: str, compute_dtype, dtype, double_quant: bool, device) -> tuple:
+def _settle(device, compute_dtype, dtype) -> tuple[torch.device, torch.dtype, torch.dtype]:
+    "What was asked for, or else what this machine does best."
+    device = torch.device(device) if device else best_device()
+    compute_dtype = compute_dtype or best_dtype(device)
+    return device, compute_dtype, dtype or (compute_dtype if device.type == "cuda" else torch.float32)
+
+# %% ../nbs/08_model.ipynb #a602f47e
+def _open(name: str | Path, *how) -> tuple:
+    "Model and tokenizer; whatever the libraries have to say against them becomes a LabError."
+    source = find_model(name)
+    try: return _open_source(source, *how)
+    except LabError: raise
+    except (OSError, SafetensorError, ValueError, RuntimeError) as e:
+        raise LabError(f"cannot load the model {str(name)!r} from {source}: {str(e).splitlines()[0]}") from e
+
+def _open_source(source: str, quantize: str | None, backend: str, compute_dtype, dtype, double_quant: bool, device) -> tuple:
     "Model and tokenizer as transformers opens them; 4-bit checkpoints by the lab's own reader."
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -62,7 +76,7 @@ def _bnb_arguments(quantize: str, dtype: torch.dtype, double_quant: bool, device
     return {"device_map": {"": str(device)}, "quantization_config": BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_use_double_quant=double_quant, bnb_4bit_compute_dtype=dtype)}
 
-# %% ../nbs/08_model.ipynb #93bccd44
+# %% ../nbs/08_model.ipynb #92cdc611
 def load_model(
     name: str | Path = SMOLLM2,   # a known name, a local folder or a hub id
     quantize: str | None = "nf4", # 4-bit type of the linear layers; None leaves them in `dtype`
@@ -77,15 +91,8 @@ def load_model(
     if backend not in ("lab", "bnb"): raise LabError(f"backend {backend!r}: expected 'lab' or 'bnb'")
     if backend == "bnb" and blocksize != 64: raise LabError(f"block size {blocksize}: transformers gives bitsandbytes' layers blocks of 64")
     if quantize is not None: codebook(quantize)
-    device = torch.device(device) if device else best_device()
-    compute_dtype = compute_dtype or best_dtype(device)
-    dtype = dtype or (compute_dtype if device.type == "cuda" else torch.float32)
-    source = find_model(name)
-    with quiet():
-        try: model, tokenizer = _open(source, quantize, backend, compute_dtype, dtype, double_quant, device)
-        except LabError: raise
-        except (OSError, SafetensorError, ValueError, RuntimeError) as e:
-            raise LabError(f"cannot load the model {str(name)!r} from {source}: {str(e).splitlines()[0]}") from e
+    device, compute_dtype, dtype = _settle(device, compute_dtype, dtype)
+    with quiet(): model, tokenizer = _open(name, quantize, backend, compute_dtype, dtype, double_quant, device)
     if quantize and backend == "lab" and not any(isinstance(m, Linear4bit) for m in model.modules()):
         quantize_model(model, quantize, blocksize, double_quant, compute_dtype)
     model.requires_grad_(False)
@@ -111,7 +118,7 @@ def answer(
                              pad_token_id=tokenizer.pad_token_id)
     return [t.strip() for t in tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special_tokens=True)]
 
-# %% ../nbs/08_model.ipynb #52a4d06b
+# %% ../nbs/08_model.ipynb #c40125a3
 def memory_bill(
     model: nn.Module,
 ) -> "DataFrame":  # rows: component; columns: weights, bytes, bytes in 16 bit
@@ -125,10 +132,6 @@ def memory_bill(
         rows[kind][0] += t.numel() if n is None else n
         rows[kind][1] += t.nbytes
     for name, m in model.named_modules():
-        if "lora_" in name: kind = "adapters"
-        elif isinstance(m, nn.Embedding): kind = "embeddings"
-        elif isinstance(m, nn.Linear): kind = "other linear weights"
-        else: kind = "norms and biases"
         parts = _four_bit_parts(m)
         if parts is not None:
             codes, n, stats = parts
@@ -136,12 +139,18 @@ def memory_bill(
             for t in stats: add("quantization statistics", t, 0)
             add("norms and biases", getattr(m, "bias", None))
         else:
-            for p in m.parameters(recurse=False): add(kind, p)
+            for p in m.parameters(recurse=False): add(_component(name, m), p)
     bill = pd.DataFrame.from_dict(rows, orient="index", columns=["weights", "bytes"])
     bill["16-bit bytes"] = 2 * bill["weights"]
     return bill[bill["bytes"] > 0]
 
-# %% ../nbs/08_model.ipynb #063bd427
+# %% ../nbs/08_model.ipynb #0812ec27
+def _component(name: str, m: nn.Module) -> str:
+    "Which row of the bill a module's own parameters belong to."
+    if "lora_" in name: return "adapters"
+    if isinstance(m, nn.Embedding): return "embeddings"
+    return "other linear weights" if isinstance(m, nn.Linear) else "norms and biases"
+
 def _four_bit_parts(m: nn.Module) -> tuple | None:
     "(codes, number of weights, statistics) of a 4-bit layer, the lab's or bitsandbytes'; None for any other."
     if isinstance(m, Linear4bit): return m.weight, m.in_features * m.out_features, (m.stats, m.absmax2, m.offset)
