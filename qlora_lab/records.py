@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'LabError', 'write_whole', 'whole_folder', 'read_json', 'versions', 'cpu_name', 'provenance',
-           'peak_memory_gib']
+           'peak_memory_gib', 'release_memory']
 
 # %% ../nbs/reference/records.ipynb #09d9b1fc
 import json
@@ -102,3 +102,11 @@ def peak_memory_gib() -> float:
     import resource
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+# %% ../nbs/reference/records.ipynb #ecb274c6
+def release_memory() -> None:
+    "Hand freed memory back to the system: glibc keeps it in pieces that batches of other lengths do not fit, and a long run grows."
+    if sys.platform == "linux":
+        import ctypes
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None: trim(0)

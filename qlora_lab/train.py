@@ -7,7 +7,7 @@ __all__ = ['answer_losses', 'Score', 'improvement', 'score', 'spread', 'TrainCon
            'fingerprint', 'open_folder', 'save_checkpoint', 'load_checkpoint', 'activation_bytes', 'step_memory',
            'begin', 'run_steps', 'finish', 'train']
 
-# %% ../nbs/10_train.ipynb #b97ce1ac
+# %% ../nbs/10_train.ipynb #867ad9eb
 import json
 import os
 import time
@@ -27,7 +27,7 @@ from .data import Example, Split, batch_indices, collate, data_hash, tokenize
 from .linear4bit import Linear4bit, saved_for_backward
 from .lora import ADAPTER_FILES, add_lora, lora_state, reset_lora, save_adapter, trainable
 from .model import answer, memory_bill
-from .records import LabError, peak_memory_gib, provenance, read_json, write_whole
+from .records import LabError, peak_memory_gib, provenance, read_json, release_memory, write_whole
 
 # %% ../nbs/10_train.ipynb #6f4f02a3
 def answer_losses(
@@ -294,7 +294,7 @@ def begin(folder: Path, identity: dict, config: TrainConfig, model: nn.Module, t
     write_whole(folder / "run.json", json.dumps(record, indent=1))
     return record
 
-# %% ../nbs/10_train.ipynb #072f9f4a
+# %% ../nbs/10_train.ipynb #819a2272
 def run_steps(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, learn: list, config: TrainConfig, progress: bool) -> None:
     "The loop: from the last checkpoint to the last step, a line of metrics.jsonl each."
     done = load_checkpoint(folder, model, optimizer)
@@ -308,6 +308,7 @@ def run_steps(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, 
             batches = [collate([learn[i] for i in batch_indices(lengths, config.batch_size, k, config.seed)]) for k in passes]
             lr, start = config.lr * min(1, (step + 1) / max(1, config.warmup)), time.perf_counter()
             loss, norm = train_step(model, optimizer, batches, lr, config.max_grad_norm)
+            release_memory()
             seconds, tokens = time.perf_counter() - start, sum(int(b["attention_mask"].sum()) for b in batches)
             log.write(json.dumps({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens, "seconds": seconds}) + "\n")
             log.flush()
