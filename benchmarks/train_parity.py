@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import RESULTS, save_result
+from benchmarks.common import save_result
 
 
 def one_side(backend: str, steps: int, folder: Path) -> None:

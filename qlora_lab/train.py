@@ -9,10 +9,9 @@ __all__ = ['answer_losses', 'Score', 'improvement', 'score', 'spread', 'TrainCon
 
 # %% ../nbs/10_train.ipynb #867ad9eb
 import json
-import os
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from math import sqrt
 from pathlib import Path
 
