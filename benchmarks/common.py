@@ -29,3 +29,68 @@ def spread_of(seconds: list[float]) -> dict[str, float]:
     "Median and quartiles, in milliseconds."
     low, _, high = statistics.quantiles(seconds, n=4)
     return {"median_ms": 1e3 * statistics.median(seconds), "quartiles_ms": [1e3 * low, 1e3 * high]}
+
+
+def random_model(config, settings, device: str = "cuda", seed: int = 0):
+    "The model of a `memory.Settings` with random weights, live on a device: the shapes are real, the words are not."
+    import torch
+    from torch import nn
+    from qlora_lab.memory import empty_model
+    model = empty_model(config, settings, attention="sdpa")
+    generator = torch.Generator(device).manual_seed(seed)
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is None or not p.is_meta: continue
+            t = torch.empty(p.shape, dtype=p.dtype, device=device)
+            if p.dtype == torch.uint8: t.random_(0, 256, generator=generator)
+            elif "Norm" in type(module).__name__: t.fill_(1)
+            else: t.normal_(0, 0.02, generator=generator)
+            module._parameters[name] = nn.Parameter(t, requires_grad=p.requires_grad)
+        for name, b in module._buffers.items():
+            if b is None or not b.is_meta: continue
+            t = torch.empty(b.shape, dtype=b.dtype, device=device)
+            module._buffers[name] = t.random_(0, 256, generator=generator) if b.dtype == torch.uint8 else t.fill_(0.02)
+    if config.tie_word_embeddings: model.tie_weights()
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=config).to(device)
+    return model
+
+
+def random_batch(batch_size: int, sequence: int, learned: int | None = None, vocabulary: int = 1000) -> dict:
+    "Token numbers without meaning, without padding; the last `learned` places count, all of them by default."
+    import torch
+    ids = torch.randint(0, vocabulary, (batch_size, sequence), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    if learned is not None: labels.view(-1)[:-learned] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def random_peer(config, settings, device: str = "cuda", seed: int = 0):
+    "The same shapes by peft and bitsandbytes: their 4-bit layers, their adapters, transformers' checkpointing."
+    import bitsandbytes as bnb
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+    from qlora_lab.linear4bit import set_submodule
+    dtype = getattr(torch, settings.dtype)
+    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    generator = torch.Generator(device).manual_seed(seed)
+    def random(p): return torch.empty(p.shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
+    for name, m in list(model.named_modules()):
+        if type(m) is not nn.Linear or name.endswith("lm_head"): continue
+        layer = bnb.nn.Linear4bit(m.in_features, m.out_features, bias=m.bias is not None, compute_dtype=dtype, quant_type="nf4", compress_statistics=settings.double_quant, device="meta")
+        layer.weight = bnb.nn.Params4bit(random(m.weight), requires_grad=False, quant_type="nf4", compress_statistics=settings.double_quant)._quantize(device)
+        set_submodule(model, name, layer)
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_meta: module._parameters[name] = nn.Parameter(torch.ones(p.shape, dtype=dtype, device=device) if "Norm" in type(module).__name__ else random(p), requires_grad=False)
+    if config.tie_word_embeddings: model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+    model.config.use_cache = False
+    if settings.checkpointing: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    model = get_peft_model(model, LoraConfig(r=settings.rank, target_modules="all-linear" if settings.targets == "all-linear" else list(settings.targets), task_type="CAUSAL_LM"))
+    for p in model.parameters():
+        if p.requires_grad: p.data = p.data.to(getattr(torch, settings.adapter_dtype))
+    return model.train()

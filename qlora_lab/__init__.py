@@ -21,11 +21,15 @@ _PUBLIC = {
     "blockwise": ["codebook", "register_codebook"],
     "nf4": ["create_normal_map"],
     "double_quant": ["QuantizedTensor", "quantize_4bit"],
+    "paged": ["PagedAdamW"],
     "linear4bit": ["Linear4bit", "quantize_model"],
     "lora": ["add_lora", "load_adapter", "save_adapter"],
+    "checkpointing": ["checkpoint_layers"],
     "model": ["answer", "load_model", "memory_bill", "perplexity", "save_quantized"],
     "data": ["docstring_pairs", "load_jsonl", "split"],
     "train": ["Run", "TrainConfig", "train"],
+    "memory": ["MemoryPlan", "ledger", "plan"],
+    "kernels": ["use_kernels"],
 }
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_WHERE)
@@ -36,6 +40,12 @@ def __getattr__(name):
     value = getattr(import_module(f"qlora_lab.{_WHERE[name]}"), name)
     globals()[name] = value
     return value
+
+def _first_on_gpu(q, dtype):
+    "The first weight that is dequantized on a GPU brings the kernels in."
+    return import_module("qlora_lab.kernels").first_use(q, dtype)
+
+double_quant.FASTER["cuda"] = _first_on_gpu
 
 def __dir__(): return sorted([*globals(), *_WHERE])
 

@@ -89,7 +89,7 @@ def _nearest_by_table(x: Tensor, code: Tensor, chunk: int = 1 << 17) -> Tensor:
         out[i:i + chunk] = base.index_select(0, bits) + (part > above.index_select(0, bits))
     return out.view(x.shape)
 
-# %% ../nbs/01_blockwise.ipynb #65b8df27
+# %% ../nbs/01_blockwise.ipynb #5ea95a80
 def to_blocks(
     x: Tensor,       # any shape
     blocksize: int,  # numbers a block
@@ -100,6 +100,7 @@ def to_blocks(
     if missing: flat = torch.cat([flat, flat.new_zeros(missing)])
     return flat.view(-1, blocksize)
 
+# %% ../nbs/01_blockwise.ipynb #cfc17e63
 def _check_input(x: Tensor, blocksize: int) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise ValueError(f"expected a floating point tensor to quantize, got {getattr(x, 'dtype', type(x).__name__)}")
@@ -157,7 +158,7 @@ def unpack_4bit(
     flat = packed.reshape(-1)
     return torch.stack([flat >> 4, flat & 15], 1).view(-1)[:n]
 
-# %% ../nbs/01_blockwise.ipynb #02cd47c3
+# %% ../nbs/01_blockwise.ipynb #1fa46fe0
 @lru_cache(maxsize=32)
 def _pair_table(levels: tuple, device: torch.device) -> Tensor:
     "[256] float64: for each byte the float32 levels of its two nibbles, side by side in eight bytes."
@@ -171,11 +172,19 @@ def dequantize_packed(
     levels: tuple,       # the 16 levels in the order of their codes
     blocksize: int,      # numbers that share one scale
     n: int,              # how many numbers
-) -> Tensor:             # [n] float32
-    "Two levels a look-up: the byte indexes a table of 256 pairs, then one multiplication a block."
-    pairs = _pair_table(levels, packed.device)
-    flat = pairs.index_select(0, packed.reshape(-1).int()).view(torch.float32)[:n]
-    whole = n // blocksize * blocksize
-    flat[:whole].view(-1, blocksize).mul_(absmax[:whole // blocksize, None])
-    if whole < n: flat[whole:].mul_(absmax[-1])
-    return flat
+    dtype: torch.dtype = torch.float32,  # of the result; the product is float32, rounded once
+) -> Tensor:             # [n] `dtype`
+    "Two levels a look-up: the byte indexes a table of 256 pairs, then one multiplication a block; in chunks that keep the work space small."
+    pairs, codes = _pair_table(levels, packed.device), packed.reshape(-1)
+    out = torch.empty(2 * len(codes), dtype=dtype, device=packed.device)
+    chunk = max(1, (1 << (20 if packed.device.type == "cpu" else 24)) // (2 * blocksize)) * 2 * blocksize
+    work = out if dtype == torch.float32 else torch.empty(min(chunk, len(out)), device=packed.device)
+    for i in range(0, len(out), chunk):
+        part = out[i:i + chunk]
+        flat = part if work is out else work[:len(part)]
+        torch.index_select(pairs, 0, codes[i // 2:(i + chunk) // 2].int(), out=flat.view(torch.float64))
+        scale, whole = absmax[i // blocksize:], len(flat) // blocksize * blocksize
+        flat[:whole].view(-1, blocksize).mul_(scale[:whole // blocksize, None])
+        if whole < len(flat) and len(scale) > whole // blocksize: flat[whole:].mul_(scale[whole // blocksize])
+        if flat is not part: part.copy_(flat)
+    return out[:n]

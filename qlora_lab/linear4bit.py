@@ -31,7 +31,7 @@ def saved_for_backward(
         return t
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): yield kept
 
-# %% ../nbs/05_linear4bit.ipynb #b3a89785
+# %% ../nbs/05_linear4bit.ipynb #06aa3536
 class MatMul4Bit(torch.autograd.Function):
     "y = x W^T + b with W in 4 bits: dequantized for each pass and dropped, so autograd keeps the packed bytes alone."
     @staticmethod
@@ -42,10 +42,10 @@ class MatMul4Bit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.saved_tensors  # raises if the packed bytes were changed since the forward pass
+        kept = ctx.saved_tensors  # asked for once: raises if the packed bytes were changed since the forward pass
         dx = grad @ ctx.quantized.dequantize(grad.dtype) if ctx.needs_input_grad[0] else None
         db = grad.flatten(0, -2).sum(0) if ctx.bias and ctx.needs_input_grad[2] else None
-        return dx, None, db, *[None] * len(ctx.saved_tensors)
+        return dx, None, db, *[None] * len(kept)
 
 def matmul_4bit(
     x: Tensor,                  # [..., in_features]

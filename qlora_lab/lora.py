@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .linear4bit import Linear4bit, set_submodule
 from .records import LabError, read_json, write_whole
 
-# %% ../nbs/06_lora.ipynb #c754ea13
+# %% ../nbs/06_lora.ipynb #8d16e987
 class LoRALinear(nn.Module):
     "A frozen linear layer plus a trainable low-rank product: y = base(x) + scaling * B(A(dropout(x))). LoRA, Hu et al. 2021."
     def __init__(
@@ -30,13 +30,14 @@ class LoRALinear(nn.Module):
         alpha: float = 32,     # numerator of the scaling
         dropout: float = 0.,   # probability, on the adapter's input
         rslora: bool = False,  # scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023)
+        dtype: torch.dtype = torch.float32,  # of the adapter
     ):
         super().__init__()
         if r < 1: raise ValueError(f"rank {r}: expected at least 1")
         self.base_layer, self.in_features, self.out_features = base, base.in_features, base.out_features
         device = base.weight.device
-        self.lora_A = nn.Linear(base.in_features, r, bias=False, dtype=torch.float32, device=device)
-        self.lora_B = nn.Linear(r, base.out_features, bias=False, dtype=torch.float32, device=device)
+        self.lora_A = nn.Linear(base.in_features, r, bias=False, dtype=dtype, device=device)
+        self.lora_B = nn.Linear(r, base.out_features, bias=False, dtype=dtype, device=device)
         self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.scaling = alpha / (sqrt(r) if rslora else r)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=sqrt(5))
@@ -92,11 +93,12 @@ def check_config(config: "LoraConfig") -> None:
     odd = [f.name for f in fields(config) if f.name not in SUPPORTED and getattr(config, f.name) != getattr(plain, f.name)]
     if odd: raise LabError(f"LoraConfig.{odd[0]}={getattr(config, odd[0])!r} is not something the lab's adapters do; leave it at its default, or use PEFT (backend='bnb')")
 
-# %% ../nbs/06_lora.ipynb #e289c5f2
+# %% ../nbs/06_lora.ipynb #40da24a7
 def add_lora(
     model: nn.Module,
     config: "LoraConfig",     # peft.LoraConfig
     seed: int | None = None,  # for the random half of the adapters; torch's global generator by default
+    dtype: torch.dtype = torch.float32,  # of the adapters; bfloat16 halves them and their gradients
 ) -> nn.Module:               # the same model, with only adapters trainable
     "Freeze the model and put an adapter on each layer the config names."
     check_config(config)
@@ -104,7 +106,7 @@ def add_lora(
     model.requires_grad_(False)
     for name in target_layers(model, config):
         base = model.get_submodule(name)
-        set_submodule(model, name, LoRALinear(base, config.r, config.lora_alpha, config.lora_dropout, config.use_rslora))
+        set_submodule(model, name, LoRALinear(base, config.r, config.lora_alpha, config.lora_dropout, config.use_rslora, dtype))
     model.lora_config = config
     if seed is not None: reset_lora(model, seed)
     return model
@@ -168,10 +170,10 @@ def load_adapter(
     for name, t in saved.items(): own[name.removeprefix("base_model.model.")].data.copy_(t)
     return model
 
-# %% ../nbs/06_lora.ipynb #f673c185
+# %% ../nbs/06_lora.ipynb #670536de
 def _check_fits(model: nn.Module, config: "LoraConfig", saved: dict[str, Tensor], folder: Path) -> None:
     "Compare names and shapes before anything is changed."
-    wanted = {}
+    wanted, named = {}, config.base_model_name_or_path
     for name in target_layers(model, config):
         layer = model.get_submodule(name)
         wanted[f"base_model.model.{name}.lora_A.weight"] = (config.r, layer.in_features)
@@ -179,5 +181,5 @@ def _check_fits(model: nn.Module, config: "LoraConfig", saved: dict[str, Tensor]
     for name in sorted(wanted.keys() | saved.keys()):
         got = tuple(saved[name].shape) if name in saved else None
         if got != wanted.get(name):
-            raise LabError(f"{folder}: made for another model: {name} is {got or 'missing'} in the file and {wanted.get(name) or 'missing'} in this model "
-                           f"(the adapter names {config.base_model_name_or_path!r} as its base)")
+            raise LabError(f"{folder}: made for another model: {name} is {got or 'missing'} in the file and {wanted.get(name) or 'missing'} in this model"
+                           + (f" (the adapter names {named!r} as its base)" if named else ""))

@@ -53,7 +53,7 @@ def _settle(device, compute_dtype, dtype) -> tuple[torch.device, torch.dtype, to
     compute_dtype = compute_dtype or best_dtype(device)
     return device, compute_dtype, dtype or (compute_dtype if device.type == "cuda" else torch.float32)
 
-# %% ../nbs/08_model.ipynb #a602f47e
+# %% ../nbs/08_model.ipynb #c186445f
 def _open(name: str | Path, *how) -> tuple:
     "Model and tokenizer; whatever the libraries have to say against them becomes a LabError."
     source = find_model(name)
@@ -62,6 +62,7 @@ def _open(name: str | Path, *how) -> tuple:
     except (OSError, SafetensorError, ValueError, RuntimeError) as e:
         raise LabError(f"cannot load the model {str(name)!r} from {source}: {str(e).splitlines()[0]}") from e
 
+# %% ../nbs/08_model.ipynb #50d45a1b
 def _open_source(source: str, quantize: str | None, backend: str, compute_dtype, dtype, double_quant: bool, device) -> tuple:
     "Model and tokenizer as transformers opens them; 4-bit checkpoints by the lab's own reader."
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -100,7 +101,7 @@ def load_model(
     if getattr(model, "is_loaded_in_4bit", False): return model.train(), tokenizer  # in eval mode it would be repacked on a CPU, and no longer train
     return model.to(device=device, dtype=dtype), tokenizer
 
-# %% ../nbs/08_model.ipynb #85ba3df3
+# %% ../nbs/08_model.ipynb #3e1089f7
 @torch.no_grad()
 def answer(
     model: nn.Module,
@@ -114,8 +115,7 @@ def answer(
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(next(model.parameters()).device)
     with quiet():
-        out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
-                             pad_token_id=tokenizer.pad_token_id)
+        out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=tokenizer.pad_token_id)
     return [t.strip() for t in tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special_tokens=True)]
 
 # %% ../nbs/08_model.ipynb #c40125a3
@@ -158,7 +158,7 @@ def _four_bit_parts(m: nn.Module) -> tuple | None:
     if state is None: return None
     return m.weight, state.shape.numel(), (state.absmax, state.state2.absmax if state.nested else None, state.offset)
 
-# %% ../nbs/08_model.ipynb #cba2dc68
+# %% ../nbs/08_model.ipynb #ba4589ed
 @torch.no_grad()
 def token_losses(
     model: nn.Module,
@@ -169,9 +169,8 @@ def token_losses(
     "The model's surprise at each token of a text, the first of each window aside."
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
     if len(ids) < 2: raise LabError(f"the text has {len(ids)} tokens; perplexity needs at least 2")
-    device, losses = next(model.parameters()).device, []
-    for start in range(0, len(ids) - 1, window):
-        part = ids[start:start + window + 1].to(device)
+    ids, losses = ids.to(next(model.parameters()).device), []
+    for part in (ids[start:start + window + 1] for start in range(0, len(ids) - 1, window)):
         logits = model(input_ids=part[None, :-1], use_cache=False).logits[0].float()
         losses.append(F.cross_entropy(logits, part[1:], reduction="none").cpu())
     return torch.cat(losses)

@@ -6,23 +6,45 @@
 __all__ = ['PACKAGES', 'LabError', 'write_whole', 'whole_folder', 'read_json', 'versions', 'cpu_name', 'provenance',
            'peak_memory_gib', 'release_memory']
 
-# %% ../nbs/reference/records.ipynb #09d9b1fc
+# %% ../nbs/reference/records.ipynb #29b456b1
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from zlib import crc32
 
 # %% ../nbs/reference/records.ipynb #4922984a
 class LabError(ValueError):
     "Something the user can mend: the message names the file, line or field, what was expected and what to do."
 
-# %% ../nbs/reference/records.ipynb #b59719e5
+# %% ../nbs/reference/records.ipynb #27d861db
+def _whose() -> str:
+    "This machine, this user and this space of process numbers, in eight hex digits."
+    space = Path("/proc/self/ns/pid")  # a container counts its processes anew
+    return f"{crc32(repr((platform.node(), getattr(os, 'getuid', int)(), os.readlink(space) if space.is_symlink() else '')).encode()):08x}"
+
+def _hidden(path: Path) -> str:
+    "How the name begins under which this process prepares `path`; what processes that are gone left of theirs is removed."
+    start = f".{path.name}.{_whose()}-"
+    with suppress(OSError):
+        for left in [p for p in path.parent.iterdir() if p.name.startswith(start)]:
+            if _runs(left.name.removeprefix(start).partition(".")[0]): continue
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    return f"{start}{os.getpid()}."
+
+def _runs(pid: str) -> bool:
+    "Whether a process with this number runs; an odd number counts as one, so that nothing unknown is removed."
+    import psutil
+    return not pid.isdigit() or len(pid) > 9 or psutil.pid_exists(int(pid))
+
+# %% ../nbs/reference/records.ipynb #2f8468dd
 def write_whole(
     path: str | Path,  # the file
     content: str | bytes,
@@ -30,7 +52,7 @@ def write_whole(
     "Write a file so that a reader, or a power cut, sees either the old content or the new."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_hidden(path), delete=False) as f:
         try:
             f.write(content.encode() if isinstance(content, str) else content)
             f.flush()
@@ -42,7 +64,7 @@ def write_whole(
             raise
     return path
 
-# %% ../nbs/reference/records.ipynb #cebc4512
+# %% ../nbs/reference/records.ipynb #dd936bd1
 @contextmanager
 def whole_folder(
     folder: str | Path,  # the folder to make; it must not exist, or be empty
@@ -50,7 +72,7 @@ def whole_folder(
     "Fill a temporary folder that takes the given name only when the block ends well."
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=_hidden(folder)))
     try:
         yield made
         made.chmod(0o755)
@@ -59,16 +81,18 @@ def whole_folder(
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
-# %% ../nbs/reference/records.ipynb #aa4f9033
+# %% ../nbs/reference/records.ipynb #725af43d
 def read_json(
     path: str | Path,
 ) -> dict:
     "A JSON object from a file; raises LabError that names the file, and the line of a mistake."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+    try: content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise LabError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise LabError(f"{path}: not valid JSON ({e}); the file may be cut short") from None
+    if not isinstance(content, dict): raise LabError(f"{path}: expected a JSON object in braces, got {type(content).__name__}")
+    return content
 
-# %% ../nbs/reference/records.ipynb #100b1254
+# %% ../nbs/reference/records.ipynb #4792185f
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "numpy")
 
 def versions(
@@ -80,6 +104,7 @@ def versions(
         except PackageNotFoundError: return None
     return {"python": platform.python_version(), **{p: one(p) for p in packages}}
 
+# %% ../nbs/reference/records.ipynb #1d867d2f
 def cpu_name() -> str:
     "The processor's own name, where the system tells it."
     info = Path("/proc/cpuinfo")
@@ -94,11 +119,14 @@ def provenance() -> dict:
     return {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command, "cpu": cpu_name(),
             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "system": f"{platform.system()} {platform.machine()}", "versions": versions()}
 
-# %% ../nbs/reference/records.ipynb #ee8fd644
+# %% ../nbs/reference/records.ipynb #fcc08b83
 def peak_memory_gib() -> float:
     "The most memory this process has held so far, in GiB: of the GPU where there is one, else resident in main memory."
     import torch
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 2 ** 30
+    status = Path("/proc/self/status")
+    told = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.M) if status.exists() else None
+    if told: return int(told[1]) / 2 ** 20  # `ru_maxrss` starts at what the process that started this one had held
     import resource
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)

@@ -7,7 +7,7 @@ __all__ = ['answer_losses', 'Score', 'improvement', 'score', 'spread', 'TrainCon
            'fingerprint', 'open_folder', 'save_checkpoint', 'load_checkpoint', 'activation_bytes', 'step_memory',
            'begin', 'run_steps', 'finish', 'train']
 
-# %% ../nbs/10_train.ipynb #867ad9eb
+# %% ../nbs/10_train.ipynb #6924266d
 import json
 import time
 from contextlib import contextmanager
@@ -23,25 +23,26 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .data import Example, Split, batch_indices, collate, data_hash, tokenize
+from .checkpointing import checkpoint_layers
 from .linear4bit import Linear4bit, saved_for_backward
 from .lora import ADAPTER_FILES, add_lora, lora_state, reset_lora, save_adapter, trainable
 from .model import answer, memory_bill
+from .paged import PagedAdamW
 from .records import LabError, peak_memory_gib, provenance, read_json, release_memory, write_whole
 
-# %% ../nbs/10_train.ipynb #6f4f02a3
+# %% ../nbs/10_train.ipynb #43b467e8
 def answer_losses(
     model: nn.Module,
     batch: dict[str, Tensor],  # of `collate`
 ) -> tuple[Tensor, Tensor]:    # nats of each learned token [tokens] float32; the row it stands in [tokens] int64
     "The surprise at each token of the answers; logits are computed at those places alone."
-    device = next(model.parameters()).device
-    batch = {k: v.to(device) for k, v in batch.items()}
-    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)  # the hidden state at t speaks of token t + 1
-    keep = labels != -100
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][keep],))
-    try: logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    device, labels = next(model.parameters()).device, F.pad(batch["labels"][:, 1:], (0, 1), value=-100)  # the hidden state at t speaks of token t + 1
+    places = (labels != -100).view(-1).nonzero()[:, 0]
+    targets, rows, at = labels.view(-1)[places].to(device), (places // labels.shape[1]).to(device), places.to(device)
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[at],))
+    try: logits = model(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device), use_cache=False).logits
     finally: hook.remove()
-    return F.cross_entropy(logits.float(), labels[keep], reduction="none"), keep.nonzero()[:, 0]
+    return F.cross_entropy(logits.float(), targets, reduction="none"), rows
 
 # %% ../nbs/10_train.ipynb #5a160b99
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def spread(
     "At most n of a list, evenly spread over it."
     return [examples[i * len(examples) // n] for i in range(n)] if n < len(examples) else list(examples)
 
-# %% ../nbs/10_train.ipynb #4283771e
+# %% ../nbs/10_train.ipynb #5971cfac
 @dataclass(frozen=True)
 class TrainConfig:
     "What a run does. The defaults train SmolLM2 on docstrings in minutes on two cores; the constant rate after warm-up and the clipping at 0.3 are QLoRA's, the rate itself is higher."
@@ -132,15 +133,22 @@ class TrainConfig:
     eval_examples: int = 64      # held-out examples that are scored, at most
     eval_prompts: int = 5        # held-out prompts that are answered before and after
     checkpoint_every: int = 20   # steps between checkpoints
+    checkpointing: bool = False  # keep each layer's input alone and compute the rest again in the backward pass
+    adapter_dtype: str = "float32"  # of adapters and gradients; bfloat16 halves them
+    optimizer_bits: int = 32     # of AdamW's state; 8 takes a quarter
+    device_budget: int = 0       # MiB of that state on the device at once, the rest paged; 0 for all of it
     seed: int = 0                # of adapters, order and dropout
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "rank", "max_length", "eval_examples", "checkpoint_every"):
             if getattr(self, name) < 1: raise LabError(f"{name}={getattr(self, name)}: expected at least 1")
         if not 0 <= self.dropout < 1: raise LabError(f"dropout={self.dropout}: expected at least 0 and less than 1")
+        if self.adapter_dtype not in ("float32", "bfloat16", "float16"): raise LabError(f"adapter_dtype={self.adapter_dtype!r}: expected float32, bfloat16 or float16")
+        if self.optimizer_bits not in (8, 32): raise LabError(f"optimizer_bits={self.optimizer_bits}: expected 32 or 8")
+        if self.device_budget < 0: raise LabError(f"device_budget={self.device_budget}: expected MiB, or 0 for no limit")
         if self.lr <= 0: raise LabError(f"lr={self.lr}: expected a positive learning rate")
 
-# %% ../nbs/10_train.ipynb #afa4ed0b
+# %% ../nbs/10_train.ipynb #4643eac9
 def attach_adapters(
     model: nn.Module,    # of `load_model`, with either backend
     config: TrainConfig,
@@ -150,12 +158,15 @@ def attach_adapters(
     targets = config.targets if isinstance(config.targets, str) else list(config.targets)
     lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora,
                       target_modules=targets, task_type="CAUSAL_LM")
-    if getattr(model, "is_loaded_in_4bit", False): model = get_peft_model(model, lora)
+    dtype = getattr(torch, config.adapter_dtype)
+    if getattr(model, "is_loaded_in_4bit", False):
+        model = get_peft_model(model, lora)
+        for p in trainable(model): p.data = p.data.to(dtype)
     else:
         lora.base_model_name_or_path = getattr(model, "lab_source", None)
-        add_lora(model, lora)
+        add_lora(model, lora, dtype=dtype)
     reset_lora(model, config.seed)
-    return model
+    return checkpoint_layers(model) if config.checkpointing else model
 
 # %% ../nbs/10_train.ipynb #12eee9f1
 def train_step(
@@ -237,13 +248,11 @@ def open_folder(folder: Path, identity: dict) -> dict | None:
     if odd: raise LabError(f"{folder}: holds another run: {odd[0]} was {record.get('identity', {}).get(odd[0])!r}, now {identity[odd[0]]!r}; name another folder, or delete this one")
     return record
 
-# %% ../nbs/10_train.ipynb #e001a926
+# %% ../nbs/10_train.ipynb #e2a85921
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     "Adapters and optimizer in one file, so that they cannot disagree."
     tensors = {f"adapter.{k}": v for k, v in lora_state(model).items()}
-    for i, p in enumerate(trainable(model)):
-        state = optimizer.state[p]
-        tensors |= {f"exp_avg.{i}": state["exp_avg"].cpu().contiguous(), f"exp_avg_sq.{i}": state["exp_avg_sq"].cpu().contiguous()}
+    for i, state in optimizer.state_dict()["state"].items(): tensors |= {f"optimizer.{i}.{k}": v.cpu().clone() for k, v in state.items()}
     write_whole(folder / "checkpoint" / "state.safetensors", to_bytes(tensors, metadata={"step": str(step)}))
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -257,11 +266,12 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         raise LabError(f"{path}: not a whole checkpoint ({e}); delete it to start the run anew") from None
     for name, p in model.named_parameters():
         if "lora_" in name: p.data.copy_(saved[f"adapter.base_model.model.{name}"])
-    for i, p in enumerate(trainable(model)):
-        optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": saved[f"exp_avg.{i}"].to(p.device), "exp_avg_sq": saved[f"exp_avg_sq.{i}"].to(p.device)}
+    whole = optimizer.state_dict()
+    whole["state"] = {i: {k: saved[f"optimizer.{i}.{k}"] for k in state} for i, state in whole["state"].items()}
+    optimizer.load_state_dict(whole)
     return step
 
-# %% ../nbs/10_train.ipynb #56096ae0
+# %% ../nbs/10_train.ipynb #43c06a21
 def activation_bytes(
     model: nn.Module,
     batch: dict[str, Tensor],  # of `collate`
@@ -273,15 +283,16 @@ def activation_bytes(
 
 def step_memory(
     model: nn.Module,
+    optimizer: PagedAdamW,
     activations: int,  # of the longest batch
 ) -> dict[str, list[int]]:  # component to bytes: here, with a 16-bit base, with full fine-tuning in 16 bit
     "What a training step holds; the columns beside it are arithmetic: 2 bytes a weight, 2 a gradient, 8 of Adam."
-    bill, adapters = memory_bill(model), sum(p.numel() for p in trainable(model))
+    bill, adapters, state = memory_bill(model), sum(p.nbytes for p in trainable(model)), optimizer.device_bytes
     base = bill.drop("adapters", errors="ignore")
     rows = {k: [int(r["bytes"]), int(r["16-bit bytes"]), int(r["16-bit bytes"])] for k, r in base.iterrows()}
     weights = int(base["weights"].sum())
-    return rows | {"adapters": [4 * adapters, 4 * adapters, 0], "gradients": [4 * adapters, 4 * adapters, 2 * weights],
-                   "optimizer": [8 * adapters, 8 * adapters, 8 * weights], "activations": [activations] * 3}
+    return rows | {"adapters": [adapters, adapters, 0], "gradients": [adapters, adapters, 2 * weights],
+                   "optimizer": [state, state, 8 * weights], "activations": [activations] * 3}
 
 # %% ../nbs/10_train.ipynb #fe743e31
 def begin(folder: Path, identity: dict, config: TrainConfig, model: nn.Module, tokenizer, held: list, asked: list[Example]) -> dict:
@@ -314,19 +325,19 @@ def run_steps(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, 
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:.0f} tokens/s, {peak_memory_gib():.2f} GiB")
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps: save_checkpoint(folder, model, optimizer, step + 1)
 
-# %% ../nbs/10_train.ipynb #586472db
-def finish(folder: Path, record: dict, model: nn.Module, tokenizer, held: list, activations: int) -> None:
+# %% ../nbs/10_train.ipynb #2d83c1fa
+def finish(folder: Path, record: dict, model: nn.Module, tokenizer, held: list, memory: dict) -> None:
     "Score, answer, save the adapter, and only then call the run done."
     record["after"] = {"score": asdict(score(model, held))}
     with _dropout_off(model): answers = answer(model, tokenizer, [r["prompt"] for r in record["answers"]])
     for row, text in zip(record["answers"], answers): row["after"] = text
-    record |= {"memory": step_memory(model, activations), "peak_memory_gib": peak_memory_gib(),
+    record |= {"memory": memory, "peak_memory_gib": peak_memory_gib(),
                "seconds": sum(m["seconds"] for m in Run.load(folder).metrics)}
     if hasattr(model, "lora_config"): save_adapter(model, folder / "adapter")
     else: model.save_pretrained(folder / "adapter")
     write_whole(folder / "run.json", json.dumps(record | {"state": "done"}, indent=1))
 
-# %% ../nbs/10_train.ipynb #b33ed716
+# %% ../nbs/10_train.ipynb #597ac51f
 def train(
     model: nn.Module,      # of `load_model`, with either backend
     tokenizer,
@@ -343,9 +354,10 @@ def train(
     held = [tokenize(tokenizer, e, longest) for e in spread(data.held_out, config.eval_examples)]
     asked = spread(data.held_out, config.eval_prompts)
     model = attach_adapters(model, config).train()
-    optimizer = torch.optim.AdamW(trainable(model), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = PagedAdamW(trainable(model), lr=config.lr, weight_decay=config.weight_decay, bits=config.optimizer_bits,
+                           device_budget=config.device_budget << 20 or None)
     if record is None: record = begin(folder, identity, config, model, tokenizer, held, asked)
     activations = activation_bytes(model, collate(sorted(learn, key=lambda t: len(t.ids))[-config.batch_size:]))
     run_steps(folder, model, optimizer, learn, config, progress)
-    finish(folder, record, model, tokenizer, held, activations)
+    finish(folder, record, model, tokenizer, held, step_memory(model, optimizer, activations))
     return Run.load(folder)

@@ -60,6 +60,47 @@ def test_answers_are_wrapped(width):
     assert "(nothing)" in answers and re.search(r"^ +    return 1$", answers, re.M)
 
 
+def test_wrapped_code_keeps_its_indentation():
+    "A long line of code goes on where it began, and does not look like the next statement."
+    text = cli.report(made_up(answers=[{"prompt": "p", "reference": "r", "before": "b", "after": "def f():\n        return " + "word " * 30}]), 60)
+    wrapped = [l for l in text.splitlines() if l.strip().startswith("word")]
+    assert len(wrapped) > 1 and {len(l) - len(l.lstrip()) for l in wrapped} == {13 + 8} and max(map(len, wrapped)) <= 60
+
+
+def test_the_first_conversion_says_how_long_it_takes(capsys, monkeypatch, tmp_path):
+    "Half a minute of silence is not what a newcomer should meet; the second time there is nothing to say."
+    monkeypatch.setenv("QLORA_LAB_CACHE", str(tmp_path))
+    cli._first_time("smollm2-135m-instruct")
+    said = capsys.readouterr().out
+    assert "half a minute" in said and str(tmp_path) in said
+    (tmp_path / "smollm2-135m-instruct").mkdir()
+    (tmp_path / "smollm2-135m-instruct" / "model.safetensors").write_text("")
+    cli._first_time("smollm2-135m-instruct")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_plan_says_whether_it_fits(capsys):
+    "The exit code is for scripts, the words are for people; an unknown name offers the nearest."
+    assert cli.main(["plan", "llama-65b", "--gpu-gib", "48", "--rank", "64", "--checkpointing", "--device-budget", "256", "--adapter-dtype", "bfloat16"]) == 0
+    said = capsys.readouterr().out
+    assert "fits on 48 GiB" in said and "host memory" in said and "tokens, or batches" in said
+    assert cli.main(["plan", "llama-7b", "--gpu-gib", "8", "--batch-size", "4"]) == 1
+    assert "It fits if you change" in capsys.readouterr().out
+    assert cli.main(["plan", "llma-7b"]) == 2 and "did you mean llama-7b" in capsys.readouterr().err
+
+
+def test_a_run_is_planned_before_it_starts(capsys, monkeypatch, jsonl, tiny):
+    "With a warning, and what would help, where the machine has too little."
+    import psutil, torch
+    from qlora_lab.data import load_jsonl, split
+    args = cli.make_parser("train").parse_args(["train", "--model", str(tiny), "--data", str(jsonl)])
+    config, data = cli._config(args, "runs/x"), split(load_jsonl(jsonl), 0.2)
+    line = cli._foresee(args, config, data, torch.device("cpu"))
+    assert line.startswith("memory") and "planned" in line and "warning" not in line, line
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Small", (), {"available": 0})())
+    assert "warning" in cli._foresee(args, config, data, torch.device("cpu"))
+
+
 def test_one_group_has_no_standard_error():
     "Not 'nan'."
     score = {"sums": (8., 9.), "tokens": (2, 2), "groups": ("a", "a")}

@@ -81,8 +81,9 @@ def test_jsonl_in_both_forms(tmp_path):
 
 
 BAD = {"not JSON": ("{oops", "not valid JSON"), "not an object": ("[1]", "expected an object, got list"), "no completion": ({"prompt": "a"}, "'completion'"),
-       "no prompt": ({"completion": "a"}, "'prompt'"), "empty answer": (GOOD | {"completion": "  "}, "empty answer"),
-       "number for text": (GOOD | {"completion": 4}, "should be text, got int"), "null": (GOOD | {"prompt": None}, "should be text, got NoneType"),
+       "no prompt": ({"completion": "a"}, "'prompt'"), "empty answer": (GOOD | {"completion": "  "}, "completion is an empty answer"),
+       "number for text": (GOOD | {"completion": 4}, "completion should be text, got int"), "null": (GOOD | {"prompt": None}, "prompt should be text, got NoneType"),
+       "empty turn": ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}, r"messages\[1\].content is an empty answer"),
        "no turns": ({"messages": []}, "at least one turn"), "messages of text": ({"messages": "hi"}, "should be a list"),
        "odd role": ({"messages": [{"role": "bot", "content": "x"}]}, r"messages\[0\].role"), "turn without content": ({"messages": [{"role": "user"}]}, r"messages\[0\].content"),
        "last by user": ({"messages": [{"role": "user", "content": "x"}]}, "expected 'assistant'")}
@@ -90,10 +91,11 @@ BAD = {"not JSON": ("{oops", "not valid JSON"), "not an object": ("[1]", "expect
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_line_is_named(kind, tmp_path):
-    "File and line first, then what is wrong with it."
+    "File and line first, then what is wrong with it, by the name of the field as it stands in the line."
     row, message = BAD[kind]
     path = write(tmp_path / "mine.jsonl", GOOD, GOOD, row, GOOD)
-    with pytest.raises(LabError, match=rf"mine\.jsonl:3: .*{message}"): load_jsonl(path)
+    with pytest.raises(LabError, match=rf"mine\.jsonl:3: .*{message}") as e: load_jsonl(path)
+    assert ("messages[" in str(e.value)) <= ("messages" in row)
 
 
 def test_bad_files(tmp_path):

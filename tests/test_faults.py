@@ -15,7 +15,7 @@ from qlora_lab import cli
 from qlora_lab.double_quant import quantize_4bit
 from qlora_lab.lora import add_lora, load_adapter, save_adapter
 from qlora_lab.model import load_model, save_quantized
-from qlora_lab.records import LabError, read_json, whole_folder, write_whole
+from qlora_lab.records import LabError
 
 QUICK = ["--steps", "2", "--rank", "2", "--eval-examples", "2", "--eval-prompts", "1", "--checkpoint-every", "1", "--compute-dtype", "float32", "--held-out", "0.2"]
 
@@ -80,7 +80,7 @@ def test_a_nan_in_a_models_file_from_the_command_line(tiny, jsonl, tokenizer, la
 
 # data
 
-@pytest.mark.parametrize("line, parts", [("{oops", ["not valid JSON", "column"]), ('{"prompt": "a"}', ["'completion'"]), ('{"prompt": "a", "completion": " "}', ["empty answer"]),
+@pytest.mark.parametrize("line, parts", [("{oops", ["not valid JSON", "column"]), ('{"prompt": "a"}', ["'completion'"]), ('{"prompt": "a", "completion": " "}', ["completion is an empty answer"]),
                                          ('{"messages": [{"role": "user", "content": "a"}]}', ["expected 'assistant'"])])
 def test_a_bad_line_from_the_command_line(line, parts, jsonl, tiny, lab, tmp_path):
     "File and line, what was expected; before the model is loaded, so at once."
@@ -158,7 +158,17 @@ def test_a_4bit_checkpoint_is_not_written_over_another(tiny, tmp_path):
 
 def test_an_adapter_for_another_model(finished):
     model = make_llama(layers=1)
-    with pytest.raises(LabError, match="made for another model"): load_adapter(model, finished / "adapter")
+    with pytest.raises(LabError, match="made for another model.*missing in this model"): load_adapter(model, finished / "adapter")
+
+
+@pytest.mark.parametrize("base", ["owner/model", None])
+def test_an_adapter_that_names_its_base_or_does_not(base, tmp_path):
+    "Where the file says what it was made for, so does the message; else it does not speak of a base named None."
+    from peft import LoraConfig
+    model = add_lora(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"], base_model_name_or_path=base), seed=0)
+    save_adapter(model, tmp_path)
+    with pytest.raises(LabError, match="made for another model") as e: load_adapter(nn.Sequential(nn.Linear(8, 4)), tmp_path)
+    assert str(e.value).endswith("(the adapter names 'owner/model' as its base)" if base else "in this model")
 
 
 def test_a_folder_that_holds_another_run(finished, tiny, jsonl, lab):
@@ -196,25 +206,14 @@ def test_a_run_cut_short(name, keep, finished, tiny, jsonl, lab, tmp_path):
 
 # files
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    "Full disk, lost power: the old content, and no litter."
-    path = write_whole(tmp_path / "a.json", "old")
-    monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError): write_whole(path, "new")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError):
-        with whole_folder(tmp_path / "m") as made:
-            (made / "half").write_text("x")
-            raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_json_mistakes_name_file_and_line(tmp_path):
-    (tmp_path / "a.json").write_text('{\n "a": 1,\n "b"\n}')
-    with pytest.raises(LabError, match=r"a\.json: not valid JSON.*line 4"): read_json(tmp_path / "a.json")
+@pytest.mark.parametrize("content", ["[1, 2]", "null", "{"])
+def test_an_adapters_config_that_is_no_object(content, finished, tmp_path):
+    "Valid JSON or not: the file is named, and the model stays as it was. (`test_records` has the rest on files.)"
+    shutil.copytree(finished / "adapter", tmp_path / "a")
+    (tmp_path / "a" / "adapter_config.json").write_text(content)
+    model = make_llama()
+    with pytest.raises(LabError, match=r"adapter_config\.json: (expected a JSON object|not valid JSON)"): load_adapter(model, tmp_path / "a")
+    assert not any("lora_" in n for n, _ in model.named_parameters())
 
 
 # the command line itself

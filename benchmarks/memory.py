@@ -1,0 +1,178 @@
+"""The planner against the card: what it says before, and what torch's allocator counts.
+
+    python -m benchmarks.memory            # a GPU with 80 GB; about ten minutes
+    python -m benchmarks.memory --cpu      # SmolLM2 on a CPU, against the process's peak
+
+Writes results/memory_cuda.json or results/memory_cpu.json.
+"""
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+if "claims" in sys.argv: os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before torch starts
+
+import torch
+
+from benchmarks.common import RESULTS, random_batch, random_model, random_peer, save_result
+from qlora_lab.lora import trainable
+from qlora_lab.memory import CONTEXT_GIB, Settings, largest, model_config, plan
+from qlora_lab.paged import PagedAdamW
+from qlora_lab.records import peak_memory_gib, release_memory
+from qlora_lab.train import train_step
+
+PAPER = dict(rank=64, adapter_dtype="bfloat16", checkpointing=True)  # the paper's adapters, on all linear layers
+PAGED = dict(device_budget=256 << 20)
+
+CONFIGURATIONS = [  # name, settings
+    ("smollm2-135m", dict(batch_size=16, sequence=512)),
+    ("smollm2-1.7b", dict(batch_size=4, sequence=512)),
+    ("smollm2-1.7b", dict(batch_size=8, sequence=1024, checkpointing=True, rank=8)),
+    ("smollm2-1.7b", dict(batch_size=2, sequence=1024, quantize=None)),
+    ("qwen2.5-1.5b", dict(batch_size=2, sequence=512, adapter_dtype="bfloat16")),
+    ("qwen2.5-3b", dict(batch_size=4, sequence=1024, checkpointing=True, optimizer_bits=8)),
+    ("llama-7b", dict(**PAPER)),
+    ("llama-7b", dict(**PAPER | dict(checkpointing=False))),
+    ("llama-7b", dict(batch_size=16, sequence=512, **PAPER)),
+    ("llama-7b", dict(batch_size=1, sequence=4096, rank=16, targets=("q_proj", "v_proj"), checkpointing=True)),
+    ("llama-7b", dict(batch_size=2, quantize=None, **PAPER)),
+    ("llama-7b", dict(batch_size=2, accumulation=2, double_quant=False, **PAPER)),
+    ("mistral-7b", dict(batch_size=2, sequence=2048, rank=32, checkpointing=True, adapter_dtype="bfloat16", **PAGED)),
+    ("llama-3-8b", dict(batch_size=4, sequence=1024, **PAPER)),
+    ("llama-3-8b", dict(batch_size=2, sequence=1024, learned=128)),
+    ("qwen2.5-14b", dict(batch_size=1, sequence=2048, rank=16, checkpointing=True)),
+    ("llama-13b", dict(**PAPER)),
+    ("llama-13b", dict(batch_size=1, sequence=1024, rank=16, **PAGED)),
+    ("llama-33b", dict(**PAPER, **PAGED)),
+    ("llama-33b", dict(batch_size=4, sequence=512, **PAPER)),
+    ("llama-65b", dict(**PAPER)),
+    ("llama-65b", dict(**PAPER, **PAGED)),
+    ("llama-2-70b", dict(**PAPER, **PAGED)),
+]
+CLAIMS = [("llama-7b", 8), ("llama-13b", 24), ("llama-33b", 24), ("llama-65b", 48), ("llama-2-70b", 48)]  # model, GiB of the card
+
+
+def peer_optimizer(params, settings: Settings):
+    import bitsandbytes as bnb
+    return (bnb.optim.PagedAdamW32bit if settings.device_budget else bnb.optim.AdamW32bit)(params, lr=1e-4)
+
+
+def one(name: str, settings: Settings, steps: int = 3, peer: bool = False) -> dict:
+    "Peak of torch's allocator over whole training steps, the first one aside, and the time of a step; by the lab, or by peft and bitsandbytes."
+    gc.collect()
+    torch.cuda.empty_cache()
+    model = (random_peer if peer else random_model)(model_config(name), settings)
+    optimizer = peer_optimizer(trainable(model), settings) if peer else \
+        PagedAdamW(trainable(model), lr=1e-4, bits=settings.optimizer_bits, device_budget=settings.device_budget)
+    batches = [random_batch(settings.batch_size, settings.sequence, settings.learned)] * settings.accumulation
+    train_step(model, optimizer, batches, 1e-4, 0.3)
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(steps):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        train_step(model, optimizer, batches, 1e-4, 0.3)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    free, total = torch.cuda.mem_get_info()
+    return {"measured_gib": torch.cuda.max_memory_allocated() / 2 ** 30, "reserved_gib": torch.cuda.max_memory_reserved() / 2 ** 30,
+            "outside_gib": (total - free - torch.cuda.memory_reserved()) / 2 ** 30, "step_s": statistics.median(seconds)}
+
+
+def row(name: str, **settings) -> dict:
+    p = plan(name, **settings)
+    found = one(name, p.settings)
+    found = {"model": name, "settings": asdict(p.settings), "planned_gib": p.total_gib, "moment": p.peak, "parts": p.parts, **found,
+             "error": p.total_gib / found["measured_gib"] - 1, "tokens_per_s": p.settings.batch_size * p.settings.sequence * p.settings.accumulation / found["step_s"]}
+    print(f"{name:14} {found['planned_gib']:7.3f} {found['measured_gib']:7.3f} GiB {found['error']:+8.3%} {found['step_s']:7.3f} s  {settings}", flush=True)
+    return found
+
+
+def peers() -> list[dict]:
+    "The lab and peft + bitsandbytes on the same shapes, one after the other."
+    rows = []
+    for name, settings in (("llama-7b", PAPER), ("llama-65b", PAPER), ("llama-65b", PAPER | PAGED)):
+        for who in ("lab", "peft + bitsandbytes"):
+            found = one(name, Settings(**settings), 5, who != "lab")
+            rows.append({"model": name, "paged": "device_budget" in settings, "who": who, **found, "tokens_per_s": 512 / found["step_s"]})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def claim(name: str, card: int) -> dict:
+    "The longest sequence that the plan says fits, taken under a cap of the card's size; and one a tenth longer, which must not fit."
+    p = plan(name, card, **PAPER, **PAGED)
+    longest, tried = largest(p), []
+    total = torch.cuda.mem_get_info()[1]
+    for sequence in (512, longest, -(-longest * 11 // 10 // 64) * 64):
+        q = p.again(sequence=sequence)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((card - CONTEXT_GIB) * 2 ** 30 / total)
+        try: tried.append({"sequence": sequence, "planned_gib": q.total_gib, "fits_by_plan": q.fits, "outcome": "finished", **one(name, q.settings, 1)})
+        except torch.OutOfMemoryError: tried.append({"sequence": sequence, "planned_gib": q.total_gib, "fits_by_plan": q.fits, "outcome": "out of memory"})
+        finally: torch.cuda.set_per_process_memory_fraction(1.)
+        print(name, card, tried[-1], flush=True)
+    return {"model": name, "card_gib": card, "longest": longest, "tried": tried}
+
+
+def cpu_one(settings: dict) -> None:
+    "A process of its own: load SmolLM2, take three steps, print what was planned and the peak."
+    import psutil
+    from qlora_lab.model import load_model
+    from qlora_lab.train import TrainConfig, attach_adapters
+    import qlora_lab.cli, transformers.models.llama.modeling_llama, peft  # noqa: F401  what a run imports anyway
+    dtype, before = settings.pop("compute_dtype"), psutil.Process().memory_info().rss
+    p = plan("smollm2-135m", device="cpu", dtype="float32", compute_dtype=dtype, process_bytes=before, **settings)
+    model, _ = load_model(compute_dtype=getattr(torch, dtype), dtype=torch.float32, device="cpu")
+    model = attach_adapters(model, TrainConfig(rank=p.settings.rank, checkpointing=p.settings.checkpointing)).train()
+    optimizer = PagedAdamW(trainable(model), lr=1e-4)
+    batches = [random_batch(p.settings.batch_size, p.settings.sequence, p.settings.learned)] * p.settings.accumulation
+    for _ in range(3):
+        train_step(model, optimizer, batches, 1e-4, 0.3)
+        release_memory()
+    print(json.dumps({"planned_gib": p.total_gib, "measured_gib": peak_memory_gib(), "settings": asdict(p.settings), "parts": p.parts}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--only", choices=("configurations", "claims", "peers"))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one: return cpu_one(json.loads(args.one))
+    if args.cpu:
+        rows, own = [], {"MALLOC_MMAP_THRESHOLD_": "262144"}  # glibc: memory of its own for each tensor over 256 KiB, handed back when it is freed
+        for settings in (dict(batch_size=4, sequence=128), dict(batch_size=8, sequence=128, learned=128), dict(batch_size=4, sequence=256, checkpointing=True)):
+            for allocator in ({}, own):
+                out = subprocess.run([sys.executable, "-m", "benchmarks.memory", "--one", json.dumps({"compute_dtype": "bfloat16"} | settings)],
+                                     check=True, capture_output=True, text=True, env=os.environ | allocator)
+                row = json.loads(out.stdout.splitlines()[-1])
+                rows.append(row | {"allocator": "large tensors apart" if allocator else "as it comes", "error": row["planned_gib"] / row["measured_gib"] - 1})
+                print(f"{row['planned_gib']:6.2f} {row['measured_gib']:6.2f} GiB {rows[-1]['error']:+7.1%}  {settings} {rows[-1]['allocator']}", flush=True)
+        return print(save_result("memory_cpu", {"rows": rows}))
+    parts = ("configurations", "claims", "peers")
+    if args.only is None:  # each in a process of its own: bitsandbytes' managed memory stays with the process that asked for it
+        result = {}
+        for part in parts:
+            subprocess.run([sys.executable, "-m", "benchmarks.memory", "--only", part], check=True)
+            result |= {k: v for k, v in json.loads((RESULTS / f"memory_{part}.json").read_text()).items() if k != "provenance"}
+            (RESULTS / f"memory_{part}.json").unlink()
+        return print(save_result("memory_cuda", result))
+    result = {}
+    if args.only == "peers": result["peers"] = peers()
+    if args.only == "configurations":
+        rows = [row(name, **settings) for name, settings in CONFIGURATIONS]
+        errors = [abs(r["error"]) for r in rows]
+        result |= {"median_error": statistics.median(errors), "largest_error": max(errors), "rows": rows}
+        print(f"{len(rows)} configurations: median error {result['median_error']:.3%}, largest {result['largest_error']:.3%}", flush=True)
+    if args.only == "claims": result["claims"] = [claim(*c) for c in CLAIMS]
+    save_result(f"memory_{args.only}", result)
+
+
+if __name__ == "__main__": main()
