@@ -67,10 +67,10 @@ def step_peak(p):
 
 
 @pytest.mark.parametrize("family, settings", [
-    ("llama", dict(dtype="float32")), ("llama", dict(checkpointing=True)), ("llama", dict(adapter_dtype="bfloat16", quantize=None)),
+    ("llama", dict(dtype="float32")), ("llama", dict(checkpointing=True, blocksize=32)), ("llama", dict(adapter_dtype="bfloat16", quantize=None)),
     ("llama", dict(adapter_dtype="bfloat16", checkpointing=True, accumulation=2)), ("mistral", dict(adapter_dtype="bfloat16", checkpointing=True)),
     ("mistral", dict(targets=("q_proj", "v_proj"), double_quant=False)), ("qwen2", dict(dtype="float32", checkpointing=True)),
-    ("qwen2", dict(adapter_dtype="bfloat16", learned=20)), ("qwen3", dict(checkpointing=True)), ("qwen3", dict(adapter_dtype="bfloat16", compute_dtype="float32"))],
+    ("qwen2", dict(adapter_dtype="bfloat16", learned=20)), ("qwen3", dict(checkpointing=True)), ("qwen3", dict(adapter_dtype="bfloat16", compute_dtype="float32", checkpointing=True))],
     ids=lambda v: v if isinstance(v, str) else "-".join(f"{k}={x}" for k, x in v.items()))
 def test_rehearsal_equals_a_live_step(family, settings, lean):
     "To the byte: what a step takes beside the model, and what the model takes."
