@@ -1,9 +1,9 @@
-"""The lab beside peft + bitsandbytes on a CPU: quantize, dequantize, one layer, one training step.
+"""The lab beside peft + bitsandbytes on a CPU: quantize, dequantize, one layer, one training step, loading.
 
     make bench            # or python -m benchmarks.cpu
 
 Prints a table of medians and ratios (above 1: the lab is faster) and writes results/cpu.json. Timed work takes turns in one
-process; peak memory of a training step is that of a process of its own.
+process; loading, and the peak memory of a training step, are those of processes of their own.
 """
 import argparse
 import json
@@ -48,13 +48,18 @@ def one_layer(tokens: int = 512) -> dict[str, dict]:
     return {"one layer 576 to 1536, 512 tokens, both passes": {"lab": lambda: lab(x).backward(g), "bnb": lambda: peer(x).backward(g)}}
 
 
-def training_step(backend: str, dtype: torch.dtype):
-    "A callable that takes one QLoRA step of SmolLM2 on 4 x 128 tokens."
+def training_step(side: str, dtype: torch.dtype | None = None):
+    "A callable that takes one step of SmolLM2 on 4 x 128 tokens: QLoRA by the lab or by peft + bitsandbytes, or peft's LoRA on the float32 model."
+    from peft import LoraConfig, get_peft_model
     from qlora_lab.lora import trainable
     from qlora_lab.model import load_model
     from qlora_lab.train import TrainConfig, attach_adapters, train_step
-    model, _ = load_model(backend=backend, compute_dtype=dtype)
-    model = attach_adapters(model, TrainConfig()).train()
+    if side == "unquantized":
+        model, _ = load_model(quantize=None)
+        model = get_peft_model(model, LoraConfig(r=TrainConfig.rank, lora_alpha=TrainConfig.alpha, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    else:
+        model, _ = load_model(backend=side, compute_dtype=dtype)
+        model = attach_adapters(model, TrainConfig()).train()
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-4)
     ids = torch.randint(0, 49152, (4, 128), generator=torch.Generator().manual_seed(0))
     labels = torch.where(torch.arange(128) >= 112, ids, -100)
@@ -62,10 +67,27 @@ def training_step(backend: str, dtype: torch.dtype):
     return lambda: train_step(model, optimizer, [batch], 1e-4, 0.3)
 
 
-def peak_of_a_step(backend: str, dtype: str) -> float:
+def steps() -> dict[str, dict]:
+    "Steps with the same kind of products on both sides, and as each side does them unless told otherwise, beside LoRA without quantization."
+    rows = {f"training step, 4 x 128 tokens, {str(d)[6:]} products": {side: training_step(side, d) for side in ("lab", "bnb")} for d in (torch.float32, torch.bfloat16)}
+    defaults = {"lab": training_step("lab"), "bnb": training_step("bnb", torch.float32), "unquantized": training_step("unquantized")}
+    return rows | {"training step, 4 x 128 tokens, by default": defaults}
+
+
+def peak_of_a_step(side: str, dtype: str) -> float:
     "Peak resident memory in GiB of a process that loads the model and takes three steps."
-    out = subprocess.run([sys.executable, "-m", "benchmarks.cpu", "--peak", backend, dtype], check=True, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-m", "benchmarks.cpu", "--peak", side, dtype], check=True, capture_output=True, text=True)
     return float(out.stdout.split()[-1])
+
+
+LOADING = {"import torch and transformers": "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM",
+           "lab": "import qlora_lab; qlora_lab.load_model()", "bnb": "import qlora_lab; qlora_lab.load_model(backend='bnb')"}
+
+
+def loading() -> dict[str, dict]:
+    "From nothing to a loaded 4-bit SmolLM2, its weights converted before: whole processes, and of that what importing the libraries takes."
+    sides = {name: lambda code=code: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True) for name, code in LOADING.items()}
+    return {name: spread_of(s) for name, s in interleaved(sides, 5, 1).items()}
 
 
 def main() -> None:
@@ -77,15 +99,15 @@ def main() -> None:
         step = training_step(args.peak[0], getattr(torch, args.peak[1]))
         for _ in range(3): step()
         return print(peak_memory_gib())
-    rows = quantize_and_back() | one_layer()
-    for dtype in (torch.float32, torch.bfloat16):
-        rows[f"training step, 4 x 128 tokens, {str(dtype)[6:]} products"] = {b: training_step(b, dtype) for b in ("lab", "bnb")}
+    rows = quantize_and_back() | one_layer() | steps()
     timed = {name: {side: spread_of(s) for side, s in interleaved(sides, args.rounds).items()} for name, sides in rows.items()}
     peaks = {b: {d: peak_of_a_step(b, d) for d in ("float32", "bfloat16")} for b in ("lab", "bnb")}
+    timed["from nothing to a loaded model"] = loading()
     save_result("cpu", {"timings": timed, "peak_memory_gib": peaks})
-    table = pd.DataFrame({name: {"lab (ms)": t["lab"]["median_ms"], "bitsandbytes (ms)": t["bnb"]["median_ms"],
-                                 "ratio": t["bnb"]["median_ms"] / t["lab"]["median_ms"]} for name, t in timed.items()}).T
-    print(table.round(2).to_string())
+    table = pd.DataFrame({name: {"lab (ms)": t["lab"]["median_ms"], "bitsandbytes (ms)": t["bnb"]["median_ms"], "ratio": t["bnb"]["median_ms"] / t["lab"]["median_ms"],
+                                 "unquantized (ms)": t.get("unquantized", {}).get("median_ms")} for name, t in timed.items()}).T
+    print(table.astype(float).round(2).to_string(na_rep=""))
+    print(f"of loading, imports of torch and transformers: {timed['from nothing to a loaded model']['import torch and transformers']['median_ms']:.0f} ms")
     print("peak memory of three training steps (GiB):", json.dumps(peaks))
 
 

@@ -14,7 +14,7 @@ from types import ModuleType
 
 from . import blockwise, double_quant, nf4
 
-# %% ../nbs/reference/public_names.ipynb #e3000ee2
+# %% ../nbs/reference/public_names.ipynb #d8b0971a
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # its advice at import, to install inference kernels, is not for us
 
 _PUBLIC = {
@@ -41,11 +41,11 @@ def __getattr__(name):
     globals()[name] = value
     return value
 
-def _first_on_gpu(q, dtype):
-    "The first weight that is dequantized on a GPU brings the kernels in."
-    return import_module("qlora_lab.kernels").first_use(q, dtype)
+def _first(operation, device):
+    "A stand-in that brings the kernels in when one is first asked for."
+    return lambda *args: import_module("qlora_lab.kernels").first_use(operation, double_quant.torch.device(device), *args)
 
-double_quant.FASTER["cuda"] = _first_on_gpu
+for key in (("dequantize", "cpu"), ("quantize", "cpu"), ("adapted_linear", "cpu"), ("dequantize", "cuda")): double_quant.FASTER[key] = _first(*key)
 
 def __dir__(): return sorted([*globals(), *_WHERE])
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DYNAMIC8', 'BLOCKSIZES', 'FP4_NIBBLES', 'FP4_PIVOTS', 'FASTER', 'dynamic_map', 'reciprocal', 'quantize_absmax',
-           'dequantize_absmax', 'levels_by_code', 'QuantizedTensor', 'quantize_4bit']
+           'dequantize_absmax', 'levels_by_code', 'faster', 'QuantizedTensor', 'quantize_4bit']
 
 # %% ../nbs/03_double_quant.ipynb #015f4132
 from dataclasses import dataclass, replace
@@ -114,11 +114,15 @@ def _codes_4bit(scaled: Tensor, quant_type: str) -> Tensor:
     negative = scaled <= -torch.finfo(torch.float32).tiny  # the kernels flush subnormal numbers to zero
     return (magnitude[index] | negative * 8).to(torch.uint8)
 
-# %% ../nbs/03_double_quant.ipynb #98affecf
-# device type to a function (tensor, dtype) that dequantizes to the same bits in less time, or returns None; on `meta` there are no bits
-FASTER = {"meta": lambda q, dtype: torch.empty(q.shape, dtype=dtype, device="meta")}
+# %% ../nbs/03_double_quant.ipynb #927afb0a
+FASTER = {("dequantize", "meta"): lambda q, dtype: torch.empty(q.shape, dtype=dtype, device="meta")}  # on `meta` there are no bits
 
-# %% ../nbs/03_double_quant.ipynb #2003dd8d
+def faster(operation: str, device: torch.device, *args):
+    "What the kernel of this operation gives on this device; None where there is none, or it cannot, and the plain path has to do the work."
+    kernel = FASTER.get((operation, device.type))
+    return kernel(*args) if kernel else None
+
+# %% ../nbs/03_double_quant.ipynb #f66466a3
 @dataclass(frozen=True)
 class QuantizedTensor:
     "A weight in 4 bits: packed codes and the statistics to undo them, byte for byte what bitsandbytes holds."
@@ -154,8 +158,7 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         "The weight again, in `dtype` or its own: level times scale in float32, rounded once."
-        fast = FASTER.get(self.packed.device.type)
-        weight = fast(self, dtype or self.dtype) if fast else None
+        weight = faster("dequantize", self.packed.device, self, dtype or self.dtype)
         if weight is not None: return weight
         flat = dequantize_packed(self.packed, self.absmax, levels_by_code(self.quant_type), self.blocksize, prod(self.shape), dtype or self.dtype)
         return flat.view(self.shape)
@@ -179,7 +182,20 @@ class QuantizedTensor:
         return cls(packed.view(torch.uint8).reshape(-1, 1), state.absmax, torch.Size(state.shape), state.dtype, state.blocksize, state.quant_type,
                    state.state2.absmax if state.nested else None, state.offset)
 
-# %% ../nbs/03_double_quant.ipynb #a51873d0
+# %% ../nbs/03_double_quant.ipynb #0d76e0dc
+def _quantize_blocks(w: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    "(packed, absmax [blocks] float32): the first level, by the rules that bitsandbytes follows on the same device."
+    n, blocks = w.numel(), to_blocks(w.float(), blocksize)
+    absmax = blocks.abs().amax(1)
+    scaled = blocks * reciprocal(absmax.clamp(min=1e-38))[:, None]
+    if n % blocksize and w.device.type == "cpu":  # bitsandbytes divides a partial last block on a CPU
+        absmax[-1].clamp_(min=1e-38)
+        scaled[-1] = blocks[-1] / absmax[-1]
+    codes = _codes_4bit(scaled, quant_type)
+    if w.device.type != "cpu": codes[absmax == 0] = 0  # a block of zeros is all code 0 on a GPU, code of 0.0 on a CPU
+    return pack_4bit(codes.view(-1)[:n + n % 2]), absmax
+
+# %% ../nbs/03_double_quant.ipynb #9ada8e59
 def quantize_4bit(
     w: Tensor,                  # any shape, float32, bfloat16 or float16
     quant_type: str = "nf4",    # name of a code book with at most 16 levels
@@ -190,15 +206,7 @@ def quantize_4bit(
     _check_input(w, blocksize)
     if blocksize not in BLOCKSIZES: raise ValueError(f"block size {blocksize}: expected one of {', '.join(map(str, BLOCKSIZES))}")
     levels_by_code(quant_type)
-    n, blocks = w.numel(), to_blocks(w.detach().float(), blocksize)
-    absmax = blocks.abs().amax(1)
+    packed, absmax = faster("quantize", w.device, w.detach(), quant_type, blocksize) or _quantize_blocks(w.detach(), quant_type, blocksize)
     _check_finite(w, absmax)
-    scaled = blocks * reciprocal(absmax.clamp(min=1e-38))[:, None]
-    if n % blocksize and w.device.type == "cpu":  # bitsandbytes divides a partial last block on a CPU
-        absmax[-1].clamp_(min=1e-38)
-        scaled[-1] = blocks[-1] / absmax[-1]
-    codes = _codes_4bit(scaled, quant_type)
-    if w.device.type != "cpu": codes[absmax == 0] = 0  # a block of zeros is all code 0 on a GPU, code of 0.0 on a CPU
-    packed = pack_4bit(codes.view(-1)[:n + n % 2])
     stats = quantize_absmax(absmax) if double_quant else (absmax, None, None)
     return QuantizedTensor(packed, stats[0], w.shape, w.dtype, blocksize, quant_type, *stats[1:])

@@ -7,7 +7,7 @@ __all__ = ['KNOWN', 'FAMILIES', 'ROUNDED', 'LIBRARY_BYTES', 'CONTEXT_GIB', 'FRAG
            'empty_quantized', 'empty_model', 'empty_batch', 'watch_step', 'Moment', 'cuda_block', 'held_bytes',
            'MemoryPlan', 'plan', 'cards', 'largest', 'advice', 'ledger']
 
-# %% ../nbs/12_memory.ipynb #d7286006
+# %% ../nbs/12_memory.ipynb #4595abd1
 import json
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpointing import MemoryTimeline, checkpoint_layers, decoder_layers
-from .double_quant import BLOCKSIZES, QuantizedTensor, levels_by_code
+from .double_quant import BLOCKSIZES, FASTER, QuantizedTensor, levels_by_code
 from .linear4bit import Linear4bit, set_submodule
 from .lora import add_lora, trainable
 from .model import _component, _four_bit_parts
@@ -287,21 +287,23 @@ def held_bytes(
         rows[kind] += times * rounded(t.nbytes)
     return dict(rows)
 
-# %% ../nbs/12_memory.ipynb #b39bf9fe
+# %% ../nbs/12_memory.ipynb #4abf18b5
 LIBRARY_BYTES = {"cuda": 66 << 20, "cpu": 0}  # work space that cuBLAS and cuBLASLt take from torch's allocator, once for the main thread and once for autograd's (32 + 1 MiB each on a Hopper GPU, less on older ones)
 CONTEXT_GIB = 0.85                   # CUDA context and loaded kernels, outside torch's allocator: card in use minus torch's reserve, on an H100
 FRAGMENTS = 0.02                     # share of its memory that torch's allocator cannot use for want of whole pieces, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 
 @lru_cache(maxsize=256)
-def _rehearse(config_json: str, s: Settings) -> tuple[dict[str, Moment], dict[str, int], int]:
-    "Moments, bytes held all the time and trainable parameters, from a rehearsal of at most three layers."
+def _rehearse(config_json: str, s: Settings, kernel: Callable | None) -> tuple[dict[str, Moment], dict[str, int], int]:
+    "Moments, bytes held all the time and trainable parameters, from a rehearsal of at most three layers, with the adapted layers that the device's kernel makes of them."
     config = model_config(json.loads(config_json))
     layers, few = config.num_hidden_layers, min(3, config.num_hidden_layers)
     model, rounded = empty_model(config, s, few), ROUNDED[s.device]
     adapters = trainable(decoder_layers(model)[0])
     if s.accumulation > 1:
         for p in trainable(model): p.grad = torch.empty_like(p)
-    timeline = watch_step(model, empty_batch(s), rounded)
+    FASTER["adapted_linear", "meta"] = kernel
+    try: timeline = watch_step(model, empty_batch(s), rounded)
+    finally: del FASTER["adapted_linear", "meta"]
     moments = _moments(timeline, layers, few, sum(rounded(p.nbytes) for p in adapters), s.accumulation > 1)
     return moments, held_bytes(model, layers, rounded), layers * sum(ceil(p.numel() / BLOCK) * BLOCK for p in adapters)
 
@@ -370,7 +372,7 @@ def _again(self, **changes) -> MemoryPlan:
 
 MemoryPlan.total_gib, MemoryPlan.card_gib, MemoryPlan.fits, MemoryPlan.again = property(_total_gib), property(_card_gib), property(_fits), _again
 
-# %% ../nbs/12_memory.ipynb #8a9c2108
+# %% ../nbs/12_memory.ipynb #2386d772
 def plan(
     model: "str | Path | dict | PretrainedConfig",  # a known name, a config.json or its folder, or its content
     gpu_gib: float | None = None,  # memory of the card
@@ -383,7 +385,7 @@ def plan(
     s = Settings(**settings)
     if gpu_gib is not None and not gpu_gib > 0: raise LabError(f"gpu_gib={gpu_gib}: expected a positive number")
     text = json.dumps(config.to_dict(), default=str)
-    moments, held, padded = _rehearse(text, replace(s, optimizer_bits=32, device_budget=None))
+    moments, held, padded = _rehearse(text, replace(s, optimizer_bits=32, device_budget=None), FASTER.get(("adapted_linear", s.device)))
     state, host, work = _optimizer(padded, s)
     gradients = held["adapters"]
     if s.accumulation > 1: held = held | {"gradients of earlier passes": gradients}

@@ -112,11 +112,11 @@ def spread(
     "At most n of a list, evenly spread over it."
     return [examples[i * len(examples) // n] for i in range(n)] if n < len(examples) else list(examples)
 
-# %% ../nbs/10_train.ipynb #5971cfac
+# %% ../nbs/10_train.ipynb #720e9d67
 @dataclass(frozen=True)
 class TrainConfig:
     "What a run does. The defaults train SmolLM2 on docstrings in minutes on two cores; the constant rate after warm-up and the clipping at 0.3 are QLoRA's, the rate itself is higher."
-    folder: str = "runs/docstrings"  # where the run lives
+    folder: str | Path = "runs/docstrings"  # where the run lives
     steps: int = 100             # optimizer steps
     batch_size: int = 4          # examples a forward pass
     accumulation: int = 2        # forward passes an optimizer step
@@ -294,10 +294,10 @@ def step_memory(
     return rows | {"adapters": [adapters, adapters, 0], "gradients": [adapters, adapters, 2 * weights],
                    "optimizer": [state, state, 8 * weights], "activations": [activations] * 3}
 
-# %% ../nbs/10_train.ipynb #fe743e31
+# %% ../nbs/10_train.ipynb #38426038
 def begin(folder: Path, identity: dict, config: TrainConfig, model: nn.Module, tokenizer, held: list, asked: list[Example]) -> dict:
     "What is known before the first step: the configuration, the machine, the held-out loss and the answers of the untrained model."
-    record = {"state": "running", "identity": identity, "config": asdict(config), "provenance": provenance(),
+    record = {"state": "running", "identity": identity, "config": asdict(config) | {"folder": str(config.folder)}, "provenance": provenance(),
               "before": {"score": asdict(score(model, held))}}
     answers = answer(model, tokenizer, [e.prompt for e in asked])
     record["answers"] = [{"prompt": e.prompt, "reference": e.answer, "before": a} for e, a in zip(asked, answers)]

@@ -14,6 +14,7 @@ from benchmarks.common import random_batch
 from qlora_lab import memory
 from qlora_lab.checkpointing import checkpoint_layers, decoder_layers
 from qlora_lab.double_quant import FASTER
+from qlora_lab.kernels import use_kernels
 from qlora_lab.linear4bit import quantize_model
 from qlora_lab.lora import add_lora, trainable
 from qlora_lab.memory import CARDS, Settings, advice, cards, cuda_block, empty_batch, empty_model, largest, ledger, model_config, plan, watch_step
@@ -36,7 +37,8 @@ def one_thread():
 @pytest.fixture
 def lean(monkeypatch):
     "Unpack 4-bit weights on the CPU as a GPU's kernel does, without work space."
-    monkeypatch.setitem(FASTER, "cpu", lambda q, dtype: torch.zeros(q.shape, dtype=dtype))
+    use_kernels()
+    monkeypatch.setitem(FASTER, ("dequantize", "cpu"), lambda q, dtype: torch.zeros(q.shape, dtype=dtype))
 
 
 def tiny(family="llama", layers=4, kv=2, tied=False):

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from qlora_lab.blockwise import midpoints, codebook
 from qlora_lab.double_quant import BLOCKSIZES, QuantizedTensor, quantize_4bit
+from qlora_lab.kernels import use_kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -19,6 +20,14 @@ SHAPES = {
     "rows": lambda r: (r.randint(1, 300), 2 * r.randint(1, 500)), "odd": lambda r: (r.randint(1, 201), 2 * r.randint(0, 250) + 1),
     "flat": lambda r: (r.randint(1, 100_000),), "big": lambda r: (512, 1024), "zeros": lambda r: (64, 512), "transposed": lambda r: (300, 400),
     "ties": lambda r: (r.randint(1, 100), r.randint(1, 500)), "three": lambda r: (3, r.randint(1, 50), r.randint(1, 200)), "wide": lambda r: (4, 4096)}
+
+
+@pytest.fixture(autouse=True, scope="module", params=["kernels", "plain"])
+def path(request):
+    "Everything here by both paths."
+    use_kernels(request.param == "kernels")
+    yield
+    use_kernels()
 
 
 def make(kind, dtype, device, r):

@@ -1,0 +1,194 @@
+"""What is faster is the same: kernels against the plain path, and the plain path where kernels cannot be had.
+
+Protects: bytes and bits of the C functions, values and gradients of the adapted layer, the switch, and the notice where there is no compiler.
+tests/test_parity.py runs every comparison with bitsandbytes by both paths.
+"""
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from qlora_lab import kernels
+from qlora_lab.blockwise import dequantize_packed
+from qlora_lab.double_quant import BLOCKSIZES, FASTER, _quantize_blocks, faster, levels_by_code, quantize_4bit
+from qlora_lab.kernels import adapted_linear, compiled, dequantize_c, quantize_c, use_kernels
+from qlora_lab.linear4bit import Linear4bit
+from qlora_lab.lora import LoRALinear
+
+needs_compiler = pytest.mark.skipif(compiled() is None, reason="no C compiler")
+
+
+@pytest.fixture(autouse=True)
+def switched_on_again():
+    yield
+    compiled.cache_clear()
+    use_kernels()
+
+
+@needs_compiler
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(values=st.lists(st.floats(-2. ** 100, 2. ** 100, width=32), min_size=1, max_size=64), blocks=st.integers(1, 300), blocksize=st.sampled_from(BLOCKSIZES),
+       quant_type=st.sampled_from(["nf4", "fp4", "int4", "fp4_e2m1", "af4"]), nested=st.booleans(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_c_functions_give_the_plain_bits(values, blocks, blocksize, quant_type, nested, dtype):
+    "Denormals, huge numbers, signed zeros, zeros alone: whatever the search comes up with."
+    blocks = min(blocks, 300 * 64 // blocksize + 1)
+    w = torch.tensor(values).repeat(blocks * blocksize // len(values) + 1)[:blocks * blocksize].to(dtype)
+    if not w.isfinite().all(): return
+    for ours, plain in zip(quantize_c(w, quant_type, blocksize), _quantize_blocks(w, quant_type, blocksize)): assert torch.equal(ours, plain)
+    q = quantize_4bit(w, quant_type, blocksize, nested)
+    for to in (torch.float32, torch.bfloat16):
+        plain = dequantize_packed(q.packed, q.absmax, levels_by_code(quant_type), blocksize, len(w), to)
+        bits = torch.int32 if to == torch.float32 else torch.int16
+        assert torch.equal(dequantize_c(q, to).view(bits), plain.view(bits))
+
+
+@needs_compiler
+def test_what_the_c_functions_leave_to_the_plain_path():
+    "A partial last block, float16, rows that are not side by side: the same call, the same bytes."
+    w = torch.randn(5, 77, generator=torch.Generator().manual_seed(0))
+    assert quantize_c(w, "nf4", 64) is None and dequantize_c(quantize_4bit(w), torch.float32) is None
+    assert dequantize_c(quantize_4bit(torch.ones(64, 64)), torch.float16) is None
+    across = torch.randn(128, 64, generator=torch.Generator().manual_seed(0)).t()
+    assert torch.equal(quantize_4bit(across).packed, quantize_4bit(across.contiguous()).packed)
+
+
+@needs_compiler
+def test_a_bad_number_is_named_by_both_paths():
+    w = torch.ones(4, 64)
+    w[2, 5] = torch.nan
+    for on in (True, False):
+        use_kernels(on)
+        with pytest.raises(ValueError, match=r"nan at index \[2, 5\]"): quantize_4bit(w)
+
+
+@pytest.mark.parametrize("path, cc", [("", None), (None, "/bin/false")], ids=["none", "broken"])
+def test_without_a_compiler_one_notice_and_the_same_bytes(path, cc, monkeypatch, tmp_path):
+    w = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    usual = quantize_4bit(w)
+    monkeypatch.setenv("QLORA_LAB_CACHE", str(tmp_path))
+    if path is not None: monkeypatch.setenv("PATH", path)
+    if cc: monkeypatch.setenv("CC", cc)
+    compiled.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert not use_kernels()["cpu"] and not use_kernels()["cpu"]
+        plain = quantize_4bit(w)
+    assert len(said) == 1 and "plain torch operations" in str(said[0].message) and "\n" not in str(said[0].message)
+    assert ("dequantize", "cpu") not in FASTER
+    assert torch.equal(plain.packed, usual.packed) and torch.equal(plain.dequantize(), usual.dequantize())
+
+
+@needs_compiler
+def test_a_library_cut_short_is_no_disaster(tmp_path):
+    "The cache folder holds half a file: one notice, the plain path, right bytes."
+    code = "import torch; from qlora_lab.double_quant import quantize_4bit; print(quantize_4bit(torch.ones(64, 64)).dequantize().eq(1).all().item())"
+    def run(): return subprocess.run([sys.executable, "-c", code], env=os.environ | {"QLORA_LAB_CACHE": str(tmp_path)}, capture_output=True, text=True, check=True)
+    assert "no C kernels" not in run().stderr
+    made, = tmp_path.rglob("*.so")
+    made.write_bytes(made.read_bytes()[:100])
+    again = run()
+    assert again.stdout.strip() == "True" and again.stderr.count("no C kernels") == 1
+
+
+def test_the_environment_switches_them_off():
+    "QLORA_LAB_KERNELS=0 holds from the first weight on."
+    code = "import torch; from qlora_lab.double_quant import FASTER, quantize_4bit; quantize_4bit(torch.ones(64, 64)).dequantize(); print(sorted(d for _, d in FASTER))"
+    out = subprocess.run([sys.executable, "-c", code], env=os.environ | {"QLORA_LAB_KERNELS": "0"}, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "['meta']"
+
+
+def plain_layer(layer, x):
+    use_kernels(False)
+    try: return layer(x)
+    finally: use_kernels()
+
+
+def both_ways(layer, x, need=True):
+    "Output and every gradient, by the kernel and by lesson 06."
+    found = []
+    for forward in (adapted_linear, plain_layer):
+        layer.zero_grad()
+        given = x.clone().requires_grad_(need)
+        torch.manual_seed(1)
+        y = forward(layer, given)
+        (y.float().cos().sum() if y.requires_grad else y).backward()
+        found.append([y.detach(), given.grad, layer.lora_A.weight.grad, layer.lora_B.weight.grad])
+    return zip(*found)
+
+
+def adapted(compute_dtype=None, bias=False, dropout=0., dtype=torch.float32, adapter=torch.float32, r=8, alpha=30):
+    torch.manual_seed(0)
+    layer = LoRALinear(Linear4bit.from_linear(nn.Linear(96, 160, bias=bias, dtype=dtype), compute_dtype=compute_dtype), r, alpha, dropout, dtype=adapter)
+    nn.init.normal_(layer.lora_B.weight, std=0.05)
+    return layer
+
+
+@pytest.mark.parametrize("dropout", [0., 0.3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("compute, tolerance", [(None, 2e-6), (torch.bfloat16, 1e-2)], ids=["float32", "bfloat16 products"])
+@pytest.mark.parametrize("shape", [(96,), (7, 96), (2, 5, 96)], ids=str)
+def test_an_adapted_layer_is_its_parts(shape, compute, tolerance, bias, dropout):
+    layer, x = adapted(compute, bias, dropout), torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    for ours, plain in both_ways(layer, x): assert ours.shape == plain.shape and (ours - plain).norm() <= tolerance * plain.norm()
+
+
+def test_an_adapted_layer_in_bfloat16_throughout():
+    "As on a GPU: within the rounding of bfloat16, in the types that the plain path gives."
+    layer = adapted(dtype=torch.bfloat16)
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
+    for ours, plain in both_ways(layer, x):
+        assert ours.dtype == plain.dtype and (ours.float() - plain.float()).norm() <= 1e-2 * plain.float().norm()
+
+
+def test_an_input_without_gradient_gets_none():
+    layer, x = adapted(), torch.randn(7, 96, generator=torch.Generator().manual_seed(2))
+    (_, (gx, plain), *grads) = both_ways(layer, x, need=False)
+    assert gx is None and plain is None and all((a - b).norm() <= 2e-6 * b.norm() for a, b in grads)
+
+
+def test_a_changed_weight_is_noticed():
+    "Packed bytes that change between the passes would give wrong gradients in silence."
+    layer, x = adapted(), torch.randn(7, 96, requires_grad=True)
+    y = adapted_linear(layer, x)
+    layer.base_layer.weight.data.add_(0)  # not seen by autograd: allowed
+    layer.base_layer.stats.add_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"): y.sum().backward()
+
+
+def test_what_an_adapted_layer_leaves_to_the_plain_path():
+    x = torch.randn(2, 96)
+    assert adapted_linear(LoRALinear(nn.Linear(96, 160)), x) is None
+    assert adapted_linear(adapted(), x.half()) is None
+    trained = adapted(bias=True)
+    trained.base_layer.bias.requires_grad_()
+    assert adapted_linear(trained, x) is None
+    with torch.autocast("cpu", torch.bfloat16): assert adapted_linear(adapted(), x) is None
+
+
+def test_a_layer_uses_the_kernel_and_the_switch_reaches_it(monkeypatch):
+    "Without this, every comparison above could be of the plain path with itself."
+    layer, x, used = adapted(), torch.randn(2, 96), []
+    monkeypatch.setitem(FASTER, ("adapted_linear", "cpu"), lambda *args: used.append(1) or adapted_linear(*args))
+    layer(x)
+    assert used
+    use_kernels(False)
+    layer(x)
+    assert len(used) == 1 and faster("adapted_linear", x.device, layer, x) is None
+
+
+def test_a_run_ends_the_same_by_both_paths(tiny, data, tmp_path):
+    "Ten steps: the same losses within rounding, by kernels and by plain torch."
+    from qlora_lab.model import load_model
+    from qlora_lab.train import TrainConfig, train
+    losses = []
+    for on in (True, False):
+        use_kernels(on)
+        model, tokenizer = load_model(tiny, compute_dtype=torch.float32)
+        run = train(model, tokenizer, data, TrainConfig(folder=tmp_path / str(on), steps=10, batch_size=2, rank=4, lr=5e-3, eval_examples=8, eval_prompts=1), progress=False)
+        losses.append([*run.losses, run.after.loss])
+    assert losses[0][-1] < losses[0][0] and max(abs(a - b) for a, b in zip(*losses)) < 1e-4
