@@ -1,6 +1,6 @@
 """The planner against the card: what it says before, and what torch's allocator counts.
 
-    python -m benchmarks.memory            # a GPU with 80 GB; about ten minutes
+    python -m benchmarks.memory            # a GPU with 80 GB; about five minutes
     python -m benchmarks.memory --cpu      # SmolLM2 on a CPU, against the process's peak
 
 Writes results/memory_cuda.json or results/memory_cpu.json.
@@ -54,6 +54,8 @@ CONFIGURATIONS = [  # name, settings
     ("llama-65b", dict(**PAPER, **PAGED)),
     ("llama-2-70b", dict(**PAPER, **PAGED)),
 ]
+CPU = [dict(batch_size=4, sequence=128), dict(batch_size=4, sequence=128, compute_dtype="float32"), dict(batch_size=8, sequence=128, learned=128),
+       dict(batch_size=4, sequence=256, checkpointing=True), dict(batch_size=1, sequence=512, rank=64)]
 CLAIMS = [("llama-7b", 8), ("llama-13b", 24), ("llama-33b", 24), ("llama-65b", 48), ("llama-2-70b", 48)]  # model, GiB of the card
 
 
@@ -124,10 +126,14 @@ def claim(name: str, card: int) -> dict:
 def cpu_one(settings: dict) -> None:
     "A process of its own: load SmolLM2, take three steps, print what was planned and the peak."
     import psutil
+    from transformers import AutoTokenizer
+    from qlora_lab.assets import smollm2_folder
     from qlora_lab.model import load_model
     from qlora_lab.train import TrainConfig, attach_adapters
     import qlora_lab.cli, transformers.models.llama.modeling_llama, peft  # noqa: F401  what a run imports anyway
-    dtype, before = settings.pop("compute_dtype"), psutil.Process().memory_info().rss
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())  # noqa: F841  and reads before it plans
+    dtype, before, handed_back = settings.pop("compute_dtype"), psutil.Process().memory_info().rss, settings.pop("handed_back")
+    if not handed_back: sys.modules["qlora_lab.train"].release_memory = lambda: None
     p = plan("smollm2-135m", device="cpu", dtype="float32", compute_dtype=dtype, process_bytes=before, **settings)
     model, _ = load_model(compute_dtype=getattr(torch, dtype), dtype=torch.float32, device="cpu")
     model = attach_adapters(model, TrainConfig(rank=p.settings.rank, checkpointing=p.settings.checkpointing)).train()
@@ -135,8 +141,8 @@ def cpu_one(settings: dict) -> None:
     batches = [random_batch(p.settings.batch_size, p.settings.sequence, p.settings.learned)] * p.settings.accumulation
     for _ in range(3):
         train_step(model, optimizer, batches, 1e-4, 0.3)
-        release_memory()
-    print(json.dumps({"planned_gib": p.total_gib, "measured_gib": peak_memory_gib(), "settings": asdict(p.settings), "parts": p.parts}))
+        if handed_back: release_memory()
+    print(json.dumps({"planned_gib": p.total_gib, "measured_gib": peak_memory_gib(), "handed_back": handed_back, "settings": asdict(p.settings), "parts": p.parts}))
 
 
 def main() -> None:
@@ -147,14 +153,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.one: return cpu_one(json.loads(args.one))
     if args.cpu:
-        rows, own = [], {"MALLOC_MMAP_THRESHOLD_": "262144"}  # glibc: memory of its own for each tensor over 256 KiB, handed back when it is freed
-        for settings in (dict(batch_size=4, sequence=128), dict(batch_size=8, sequence=128, learned=128), dict(batch_size=4, sequence=256, checkpointing=True)):
-            for allocator in ({}, own):
-                out = subprocess.run([sys.executable, "-m", "benchmarks.memory", "--one", json.dumps({"compute_dtype": "bfloat16"} | settings)],
-                                     check=True, capture_output=True, text=True, env=os.environ | allocator)
+        rows = []
+        for settings in CPU:
+            for handed_back in (True, False):
+                asked = json.dumps({"compute_dtype": "bfloat16", "handed_back": handed_back} | settings)
+                out = subprocess.run([sys.executable, "-m", "benchmarks.memory", "--one", asked], check=True, capture_output=True, text=True)
                 row = json.loads(out.stdout.splitlines()[-1])
-                rows.append(row | {"allocator": "large tensors apart" if allocator else "as it comes", "error": row["planned_gib"] / row["measured_gib"] - 1})
-                print(f"{row['planned_gib']:6.2f} {row['measured_gib']:6.2f} GiB {rows[-1]['error']:+7.1%}  {settings} {rows[-1]['allocator']}", flush=True)
+                rows.append(row | {"error": row["planned_gib"] / row["measured_gib"] - 1})
+                print(f"{row['planned_gib']:6.2f} {row['measured_gib']:6.2f} GiB {rows[-1]['error']:+7.1%}  {asked}", flush=True)
         return print(save_result("memory_cpu", {"rows": rows}))
     parts = ("configurations", "claims", "peers")
     if args.only is None:  # each in a process of its own: bitsandbytes' managed memory stays with the process that asked for it

@@ -18,15 +18,17 @@ from .blockwise import (_check_finite, _check_input, codebook, dequantize_blockw
                                  nearest_code, pack_4bit, register_codebook, to_blocks)
 from .nf4 import NF4
 
-# %% ../nbs/03_double_quant.ipynb #34be334e
-def dynamic_map() -> Tensor:  # [256] float32, ascending, from -0.993 to 1
-    "The signed dynamic 8-bit code: a decimal exponent from -6 to 0, and what bits are left for a linear fraction. Dettmers 2016, arXiv 1511.04561."
+# %% ../nbs/03_double_quant.ipynb #cce69b06
+def dynamic_map(
+    signed: bool = True,  # without a sign, its bit goes to the fraction
+) -> Tensor:              # [256] float32, ascending, from -0.993 or 0 to 1
+    "The dynamic 8-bit code: a decimal exponent from -6 to 0, and what bits are left for a linear fraction. Dettmers 2016, arXiv 1511.04561."
     positive = []
     for e in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** e + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (e if signed else e + 1) + 1)
         positive.append(10. ** (e - 6) * (edges[:-1] + edges[1:]) / 2)
-    positive = torch.cat(positive)
-    return torch.cat([-positive, torch.tensor([0., 1.]), positive]).sort().values
+    negative = [-p for p in positive] if signed else []
+    return torch.cat([*negative, torch.tensor([0., 1.]), *positive]).sort().values
 
 DYNAMIC8 = register_codebook("dynamic8", dynamic_map())
 

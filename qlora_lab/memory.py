@@ -7,7 +7,7 @@ __all__ = ['KNOWN', 'FAMILIES', 'ROUNDED', 'LIBRARY_BYTES', 'CONTEXT_GIB', 'FRAG
            'empty_quantized', 'empty_model', 'empty_batch', 'watch_step', 'Moment', 'cuda_block', 'held_bytes',
            'MemoryPlan', 'plan', 'cards', 'largest', 'advice', 'ledger']
 
-# %% ../nbs/12_memory.ipynb #4595abd1
+# %% ../nbs/12_memory.ipynb #9e01dab3
 import json
 from collections import defaultdict
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from .checkpointing import MemoryTimeline, checkpoint_layers, decoder_layers
 from .double_quant import BLOCKSIZES, FASTER, QuantizedTensor, levels_by_code
 from .linear4bit import Linear4bit, set_submodule
 from .lora import add_lora, trainable
-from .model import _component, _four_bit_parts
+from .model import held_tensors
 from .paged import BLOCK, FORMATS, adamw, page_parameters, read_moments, state_bytes, write_moments
 from .records import LabError, read_json
 from .train import answer_losses
@@ -261,19 +261,7 @@ def cuda_block(
 
 ROUNDED = {"cuda": cuda_block, "cpu": int}
 
-# %% ../nbs/12_memory.ipynb #bd71aa74
-def _tensors(model: nn.Module):
-    "(component, tensor, its module's name) of all that a model holds; shared tensors once."
-    seen = set()
-    for name, m in model.named_modules():
-        parts = _four_bit_parts(m)
-        own = [("4-bit codes", parts[0]), *(("quantization statistics", t) for t in parts[2])] if parts else []
-        own += [("norms and biases" if parts else _component(name, m), p) for p in m.parameters(recurse=False) if not (parts and p is parts[0])]
-        for kind, t in own:
-            if t is None or id(t) in seen: continue
-            seen.add(id(t))
-            yield kind, t, name
-
+# %% ../nbs/12_memory.ipynb #9773ae14
 def held_bytes(
     model: nn.Module,     # on the meta device, of a few layers
     layers: int,          # how many the real one has
@@ -282,13 +270,14 @@ def held_bytes(
     "What a model of that many layers holds all the time."
     rows, few = defaultdict(int), decoder_layers(model)
     inside = {id(t): i for i, layer in enumerate(few) for m in layer.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
-    for kind, t, _ in _tensors(model):
+    for kind, t, _ in held_tensors(model):
         times = 1 + (layers - len(few)) * (inside.get(id(t)) == min(1, len(few) - 1))
         rows[kind] += times * rounded(t.nbytes)
     return dict(rows)
 
-# %% ../nbs/12_memory.ipynb #4abf18b5
-LIBRARY_BYTES = {"cuda": 66 << 20, "cpu": 0}  # work space that cuBLAS and cuBLASLt take from torch's allocator, once for the main thread and once for autograd's (32 + 1 MiB each on a Hopper GPU, less on older ones)
+# %% ../nbs/12_memory.ipynb #b0af49b1
+LIBRARY_BYTES = {"cuda": 66 << 20,  # work space that cuBLAS and cuBLASLt take from torch's allocator, once for the main thread and once for autograd's (32 + 1 MiB each on a Hopper GPU, less on older ones)
+                 "cpu": 32 << 20}   # what a process holds more after its first, tiny step: the code and work space of MKL and oneDNN, on one machine
 CONTEXT_GIB = 0.85                   # CUDA context and loaded kernels, outside torch's allocator: card in use minus torch's reserve, on an H100
 FRAGMENTS = 0.02                     # share of its memory that torch's allocator cannot use for want of whole pieces, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 
@@ -473,7 +462,7 @@ def _step_parts(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, int]:
     m = _highest(*_moments(timeline, len(layers), len(layers), sum(p.nbytes for p in trainable(layers[0])), False).values())
     return {"gradients": m.gradients, "activations": m.activations, "logits and loss": m.logits, "work in flight": m.in_flight}
 
-# %% ../nbs/12_memory.ipynb #1472d8cc
+# %% ../nbs/12_memory.ipynb #6bb18379
 def ledger(
     model: nn.Module,                 # live, on any device
     optimizer: "torch.optim.Optimizer | None" = None,
@@ -485,7 +474,7 @@ def ledger(
     def add(kind, t):
         rows[kind, str(t.dtype).removeprefix("torch.")][0] += 1
         rows[kind, str(t.dtype).removeprefix("torch.")][1] += t.nbytes
-    for kind, t, _ in _tensors(model): add(kind, t)
+    for kind, t, _ in held_tensors(model): add(kind, t)
     for p in model.parameters():
         if p.grad is not None: add("gradients", p.grad)
     for state in optimizer.state.values() if optimizer else ():

@@ -1,8 +1,11 @@
 "A tokenizer and a model small enough to train in a second, made here from a seed."
 import json
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -32,6 +35,15 @@ def make_llama(seed=0, layers=2, hidden=64, tie=True, **other):
     return LlamaForCausalLM(LlamaConfig(**dict(
         vocab_size=320, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=256, tie_word_embeddings=tie, bos_token_id=None, eos_token_id=1, pad_token_id=1) | other)).eval()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    "For steps over a few thousand numbers, in which two threads only wait for each other."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

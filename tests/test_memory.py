@@ -25,13 +25,7 @@ RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "memory_cuda.jso
 PAPER = dict(rank=64, adapter_dtype="bfloat16", checkpointing=True)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Steps of a few thousand numbers: two threads only wait for each other."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_lab import paged as module
 from qlora_lab.blockwise import dequantize_blockwise, quantize_blockwise
-from qlora_lab.double_quant import DYNAMIC8
-from qlora_lab.paged import BLOCK, FORMATS, UDYNAMIC8, PagedAdamW, Pager, PageTable, lay_out, page_parameters, read_moments, state_bytes, unsigned_dynamic_map, write_moments
+from qlora_lab.double_quant import DYNAMIC8, dynamic_map
+from qlora_lab.paged import BLOCK, FORMATS, UDYNAMIC8, PagedAdamW, Pager, PageTable, lay_out, page_parameters, read_moments, state_bytes, write_moments
 from qlora_lab.records import LabError
 
 quick = settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -27,13 +27,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 AdamW = torch.optim.AdamW
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Most tensors here are small; threads would only wait for each other."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def numbers(shape, *seed): return torch.randn(shape, generator=torch.Generator().manual_seed(hash(seed) & 0xFFFFFF))
@@ -168,7 +162,7 @@ def test_8_bit_moments_are_lesson_01s_codes():
 
 
 def test_codes_and_bytes_are_bitsandbytes():
-    assert same_bits(unsigned_dynamic_map(), bnb.create_dynamic_map(signed=False)) and same_bits(UDYNAMIC8, unsigned_dynamic_map())
+    assert same_bits(dynamic_map(signed=False), bnb.create_dynamic_map(signed=False)) and same_bits(UDYNAMIC8, dynamic_map(signed=False))
     assert same_bits(DYNAMIC8, bnb.create_dynamic_map(signed=True))
     assert [state_bytes(n) for n in (1, 256, 1000)] == [8, 2048, 8000] and [state_bytes(n, 8) for n in (1, 256, 257)] == [10, 520, 530]
 

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_lab.data import collate, tokenize
-from qlora_lab.linear4bit import Linear4bit
+from qlora_lab.linear4bit import Linear4bit, quantize_model
 from qlora_lab.lora import load_adapter
 from qlora_lab.model import answer, load_model, memory_bill, save_quantized
 from qlora_lab.records import LabError
-from qlora_lab.train import Run, Score, TrainConfig, answer_losses, attach_adapters, improvement, score, train
+from qlora_lab.train import Run, Score, TrainConfig, answer_losses, attach_adapters, improvement, score, train, trim_between_layers
 
 SHORT = dict(steps=20, batch_size=4, accumulation=2, rank=4, eval_examples=8, eval_prompts=2, lr=2e-3)
 
@@ -146,3 +146,28 @@ def test_4bit_checkpoints_go_both_ways(quant_type, double_quant, tiny, tmp_path)
     with torch.no_grad(): a, b, c = (m(input_ids=ids).logits.float() for m in (ours, theirs, back))
     assert torch.equal(a, c) and torch.allclose(a, b, atol=1e-5)
     assert sum(isinstance(m, Linear4bit) for m in back.modules()) == 14 and memory_bill(back).equals(memory_bill(ours))
+
+
+def test_freed_memory_is_handed_back_between_layers(monkeypatch):
+    "Twice for each fifth layer of a training step, never while answers are made; and a model without layers is left alone."
+    import sys
+    from conftest import make_llama
+    calls = []
+    monkeypatch.setattr(sys.modules["qlora_lab.train"], "release_memory", lambda: calls.append(1))
+    model = trim_between_layers(make_llama(layers=11).train())
+    ids = torch.arange(8)[None]
+    with torch.no_grad(): model(ids)
+    assert not calls
+    loss = model(ids, labels=ids).loss
+    assert len(calls) == 2
+    loss.backward()
+    assert len(calls) == 4
+    linear = torch.nn.Linear(2, 2)
+    assert trim_between_layers(linear) is linear
+
+
+def test_a_run_on_a_cpu_hands_memory_back():
+    "The planner supposes it."
+    from conftest import make_llama
+    every = attach_adapters(quantize_model(make_llama(layers=11)), TrainConfig()).model.layers
+    assert sum(len(layer._forward_hooks) for layer in every) == len(every) // 5
