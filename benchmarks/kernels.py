@@ -44,8 +44,6 @@ def decoding() -> list[dict]:
         row = {"shape": shape, "moved_bytes": moved, "equal": torch.equal(ours, plain) and torch.equal(ours, bnb.dequantize_4bit(packed, state))}
         for who, ms in (("lab", median_ms(lambda: q.dequantize())), ("plain", plain_ms), ("bitsandbytes", median_ms(lambda: bnb.dequantize_4bit(packed, state)))):
             row |= {f"{who}_ms": ms, f"{who}_tbs": moved / ms / 1e9}
-        fused = kernels.dequantize(q, torch.bfloat16, fused=True)
-        row["fused_differs"] = int((fused.view(torch.int16) != ours.view(torch.int16)).sum())
         rows.append(row)
         print(row, flush=True)
     return rows

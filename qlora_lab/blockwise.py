@@ -6,8 +6,9 @@
 __all__ = ['register_codebook', 'codebook', 'midpoints', 'nearest_code', 'to_blocks', 'quantize_blockwise',
            'dequantize_blockwise', 'pack_4bit', 'unpack_4bit', 'dequantize_packed']
 
-# %% ../nbs/01_blockwise.ipynb #5f995e5a
+# %% ../nbs/01_blockwise.ipynb #028f99be
 from functools import lru_cache
+from math import isfinite
 from typing import Iterable
 
 import torch
@@ -100,7 +101,7 @@ def to_blocks(
     if missing: flat = torch.cat([flat, flat.new_zeros(missing)])
     return flat.view(-1, blocksize)
 
-# %% ../nbs/01_blockwise.ipynb #cfc17e63
+# %% ../nbs/01_blockwise.ipynb #cf4c3624
 def _check_input(x: Tensor, blocksize: int) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise ValueError(f"expected a floating point tensor to quantize, got {getattr(x, 'dtype', type(x).__name__)}")
@@ -111,7 +112,7 @@ def _check_input(x: Tensor, blocksize: int) -> None:
 
 def _check_finite(x: Tensor, absmax: Tensor) -> None:
     "A NaN or an infinity anywhere in a block shows in its absmax, so the check costs one pass over the statistics."
-    if absmax.isfinite().all(): return
+    if isfinite(absmax.sum().item()) or absmax.isfinite().all(): return
     at = (~x.float().isfinite()).nonzero()[0].tolist()
     raise ValueError(f"expected finite numbers to quantize, got {x[tuple(at)].item()} at index {at} of shape {tuple(x.shape)}; "
                      "mend or drop that weight first, since one such number spoils its whole block")

@@ -6,12 +6,13 @@
 __all__ = ['DEQUANTIZE', 'QUANTIZE', 'KERNELS', 'compiled', 'dequantize_c', 'quantize_c', 'dequantize_triton', 'AdaptedLinear',
            'adapted_linear', 'use_kernels', 'first_use']
 
-# %% ../nbs/14_kernels.ipynb #6849bc69
+# %% ../nbs/14_kernels.ipynb #727bdcdd
 import ctypes
 import os
 import shutil
 import subprocess
 import warnings
+from contextlib import nullcontext
 from functools import lru_cache
 from hashlib import sha256
 from math import prod
@@ -96,9 +97,11 @@ def compiled() -> ctypes.CDLL | None:
         why = (getattr(e, "stderr", None) or str(e).encode()).decode(errors="replace").strip().splitlines()
         warnings.warn(f"no C kernels ({why[-1] if why else e}): qlora_lab works in plain torch operations on the CPU, to the same bits and more slowly", stacklevel=2)
 
-# %% ../nbs/14_kernels.ipynb #bb3590e2
+# %% ../nbs/14_kernels.ipynb #44736973
 @lru_cache(maxsize=64)
 def _table(values: tuple, device: torch.device) -> Tensor: return torch.tensor(values, dtype=torch.float32, device=device)
+
+def _on(device: torch.device): return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 def _pointer(t: Tensor | None) -> ctypes.c_void_p: return ctypes.c_void_p(None if t is None else t.data_ptr())
 
@@ -146,20 +149,19 @@ if triton:
         level = tl.load(levels + ((codes[:, None] >> shift[None, :]) & 15))
         tl.store(out + word[:, None] * 8 + lane[None, :], (level * scale[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
 
-# %% ../nbs/14_kernels.ipynb #0a537a91
+# %% ../nbs/14_kernels.ipynb #95bd07ac
 def dequantize_triton(
     q: QuantizedTensor,   # on a GPU
     dtype: torch.dtype,   # of the result
-    fused: bool = False,  # let the compiler fuse the scale's product and sum, for comparison: the bits may differ
 ) -> Tensor | None:       # the weight; None where the plain path has to take over
     "The weight again in one pass over its bytes, nested statistics included; every bit as in `QuantizedTensor.dequantize`."
     n, device = prod(q.shape), q.packed.device
     if n % 8 or q.blocksize % 8 or q.packed.data_ptr() % 4 or not q.packed.is_contiguous(): return None
     out, words = torch.empty(q.shape, dtype=dtype, device=device), n // 8
     nested = (q.absmax2, q.offset, _table(tuple(DYNAMIC8.tolist()), device)) if q.nested else (q.stats,) * 3
-    with torch.cuda.device(device):
+    with _on(device):
         _dequantize[(triton.cdiv(words, 256),)](q.packed.view(-1).view(torch.int32), q.stats, *nested, _table(levels_by_code(q.quant_type), device), out, words,
-            WORDS_A_BLOCK=q.blocksize // 8, NESTED=q.nested, TILE=256, num_warps=2, enable_fp_fusion=fused)
+            WORDS_A_BLOCK=q.blocksize // 8, NESTED=q.nested, TILE=256, num_warps=2, enable_fp_fusion=False)
     return out
 
 # %% ../nbs/14_kernels.ipynb #859e8a86
@@ -201,9 +203,9 @@ def adapted_linear(
     bias = None if base.bias is None else base.bias.to(dtype)
     return AdaptedLinear.apply(x, dropped, layer.lora_A.weight, layer.lora_B.weight, layer.scaling, q, bias, dtype, q.packed, q.stats)
 
-# %% ../nbs/14_kernels.ipynb #e8c99ffa
-KERNELS = {("dequantize", "cpu"): dequantize_c, ("quantize", "cpu"): quantize_c, ("dequantize", "cuda"): dequantize_triton,
-           ("adapted_linear", "cpu"): adapted_linear}
+# %% ../nbs/14_kernels.ipynb #200898d5
+KERNELS = {("dequantize", "cpu"): dequantize_c, ("quantize", "cpu"): quantize_c, ("adapted_linear", "cpu"): adapted_linear,
+           ("dequantize", "cuda"): dequantize_triton}
 
 def use_kernels(
     on: bool = True,
