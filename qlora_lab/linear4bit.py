@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .double_quant import DYNAMIC8, QuantizedTensor, levels_by_code, quantize_4bit
 
-# %% ../nbs/05_linear4bit.ipynb #4e730c31
+# %% ../nbs/05_linear4bit.ipynb #91f9bf7d
 @contextmanager
 def saved_for_backward(
     ignore: nn.Module | None = None,  # its parameters and buffers are in memory anyway and do not count
@@ -28,7 +28,7 @@ def saved_for_backward(
     def pack(t):
         storage = t.untyped_storage()
         if storage.data_ptr() not in known: kept[storage.data_ptr()] = (tuple(t.shape), t.dtype, storage.nbytes())
-        return t
+        return t.detach()  # an output that its own node keeps would otherwise keep itself alive for good
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): yield kept
 
 # %% ../nbs/05_linear4bit.ipynb #06aa3536

@@ -275,9 +275,9 @@ def held_bytes(
         rows[kind] += times * rounded(t.nbytes)
     return dict(rows)
 
-# %% ../nbs/12_memory.ipynb #b0af49b1
+# %% ../nbs/12_memory.ipynb #83f5d19a
 LIBRARY_BYTES = {"cuda": 66 << 20,  # work space that cuBLAS and cuBLASLt take from torch's allocator, once for the main thread and once for autograd's (32 + 1 MiB each on a Hopper GPU, less on older ones)
-                 "cpu": 32 << 20}   # what a process holds more after its first, tiny step: the code and work space of MKL and oneDNN, on one machine
+                 "cpu": 96 << 20}   # what MKL and oneDNN hold after some steps, on one machine between 35 MiB (one shape) and 120 MiB (50 batches of different lengths)
 CONTEXT_GIB = 0.85                   # CUDA context and loaded kernels, outside torch's allocator: card in use minus torch's reserve, on an H100
 FRAGMENTS = 0.02                     # share of its memory that torch's allocator cannot use for want of whole pieces, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 

@@ -1,4 +1,6 @@
 "The 4-bit layer: forward and backward against a dense layer, and a state dict that bitsandbytes takes."
+import weakref
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -126,3 +128,16 @@ def test_a_layer_that_cannot_be_quantized_is_named():
     model = make_llama()
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
     with pytest.raises(ValueError, match=r"layer model\.layers\.1\.mlp\.up_proj: .*nan at index \[3, 5\]"): quantize_model(model)
+
+
+def test_what_autograd_keeps_is_let_go():
+    "An operation that keeps its own output: watching it must not keep it alive when the graph goes, used or not."
+    x = torch.ones(8, requires_grad=True)
+    for use in (True, False):
+        with saved_for_backward() as kept: y = x.exp()
+        assert kept
+        alive = weakref.ref(y)
+        if use: y.sum().backward()
+        del y
+        assert alive() is None
+    assert torch.equal(x.grad, torch.ones(8).exp())
