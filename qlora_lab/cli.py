@@ -6,7 +6,7 @@
 __all__ = ['field_notes', 'make_parser', 'aligned', 'memory_table', 'report', 'plan_report', 'run_plan', 'saved_step',
            'run_train', 'hush', 'main', 'Check', 'checkup', 'run_doctor']
 
-# %% ../nbs/howto/command_line.ipynb #ed0919bf
+# %% ../nbs/howto/command_line.ipynb #a6b8443a
 import argparse
 import inspect
 import json
@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 import textwrap
+import warnings
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from math import isnan
@@ -389,7 +390,7 @@ def _version_checks() -> list[Check]:
         else: found.append(Check(name, f"{version}, as tested"))
     return found
 
-# %% ../nbs/howto/command_line.ipynb #62cb4d38
+# %% ../nbs/howto/command_line.ipynb #746cfb89
 def _machine_checks() -> list[Check]:
     "Cores, memory and GPU."
     import psutil
@@ -403,9 +404,9 @@ def _machine_checks() -> list[Check]:
         p = torch.cuda.get_device_properties(0)
         found.append(Check("GPU", f"{p.name}, {p.total_memory / gib:.0f} GiB, compute capability {p.major}.{p.minor}"))
     else: found.append(Check("GPU", "none that torch can use", "note", "every lesson runs on the CPU; larger models want a GPU and a build of torch for it"))
-    return found + [_bf16_check()]
+    return found + [_bf16_check(), _kernel_check()]
 
-# %% ../nbs/howto/command_line.ipynb #c3452578
+# %% ../nbs/howto/command_line.ipynb #9954ceb2
 def _bf16_check() -> Check:
     import torch
     from qlora_lab.model import best_device, best_dtype
@@ -413,6 +414,16 @@ def _bf16_check() -> Check:
     if best_dtype(device) == torch.bfloat16: return Check("bfloat16", f"multiplied in hardware by the {'GPU' if device.type == 'cuda' else 'CPU'}")
     instead = str(best_dtype(device)).removeprefix("torch.")
     return Check("bfloat16", "not multiplied in hardware", "note", f"products are computed in {instead} instead; on a CPU, training takes about twice as long")
+
+def _kernel_check() -> Check:
+    import torch
+    from qlora_lab.kernels import use_kernels
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they say is said below
+        used = use_kernels()
+    names = [name for device, name in (("cpu", "C on the CPU"), ("cuda", "Triton on the GPU")) if used[device]]
+    lacking = not used["cpu"] or torch.cuda.is_available() and not used["cuda"]
+    return Check("kernels", ", ".join(names) or "none", *("note", "install a C compiler (gcc or clang) and, for a GPU, Triton: plain torch gives the same bits more slowly") if lacking else ())
 
 # %% ../nbs/howto/command_line.ipynb #37fa558a
 def _weights_checks() -> list[Check]:

