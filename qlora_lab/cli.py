@@ -406,7 +406,7 @@ def _machine_checks() -> list[Check]:
     else: found.append(Check("GPU", "none that torch can use", "note", "every lesson runs on the CPU; larger models want a GPU and a build of torch for it"))
     return found + [_bf16_check(), _kernel_check()]
 
-# %% ../nbs/howto/command_line.ipynb #9954ceb2
+# %% ../nbs/howto/command_line.ipynb #a9ee9de9
 def _bf16_check() -> Check:
     import torch
     from qlora_lab.model import best_device, best_dtype
@@ -417,13 +417,13 @@ def _bf16_check() -> Check:
 
 def _kernel_check() -> Check:
     import torch
-    from qlora_lab.kernels import use_kernels
+    from qlora_lab import kernels
+    if os.environ.get("QLORA_LAB_KERNELS") == "0": return Check("kernels", "off", "note", "QLORA_LAB_KERNELS=0 leaves them off: unset it for speed")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what they say is said below
-        used = use_kernels()
-    names = [name for device, name in (("cpu", "C on the CPU"), ("cuda", "Triton on the GPU")) if used[device]]
-    lacking = not used["cpu"] or torch.cuda.is_available() and not used["cuda"]
-    return Check("kernels", ", ".join(names) or "none", *("note", "install a C compiler (gcc or clang) and, for a GPU, Triton: plain torch gives the same bits more slowly") if lacking else ())
+        warnings.simplefilter("ignore")  # what it says is said below
+        found = {"C on the CPU": kernels.compiled() is not None, "Triton on the GPU": not kernels.gpu_lack()}
+    lacking = not found["C on the CPU"] or torch.cuda.is_available() and not found["Triton on the GPU"]
+    return Check("kernels", ", ".join(k for k, there in found.items() if there) or "none", *("note", "install a C compiler (gcc or clang) and, for a GPU, Triton: plain torch gives the same bits more slowly") if lacking else ())
 
 # %% ../nbs/howto/command_line.ipynb #37fa558a
 def _weights_checks() -> list[Check]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEQUANTIZE', 'QUANTIZE', 'KERNELS', 'compiled', 'dequantize_c', 'quantize_c', 'dequantize_triton', 'AdaptedLinear',
-           'adapted_linear', 'use_kernels', 'first_use']
+           'adapted_linear', 'gpu_lack', 'use_kernels', 'first_use']
 
 # %% ../nbs/14_kernels.ipynb #727bdcdd
 import ctypes
@@ -203,9 +203,15 @@ def adapted_linear(
     bias = None if base.bias is None else base.bias.to(dtype)
     return AdaptedLinear.apply(x, dropped, layer.lora_A.weight, layer.lora_B.weight, layer.scaling, q, bias, dtype, q.packed, q.stats)
 
-# %% ../nbs/14_kernels.ipynb #200898d5
+# %% ../nbs/14_kernels.ipynb #f1530f33
 KERNELS = {("dequantize", "cpu"): dequantize_c, ("quantize", "cpu"): quantize_c, ("adapted_linear", "cpu"): adapted_linear,
            ("dequantize", "cuda"): dequantize_triton}
+
+def gpu_lack() -> str | None:
+    "Why the GPU's kernels cannot be had; None where they can."
+    if not torch.cuda.is_available(): return "torch finds no GPU"
+    if triton is None: return "Triton is not installed"
+    return "the GPU is older than Triton supports" if torch.cuda.get_device_capability() < (7, 0) else None
 
 def use_kernels(
     on: bool = True,
@@ -213,10 +219,9 @@ def use_kernels(
     "Switch the kernels on or off; without a C compiler, Triton or a GPU that it supports, the plain path stays, with one line of notice."
     for key in KERNELS: FASTER.pop(key, None)
     if not on: return {"cpu": False, "cuda": False}
-    gpu = torch.cuda.is_available()
-    lack = "Triton is not installed" if triton is None else "the GPU is older than Triton supports" if gpu and torch.cuda.get_device_capability() < (7, 0) else None
-    if gpu and lack: warnings.warn(f"no GPU kernels ({lack}): qlora_lab works in plain torch operations, to the same bits and more slowly", stacklevel=2)
-    in_use = {"cpu": compiled() is not None, "cuda": gpu and not lack}
+    lack = gpu_lack()
+    if lack and torch.cuda.is_available(): warnings.warn(f"no GPU kernels ({lack}): qlora_lab works in plain torch operations, to the same bits and more slowly", stacklevel=2)
+    in_use = {"cpu": compiled() is not None, "cuda": not lack}
     FASTER.update({(operation, device): kernel for (operation, device), kernel in KERNELS.items() if operation == "adapted_linear" or in_use[device]})
     return in_use
 

@@ -152,7 +152,17 @@ def test_a_lack_of_kernels_is_a_note(capsys, monkeypatch):
     from qlora_lab import kernels
     monkeypatch.setattr(kernels, "compiled", lambda: None)
     code, told = doctor(capsys, "--json")
-    monkeypatch.undo()
-    kernels.use_kernels()
     check, = [c for c in json.loads(told)["checks"] if c["name"] == "kernels"]
     assert code == 0 and check["state"] == "note" and "compiler" in check["advice"] and "C on the CPU" not in check["found"]
+
+
+def test_the_doctor_switches_nothing(capsys, monkeypatch):
+    "Kernels that are off stay off, and are said to be."
+    from qlora_lab import kernels
+    from qlora_lab.double_quant import FASTER
+    monkeypatch.setenv("QLORA_LAB_KERNELS", "0")
+    kernels.use_kernels(False)
+    try:
+        check, = [c for c in json.loads(doctor(capsys, "--json")[1])["checks"] if c["name"] == "kernels"]
+        assert check["found"] == "off" and ("dequantize", "cpu") not in FASTER
+    finally: kernels.use_kernels()
