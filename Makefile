@@ -7,10 +7,10 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lab docs bench clean
+.PHONY: help setup train test lab docs bench bench-gpu clean
 
 help:  ## this list
-	@echo "QLoRA Lab"; sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@echo "QLoRA Lab"; sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 setup: $(STAMP)  ## .venv with the tested versions, and the models' weights
 
@@ -39,6 +39,9 @@ docs: $(STAMP)  ## build the documentation site into _site
 
 bench: $(STAMP)  ## the lab beside peft + bitsandbytes, on the same work
 	@$(PY) -m benchmarks.cpu $(ARGS)
+
+bench-gpu: $(STAMP)  ## the same on a GPU, decoding to training steps
+	@$(PY) -m benchmarks.gpu $(ARGS)
 
 clean:  ## remove what was built; runs/ and the converted weights stay
 	@rm -rf $(VENV) _site _proc build *.egg-info .pytest_cache .hypothesis

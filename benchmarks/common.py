@@ -32,9 +32,10 @@ def spread_of(seconds: list[float]) -> dict[str, float]:
 
 
 def random_model(config, settings, device: str = "cuda", seed: int = 0):
-    "The model of a `memory.Settings` with random weights, live on a device: the shapes are real, the words are not."
+    "The model of a `memory.Settings` with random weights, live on a device and ready to train: the shapes are real, the words are not."
     import torch
     from torch import nn
+    from qlora_lab.double_quant import faster
     from qlora_lab.memory import empty_model
     model = empty_model(config, settings, attention="sdpa")
     generator = torch.Generator(device).manual_seed(seed)
@@ -53,6 +54,7 @@ def random_model(config, settings, device: str = "cuda", seed: int = 0):
     if config.tie_word_embeddings: model.tie_weights()
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=config).to(device)
+    faster("fuse_layers", torch.device(device), model)
     return model
 
 

@@ -67,12 +67,14 @@ def peer_optimizer(params, settings: Settings):
 def one(name: str, settings: Settings, steps: int = 3, peer: bool = False) -> dict:
     "Peak of torch's allocator over whole training steps, the first one aside, and the time of a step; by the lab, or by peft and bitsandbytes."
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # those of a recording would be counted with the next configuration too
     torch.cuda.empty_cache()
     model = (random_peer if peer else random_model)(model_config(name), settings)
     optimizer = peer_optimizer(trainable(model), settings) if peer else \
         PagedAdamW(trainable(model), lr=1e-4, bits=settings.optimizer_bits, device_budget=settings.device_budget)
     batches = [random_batch(settings.batch_size, settings.sequence, settings.learned)] * settings.accumulation
     train_step(model, optimizer, batches, 1e-4, 0.3)
+    if "_graph" in model.__dict__: model._graph.graphs.clear()  # recorded anew: a replay takes its memory without asking the allocator
     torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(steps):
@@ -158,9 +160,9 @@ def main() -> None:
             for handed_back in (True, False):
                 asked = json.dumps({"compute_dtype": "bfloat16", "handed_back": handed_back} | settings)
                 out = subprocess.run([sys.executable, "-m", "benchmarks.memory", "--one", asked], check=True, capture_output=True, text=True)
-                row = json.loads(out.stdout.splitlines()[-1])
-                rows.append(row | {"error": row["planned_gib"] / row["measured_gib"] - 1})
-                print(f"{row['planned_gib']:6.2f} {row['measured_gib']:6.2f} GiB {rows[-1]['error']:+7.1%}  {asked}", flush=True)
+                found = json.loads(out.stdout.splitlines()[-1])
+                rows.append(found | {"error": found["planned_gib"] / found["measured_gib"] - 1})
+                print(f"{found['planned_gib']:6.2f} {found['measured_gib']:6.2f} GiB {rows[-1]['error']:+7.1%}  {asked}", flush=True)
         return print(save_result("memory_cpu", {"rows": rows}))
     parts = ("configurations", "claims", "peers")
     if args.only is None:  # each in a process of its own: bitsandbytes' managed memory stays with the process that asked for it

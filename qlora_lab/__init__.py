@@ -14,7 +14,7 @@ from types import ModuleType
 
 from . import blockwise, double_quant, nf4
 
-# %% ../nbs/reference/public_names.ipynb #d8b0971a
+# %% ../nbs/reference/public_names.ipynb #2de643ce
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # its advice at import, to install inference kernels, is not for us
 
 _PUBLIC = {
@@ -29,7 +29,8 @@ _PUBLIC = {
     "data": ["docstring_pairs", "load_jsonl", "split"],
     "train": ["Run", "TrainConfig", "train"],
     "memory": ["MemoryPlan", "ledger", "plan"],
-    "kernels": ["use_kernels"],
+    "fused": ["fuse_layers"],
+    "step": ["use_kernels"],
 }
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_WHERE)
@@ -43,9 +44,11 @@ def __getattr__(name):
 
 def _first(operation, device):
     "A stand-in that brings the kernels in when one is first asked for."
-    return lambda *args: import_module("qlora_lab.kernels").first_use(operation, double_quant.torch.device(device), *args)
+    return lambda *args: import_module("qlora_lab.step").first_use(operation, double_quant.torch.device(device), *args)
 
-for key in (("dequantize", "cpu"), ("quantize", "cpu"), ("adapted_linear", "cpu"), ("dequantize", "cuda")): double_quant.FASTER[key] = _first(*key)
+_FASTER = {"cpu": ["dequantize", "quantize", "adapted_linear"],
+           "cuda": ["dequantize", "quantize", "quantize_absmax", "adapted_linear", "fuse_layers", "summed_loss", "forward_backward"]}
+for device, operations in _FASTER.items(): double_quant.FASTER |= {(operation, device): _first(operation, device) for operation in operations}
 
 def __dir__(): return sorted([*globals(), *_WHERE])
 

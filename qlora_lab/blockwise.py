@@ -101,7 +101,7 @@ def to_blocks(
     if missing: flat = torch.cat([flat, flat.new_zeros(missing)])
     return flat.view(-1, blocksize)
 
-# %% ../nbs/01_blockwise.ipynb #cf4c3624
+# %% ../nbs/01_blockwise.ipynb #e1fb7f0a
 def _check_input(x: Tensor, blocksize: int) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise ValueError(f"expected a floating point tensor to quantize, got {getattr(x, 'dtype', type(x).__name__)}")
@@ -110,9 +110,9 @@ def _check_input(x: Tensor, blocksize: int) -> None:
     if not isinstance(blocksize, int) or blocksize < 1:
         raise ValueError(f"expected a positive whole number as block size, got {blocksize!r}")
 
-def _check_finite(x: Tensor, absmax: Tensor) -> None:
+def _check_finite(x: Tensor, absmax: Tensor, mean: Tensor | None = None) -> None:
     "A NaN or an infinity anywhere in a block shows in its absmax, so the check costs one pass over the statistics."
-    if isfinite(absmax.sum().item()) or absmax.isfinite().all(): return
+    if isfinite((absmax.sum() if mean is None else mean).item()) or absmax.isfinite().all(): return
     at = (~x.float().isfinite()).nonzero()[0].tolist()
     raise ValueError(f"expected finite numbers to quantize, got {x[tuple(at)].item()} at index {at} of shape {tuple(x.shape)}; "
                      "mend or drop that weight first, since one such number spoils its whole block")

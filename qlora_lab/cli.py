@@ -390,7 +390,7 @@ def _version_checks() -> list[Check]:
         else: found.append(Check(name, f"{version}, as tested"))
     return found
 
-# %% ../nbs/howto/command_line.ipynb #746cfb89
+# %% ../nbs/howto/command_line.ipynb #59c32bbd
 def _machine_checks() -> list[Check]:
     "Cores, memory and GPU."
     import psutil
@@ -399,7 +399,7 @@ def _machine_checks() -> list[Check]:
     cores = psutil.cpu_count(logical=False) or os.cpu_count()
     found = [Check("cores", f"{cores}, {torch.get_num_threads()} threads", *() if cores > 1 else ("note", "training takes about twice as long on one core")),
              Check("memory", f"{memory.total / gib:.1f} GiB, {memory.available / gib:.1f} GiB free", *() if memory.available > 3 * gib else
-                   ("note", "training the default model takes up to 3 GiB: close other programs, or use a smaller --batch-size with more --accumulation"))]
+                   ("note", "training the default model takes up to 2 GiB: close other programs, or use a smaller --batch-size with more --accumulation"))]
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
         found.append(Check("GPU", f"{p.name}, {p.total_memory / gib:.0f} GiB, compute capability {p.major}.{p.minor}"))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DYNAMIC8', 'BLOCKSIZES', 'FP4_NIBBLES', 'FP4_PIVOTS', 'FASTER', 'dynamic_map', 'reciprocal', 'quantize_absmax',
-           'dequantize_absmax', 'levels_by_code', 'faster', 'QuantizedTensor', 'quantize_4bit']
+           'dequantize_absmax', 'levels_by_code', 'nf4_pivots', 'faster', 'QuantizedTensor', 'quantize_4bit']
 
 # %% ../nbs/03_double_quant.ipynb #015f4132
 from dataclasses import dataclass, replace
@@ -98,8 +98,8 @@ def levels_by_code(
     if quant_type == "fp4": levels = [levels[FP4_NIBBLES.index(c)] for c in range(16)]
     return tuple(levels + [0.] * (16 - len(levels)))
 
-# %% ../nbs/03_double_quant.ipynb #0a6b2f30
-def _nf4_pivots() -> Tensor:
+# %% ../nbs/03_double_quant.ipynb #4da9676e
+def nf4_pivots() -> Tensor:
     "NF4's midpoints as the CUDA kernels round them: four lie exactly between two float32 numbers, and there take the other neighbour."
     pivots = midpoints(NF4)
     pivots[[0, 8, 12, 14]] = torch.tensor([-0.8480964303016663, 0.1202552542090416, 0.5016633868217468, 0.8614783883094788])
@@ -107,7 +107,7 @@ def _nf4_pivots() -> Tensor:
 
 def _codes_4bit(scaled: Tensor, quant_type: str) -> Tensor:
     "4-bit codes of numbers in [-1, 1], by the rule that bitsandbytes follows on the same device."
-    if quant_type == "nf4" and scaled.device.type == "cuda": return torch.bucketize(scaled, _nf4_pivots().to(scaled.device)).to(torch.uint8)
+    if quant_type == "nf4" and scaled.device.type == "cuda": return torch.bucketize(scaled, nf4_pivots().to(scaled.device)).to(torch.uint8)
     if quant_type != "fp4": return nearest_code(scaled, codebook(quant_type).to(scaled.device))
     if scaled.device.type == "cpu":
         return torch.tensor(FP4_NIBBLES, dtype=torch.uint8)[nearest_code(scaled, codebook("fp4")).int()]
@@ -116,15 +116,15 @@ def _codes_4bit(scaled: Tensor, quant_type: str) -> Tensor:
     negative = scaled <= -torch.finfo(torch.float32).tiny  # the kernels flush subnormal numbers to zero
     return (magnitude[index] | negative * 8).to(torch.uint8)
 
-# %% ../nbs/03_double_quant.ipynb #927afb0a
-FASTER = {("dequantize", "meta"): lambda q, dtype: torch.empty(q.shape, dtype=dtype, device="meta")}  # on `meta` there are no bits
+# %% ../nbs/03_double_quant.ipynb #d6a7c648
+FASTER = {("dequantize", "meta"): lambda q, dtype, out: torch.empty(q.shape, dtype=dtype, device="meta") if out is None else out}  # on `meta` there are no bits
 
 def faster(operation: str, device: torch.device, *args):
     "What the kernel of this operation gives on this device; None where there is none, or it cannot, and the plain path has to do the work."
     kernel = FASTER.get((operation, device.type))
     return kernel(*args) if kernel else None
 
-# %% ../nbs/03_double_quant.ipynb #f66466a3
+# %% ../nbs/03_double_quant.ipynb #692d3dd5
 @dataclass(frozen=True)
 class QuantizedTensor:
     "A weight in 4 bits: packed codes and the statistics to undo them, byte for byte what bitsandbytes holds."
@@ -158,12 +158,13 @@ class QuantizedTensor:
         "Bits of storage for each weight."
         return 8 * self.nbytes / prod(self.shape)
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        "The weight again, in `dtype` or its own: level times scale in float32, rounded once."
-        weight = faster("dequantize", self.packed.device, self, dtype or self.dtype)
+    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        "The weight again, in `dtype` or its own, or written to `out` in the dtype of that: level times scale in float32, rounded once."
+        dtype = out.dtype if out is not None else dtype or self.dtype
+        weight = faster("dequantize", self.packed.device, self, dtype, out)
         if weight is not None: return weight
-        flat = dequantize_packed(self.packed, self.absmax, levels_by_code(self.quant_type), self.blocksize, prod(self.shape), dtype or self.dtype)
-        return flat.view(self.shape)
+        flat = dequantize_packed(self.packed, self.absmax, levels_by_code(self.quant_type), self.blocksize, prod(self.shape), dtype)
+        return flat.view(self.shape) if out is None else out.copy_(flat.view(self.shape))
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
         "The same on another device."
@@ -197,7 +198,7 @@ def _quantize_blocks(w: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor
     if w.device.type != "cpu": codes[absmax == 0] = 0  # a block of zeros is all code 0 on a GPU, code of 0.0 on a CPU
     return pack_4bit(codes.view(-1)[:n + n % 2]), absmax
 
-# %% ../nbs/03_double_quant.ipynb #9ada8e59
+# %% ../nbs/03_double_quant.ipynb #ad56c22d
 def quantize_4bit(
     w: Tensor,                  # any shape, float32, bfloat16 or float16
     quant_type: str = "nf4",    # name of a code book with at most 16 levels
@@ -209,6 +210,7 @@ def quantize_4bit(
     if blocksize not in BLOCKSIZES: raise ValueError(f"block size {blocksize}: expected one of {', '.join(map(str, BLOCKSIZES))}")
     levels_by_code(quant_type)
     packed, absmax = faster("quantize", w.device, w.detach(), quant_type, blocksize) or _quantize_blocks(w.detach(), quant_type, blocksize)
-    _check_finite(w, absmax)
-    stats = quantize_absmax(absmax) if double_quant else (absmax, None, None)
+    stats = (absmax, None, None)
+    if double_quant: stats = faster("quantize_absmax", w.device, absmax) or quantize_absmax(absmax)
+    _check_finite(w, absmax, stats[2])
     return QuantizedTensor(packed, stats[0], w.shape, w.dtype, blocksize, quant_type, *stats[1:])

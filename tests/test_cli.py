@@ -158,11 +158,11 @@ def test_a_lack_of_kernels_is_a_note(capsys, monkeypatch):
 
 def test_the_doctor_switches_nothing(capsys, monkeypatch):
     "Kernels that are off stay off, and are said to be."
-    from qlora_lab import kernels
+    from qlora_lab.step import use_kernels
     from qlora_lab.double_quant import FASTER
     monkeypatch.setenv("QLORA_LAB_KERNELS", "0")
-    kernels.use_kernels(False)
+    use_kernels(False)
     try:
         check, = [c for c in json.loads(doctor(capsys, "--json")[1])["checks"] if c["name"] == "kernels"]
         assert check["found"] == "off" and ("dequantize", "cpu") not in FASTER
-    finally: kernels.use_kernels()
+    finally: use_kernels()

@@ -1,6 +1,8 @@
 """The planner: what it rehearses without bytes is what a live step takes, and what it said before is what a card counted."""
 import json
 import statistics
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from benchmarks.common import random_batch
 from qlora_lab import memory
 from qlora_lab.checkpointing import checkpoint_layers, decoder_layers
 from qlora_lab.double_quant import FASTER
-from qlora_lab.kernels import use_kernels
+from qlora_lab.step import use_kernels
 from qlora_lab.linear4bit import quantize_model
 from qlora_lab.lora import add_lora, trainable
 from qlora_lab.memory import CARDS, Settings, advice, cards, cuda_block, empty_batch, empty_model, largest, ledger, model_config, plan, watch_step
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def lean(monkeypatch):
     "Unpack 4-bit weights on the CPU as a GPU's kernel does, without work space."
     use_kernels()
-    monkeypatch.setitem(FASTER, ("dequantize", "cpu"), lambda q, dtype: torch.zeros(q.shape, dtype=dtype))
+    monkeypatch.setitem(FASTER, ("dequantize", "cpu"), lambda q, dtype, out: torch.zeros(q.shape, dtype=dtype))
 
 
 def tiny(family="llama", layers=4, kv=2, tied=False):
@@ -73,7 +75,7 @@ def test_rehearsal_equals_a_live_step(family, settings, lean):
     config, s = tiny(family, tied=family == "qwen2"), Settings(**{"batch_size": 2, "sequence": 48, "rank": 8, "device": "cpu"} | settings)
     p, (model, batch) = plan(config, **asdict(s)), live(config, s)
     assert watch_step(model, batch).peak == step_peak(p)
-    held = sum(v for k, v in p.held.items() if k not in ("optimizer state", "libraries", "gradients of earlier passes"))
+    held = sum(v for k, v in p.held.items() if k not in ("optimizer state", "libraries", "gradients from the start"))
     assert held == own_bytes(model)
 
 
@@ -93,11 +95,10 @@ def test_attention_has_to_be_named():
 
 def rehearse(config, s, layers):
     "The moments told from that many layers, and the peak of what was rehearsed."
-    model = empty_model(model_config(config), s, layers)
-    if s.accumulation > 1:
-        for p in trainable(model): p.grad = torch.empty_like(p)
-    timeline, gradient = watch_step(model, empty_batch(s), cuda_block), sum(cuda_block(p.nbytes) for p in trainable(decoder_layers(model)[0]))
-    return memory._moments(timeline, config["num_hidden_layers"], layers, gradient, s.accumulation > 1), timeline.peak
+    model, timeline, fused = memory.rehearse(model_config(config), s, layers, [FASTER[name, "cuda"] for name in memory.REHEARSED])
+    gradient = sum(cuda_block(p.nbytes) for p in trainable(decoder_layers(model)[0]))
+    assert fused == (s.quantize is not None)
+    return memory._moments(timeline, config["num_hidden_layers"], layers, gradient, fused or s.accumulation > 1), timeline.peak
 
 
 @hypothesis_settings(max_examples=6, deadline=None)
@@ -152,7 +153,7 @@ def test_advice_ends_where_it_fits():
     assert all(b.total_gib < a.total_gib for (_, a), (_, b) in zip([("", p), *steps], steps))
     assert all(q.settings.batch_size * q.settings.accumulation == 4 for _, q in steps)
     assert advice(plan("llama-7b", 80)) == []
-    (what, q), = advice(plan(tiny(), 0.95, sequence=1 << 14, rank=8, checkpointing=True, adapter_dtype="bfloat16", device_budget=1 << 30, learned=1 << 10))
+    (what, q), = advice(plan(tiny(), 1.01, sequence=1 << 14, rank=8, checkpointing=True, adapter_dtype="bfloat16", device_budget=1 << 30, learned=1 << 10))
     assert what.startswith("sequences of") and q.fits and q.settings.learned == min(1 << 10, q.settings.sequence - 1)
 
 
@@ -240,17 +241,27 @@ def test_what_was_said_to_fit_did_fit():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("settings", [dict(), dict(checkpointing=True, adapter_dtype="bfloat16"), dict(quantize=None, batch_size=2)])
-def test_a_card_agrees(settings):
-    from benchmarks.memory import row
-    assert abs(row("smollm2-360m", **settings)["error"]) < 0.01
+def test_a_card_agrees():
+    "In a process of its own, since what other tests left behind would count."
+    code = """
+from benchmarks.memory import row
+for settings in (dict(), dict(checkpointing=True, adapter_dtype="bfloat16"), dict(quantize=None, batch_size=2), dict(accumulation=2)):
+    assert abs(row("smollm2-1.7b", **settings)["error"]) < 0.01, settings
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=RECORD.parents[2])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_allocator_takes_what_cuda_block_says():
-    for n in (1, 513, 9 << 20, (11 << 20) + 5, 135 << 20, (86 << 20) - 1):
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        t = torch.empty(n, dtype=torch.uint8, device="cuda")
-        assert torch.cuda.memory_allocated() - before == cuda_block(n), n
-        del t
+    "In a process of its own, whose allocator has no pieces left over from others."
+    code = """
+import torch
+from qlora_lab.memory import cuda_block
+for n in (1, 513, 9 << 20, (11 << 20) + 5, 135 << 20, (86 << 20) - 1):
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    t = torch.empty(n, dtype=torch.uint8, device="cuda")
+    assert torch.cuda.memory_allocated() - before == cuda_block(n), n
+    del t
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

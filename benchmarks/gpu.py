@@ -1,0 +1,238 @@
+"""The lab beside its peers on a GPU: decoding, quantizing, one layer, training steps.
+
+    make bench-gpu        # or python -m benchmarks.gpu; on an H100 about six minutes
+
+Prints a table for each and writes results/gpu.json (kernels and layers) and results/gpu_steps.json (training steps), which lessons 14, 14b and 14c show. Peers,
+plain path, 16-bit layers and torch's own copy in one run; torchao where it is installed. Steps run in processes of their own, random weights in real shapes.
+"""
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pandas as pd
+import torch
+from torch import nn
+
+from benchmarks.common import random_batch, random_model, random_peer, save_result
+from benchmarks.memory import PAPER, peer_optimizer
+from qlora_lab.blockwise import dequantize_blockwise
+from qlora_lab.checkpointing import decoder_layers
+from qlora_lab.double_quant import DYNAMIC8, FASTER, quantize_4bit
+from qlora_lab.kernels import dequantize_triton
+from qlora_lab.linear4bit import Linear4bit
+from qlora_lab.lora import trainable
+from qlora_lab.memory import Settings, model_config
+from qlora_lab.paged import PagedAdamW
+from qlora_lab.step import use_kernels
+from qlora_lab.train import train_step
+
+SHAPES = (4096, 4096), (11008, 4096), (22016, 8192)
+STEPS = [("llama-7b", 16, "lab"), ("llama-7b", 16, "peer"), ("llama-7b", 16, "peer, compiled"),
+         ("llama-7b", 1, "lab"), ("llama-7b", 1, "lab, not recorded"), ("llama-7b", 1, "lab, plain torch"), ("llama-7b", 1, "peer"), ("llama-65b", 1, "lab"), ("llama-65b", 1, "peer"),
+         ("llama-7b", 1, "peer, compiled")]  # model, sequences of 512 tokens, who
+GROUPS = {"attention": ("flash", "fmha"), "decoding": ("_dequantize", "kDequantize"), "products": ("nvjet", "gemm", "cutlass", "splitKreduce"),
+          "between the products": ("",)}  # kinds of kernels, by parts of their names, the first that fits
+
+
+def timed(work, repeat: int = 200) -> tuple[float, float, float]:
+    "Median and quartiles in ms of one call, the cache emptied before each."
+    from triton.testing import do_bench
+    return do_bench(work, warmup=25, rep=repeat, quantiles=[0.5, 0.25, 0.75])
+
+
+def in_a_graph(works: list, rounds: int = 15) -> tuple[float, float, float]:
+    "Median and quartiles in ms of one call, without the cost of its launch: calls on different data, recorded in turns as one graph and replayed."
+    for work in works: work()
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for work in works * 4: work()
+    for _ in range(rounds + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / (4 * len(works)))
+    low, middle, high = statistics.quantiles(times[3:], n=4)
+    return middle, low, high
+
+
+def entry(who: str, ms: tuple, moved: float = 0, weights: float = 0) -> dict:
+    "A column of a row."
+    row = {f"{who}_ms": ms[0], f"{who}_quartiles_ms": ms[1:]}
+    if moved: row[f"{who}_tbs"] = moved / ms[0] / 1e9
+    if weights: row[f"{who}_gweights"] = weights / ms[0] / 1e6
+    return row
+
+
+def ceilings() -> dict:
+    "What the card can do at all: bytes copied, and bfloat16 products."
+    here, there = (torch.empty(1 << 29, dtype=torch.uint8, device="cuda") for _ in range(2))
+    copy = 2 * here.numel() / timed(lambda: there.copy_(here))[0] / 1e9
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return {"copy_tbs": copy, "product_tflops": 2 * 8192 ** 3 / timed(lambda: a @ a)[0] / 1e9}
+
+
+def decoding() -> list[dict]:
+    "Nested NF4 to bfloat16, in a graph and called one at a time."
+    import bitsandbytes.functional as bnb
+    rows = []
+    for shape in SHAPES:
+        some = [quantize_4bit(torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02) for _ in range(4 if shape[0] > 20000 else 8)]
+        theirs = [q.to_bitsandbytes() for q in some]
+        n = some[0].packed.numel() * 2
+        moved = n * 2 + some[0].nbytes
+        use_kernels(False)
+        plain = some[0].dequantize()
+        row = {"shape": shape, "moved_bytes": moved, **entry("plain", timed(lambda: some[0].dequantize()), moved)}
+        use_kernels()
+        row["equal"] = torch.equal(some[0].dequantize(), plain) and torch.equal(plain, bnb.dequantize_4bit(*theirs[0]))
+        row |= entry("lab", in_a_graph([q.dequantize for q in some]), moved) | entry("lab_called", timed(some[0].dequantize), moved)
+        row |= entry("bitsandbytes", in_a_graph([lambda t=t: bnb.dequantize_4bit(*t) for t in theirs]), moved)
+        row |= entry("bitsandbytes_called", timed(lambda: bnb.dequantize_4bit(*theirs[0])), moved)
+        rows.append(row)
+    return rows
+
+
+def grown(shape: tuple = (11008, 4096)) -> list[dict]:
+    "The kernel on its way: how many weights a lane, and nested statistics in a pass of their own or in the same."
+    some = [quantize_4bit(torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02) for _ in range(4)]
+    code = DYNAMIC8.cuda()
+    def apart(q, wide):
+        absmax = dequantize_blockwise(q.stats, q.absmax2, code, 256) + q.offset
+        return dequantize_triton(replace(q, stats=absmax, absmax2=None, offset=None), torch.bfloat16, None, wide)
+    moved = some[0].packed.numel() * 4 + some[0].nbytes
+    assert all(torch.equal(apart(some[0], wide), some[0].dequantize()) for wide in (1, 2, 8))
+    rows = [{"weights a lane": wide, "statistics": "apart", **entry("lab", in_a_graph([lambda q=q: apart(q, wide) for q in some]), moved)} for wide in (1, 2, 8)]
+    return rows + [{"weights a lane": 8, "statistics": "same pass", **entry("lab", in_a_graph([q.dequantize for q in some]), moved)}]
+
+
+def torchao(shape: tuple = (11008, 4096)) -> dict:
+    "The way back in torchao's NF4 tensor, as it comes and compiled by torch; empty without torchao."
+    try: from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+    except ImportError: return {}
+    from importlib.metadata import version
+    weight = to_nf4(torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02)
+    compiled = torch.compile(lambda w: w.get_original_weight())
+    moved = weight.numel() * (2 + 4.127 / 8)
+    return {"shape": shape, "version": version("torchao"), **entry("eager", timed(weight.get_original_weight), moved), **entry("compiled", timed(lambda: compiled(weight)), moved)}
+
+
+def quantizing() -> list[dict]:
+    "To nested NF4: the whole call, its check for NaN included."
+    import bitsandbytes.functional as bnb
+    rows = []
+    for shape in SHAPES:
+        w = torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02
+        def theirs(): return bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
+        q, (packed, state) = quantize_4bit(w), theirs()
+        equal = all(map(torch.equal, (q.packed, q.stats, q.absmax2, q.offset), (packed.view(-1, 1), state.absmax, state.state2.absmax, state.offset)))
+        rows.append({"shape": shape, "equal": equal, **entry("lab", timed(lambda: quantize_4bit(w)), weights=w.numel()), **entry("bitsandbytes", timed(theirs), weights=w.numel())})
+    return rows
+
+
+def layer() -> list[dict]:
+    "4096 to 11008, forward and backward to the input: called, and recorded as a graph by torch's own `make_graphed_callables`."
+    import bitsandbytes as bnb
+    linear = nn.Linear(4096, 11008, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    peer = bnb.nn.Linear4bit(4096, 11008, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    peer.weight = bnb.nn.Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+    sides, rows = {"bf16": linear, "lab": Linear4bit.from_linear(linear), "bitsandbytes": peer.cuda()}, []
+    for tokens in (512, 2048, 8192):
+        x, g = torch.randn(1, tokens, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True), torch.randn(1, tokens, 11008, device="cuda", dtype=torch.bfloat16)
+        row = {"tokens": tokens}
+        for who, m in sides.items():
+            def both(m=m):
+                x.grad = None
+                m(x).backward(g)
+            row |= entry(who, timed(both))
+            if who != "bitsandbytes":
+                recorded = torch.cuda.make_graphed_callables(m.forward, (x,))
+                row |= entry(f"{who}_recorded", timed(lambda: both(recorded)))
+        rows.append(row)
+    return rows
+
+
+def shares(work, wall_ms: float) -> tuple[dict[str, float], int]:
+    "Milliseconds of the GPU by kind of kernel, and what it waited; and how many kernels ran."
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    spent, count = dict.fromkeys(GROUPS, 0.), 0
+    for event in profile.key_averages():
+        kind = next(k for k, parts in GROUPS.items() if any(part in event.key for part in parts))
+        spent[kind] += event.self_device_time_total / 1e3
+        count += event.count if event.self_device_time_total else 0
+    return spent | {"waiting": max(0., wall_ms - sum(spent.values()))}, count
+
+
+def step(name: str, batch_size: int, who: str, rounds: int = 7) -> dict:
+    "A training step, forward to optimizer: r = 64 on all linear layers, adapters in bfloat16, checkpointed, 512 tokens a sequence, all of them learned."
+    settings = Settings(**PAPER, batch_size=batch_size)
+    use_kernels(who != "lab, plain torch")
+    if who.startswith("lab"):
+        model = random_model(model_config(name), settings)
+        if who == "lab, not recorded": del FASTER["forward_backward", "cuda"]
+        optimizer = PagedAdamW(trainable(model), lr=1e-4)
+    else:
+        model = random_peer(model_config(name), settings)
+        if who == "peer, compiled":
+            for part in decoder_layers(model): part.compile()
+        optimizer = peer_optimizer(trainable(model), settings)
+    batch = random_batch(batch_size, 512)
+    def work(): return train_step(model, optimizer, [batch], 1e-4, 0.3)
+    first = work()[0]
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(rounds + 2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    low, middle, high = statistics.quantiles(times[2:], n=4)
+    peak, reserved = torch.cuda.max_memory_allocated() / 2 ** 30, torch.cuda.max_memory_reserved() / 2 ** 30
+    kinds, launches = shares(work, middle)
+    return {"model": name, "sequences": batch_size, "who": who, "ms": middle, "quartiles_ms": [low, high], "tokens_per_s": 512e3 * batch_size / middle, "peak_gib": peak,
+            "reserved_gib": reserved, "kernels": launches, "shares_ms": kinds, "first_loss": first}
+
+
+def steps() -> list[dict]:
+    "Training steps."
+    rows = []
+    for asked in STEPS:
+        out = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--step", json.dumps(asked)], capture_output=True, text=True)
+        if out.returncode: raise SystemExit(out.stderr)
+        rows.append(json.loads(out.stdout.splitlines()[-1]))
+        save_result("gpu_steps", {"steps": rows})  # what is done stays done
+        print(f"{asked}: {rows[-1]['ms']:.1f} ms, {rows[-1]['tokens_per_s']:,.0f} tokens/s, {rows[-1]['peak_gib']:.2f} GiB", flush=True)
+    return rows
+
+
+def show(part) -> list[dict]:
+    "Run a part and print its table."
+    found = part()
+    rows = found if isinstance(found, list) else [found]
+    print(f"\n{part.__doc__}\n{pd.DataFrame([{k: v for k, v in r.items() if 'quartiles' not in k and k != 'shares_ms'} for r in rows]).round(4).to_string(index=False)}", flush=True)
+    torch.cuda.empty_cache()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=("kernels", "steps"))
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if not torch.cuda.is_available(): raise SystemExit("this benchmark needs a GPU; its recorded runs are benchmarks/results/gpu.json and gpu_steps.json")
+    if args.step: return print(json.dumps(step(*json.loads(args.step))))
+    if args.only != "steps": print(save_result("gpu", {part.__name__: show(part) for part in (ceilings, decoding, grown, torchao, quantizing, layer)}))
+    if args.only != "kernels": show(steps)
+
+
+if __name__ == "__main__": main()

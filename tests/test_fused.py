@@ -1,0 +1,206 @@
+"""A layer by hand is the layer: values, gradients and memory of fused layers, on a CPU by plain operations, on a GPU by kernels.
+
+Protects: every product and sum of the hand-written backward pass, what is left to the plain path, and the loss in pieces.
+"""
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from conftest import devices
+from qlora_lab import fused, kernels
+from qlora_lab.checkpointing import checkpoint_layers, decoder_layers
+from qlora_lab.fused import Group, LinearCrossEntropy, fits, fuse_layers, group_backward, group_forward, is_fused
+from qlora_lab.linear4bit import Linear4bit, quantize_model, saved_for_backward
+from qlora_lab.lora import LoRALinear, add_lora, trainable
+from qlora_lab.step import use_kernels
+
+there = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+
+
+@pytest.fixture(autouse=True)
+def switched_on_again():
+    yield
+    use_kernels()
+
+
+def small(family="llama", targets="all-linear", device="cpu", dtype=torch.float32, dropout=0., compute=None, **more):
+    torch.manual_seed(0)
+    config = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=128, sliding_window=None) | more
+    model = quantize_model(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config)), compute_dtype=compute)
+    add_lora(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, lora_dropout=dropout), seed=0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name: nn.init.normal_(p, std=0.1)
+        elif "bias" in name: nn.init.normal_(p, std=0.1)
+    model = model.to(device)
+    for name, p in model.named_parameters():
+        if "lora_" not in name and p.is_floating_point(): p.data = p.data.to(dtype)
+    return model.train()
+
+
+def ids(device, tokens=24): return torch.randint(0, 128, (2, tokens), generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def gradients(model, tokens=24, **kwargs):
+    "Loss and all gradients in one vector."
+    for p in model.parameters(): p.grad = None
+    given = ids(next(model.parameters()).device, tokens)
+    loss = F.cross_entropy(model(input_ids=given, use_cache=False, **kwargs).logits[:, :-1].flatten(0, 1).float(), given[:, 1:].flatten())
+    loss.backward()
+    return torch.cat([loss.detach()[None], *(p.grad.float().flatten() for p in trainable(model))])
+
+
+def off(a, b): return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "down_proj"], ["k_proj", "up_proj", "o_proj"]], ids=["all", "some", "others"])
+@pytest.mark.parametrize("family, more", [("llama", {}), ("llama", dict(num_key_value_heads=4, intermediate_size=100, head_dim=8)), ("mistral", {}), ("qwen2", {})], ids=["llama", "odd", "mistral", "qwen2"])
+def test_fused_layers_are_the_plain_ones(family, more, targets, again, device):
+    "Biases, shared keys, layers without adapters, widths that no tile divides; kept or computed a second time."
+    use_kernels(False)
+    plain = gradients(small(family, targets, device, **more))
+    use_kernels()
+    model = checkpoint_layers(small(family, targets, device, **more), again)
+    assert fuse_layers(model) is model and all(map(is_fused, decoder_layers(model)))
+    assert off(gradients(model), plain) < 1e-5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("again", [False, True])
+def test_fused_layers_round_no_worse_than_plain_ones(again):
+    "In bfloat16, against float32: flash attention, the kernels, and sums inside products."
+    use_kernels(False)
+    exact, plain = (gradients(small(device="cuda", dtype=d)) for d in (torch.float32, torch.bfloat16))
+    use_kernels()
+    model = fuse_layers(checkpoint_layers(small(device="cuda", dtype=torch.bfloat16), again))
+    assert off(gradients(model), exact) < 1.5 * off(plain, exact) < 0.1
+
+
+def test_a_fused_layer_is_used(monkeypatch):
+    "Without this, every comparison above could be of the plain path with itself."
+    used, real = [], fused.attend
+    monkeypatch.setattr(fused, "attend", lambda *args: used.append(1) or real(*args))
+    gradients(fuse_layers(checkpoint_layers(small())))
+    assert len(used) == 6  # three layers, each twice
+
+
+def test_what_does_not_fit():
+    assert fuse_layers(small("qwen3", head_dim=16)) is None  # norms of queries and keys
+    assert fuse_layers(small(dropout=0.1)) is None
+    assert fuse_layers(small(hidden_act="gelu")) is None
+    assert fuse_layers(small(compute=torch.bfloat16)) is None
+    trained = small("qwen2")
+    decoder_layers(trained)[1].self_attn.q_proj.base_layer.bias.requires_grad_()
+    assert fuse_layers(trained) is None and not any(map(is_fused, decoder_layers(trained)))
+    plain = add_lora(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=128)), LoraConfig(r=4, target_modules="all-linear"))
+    assert fuse_layers(plain) is None and not fits(nn.Linear(2, 2))
+
+
+def test_what_goes_the_plain_way():
+    "Padding in front, a cache, autocast, a window shorter than the sequence: as without fusing."
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[0, :5] = 0
+    model, plain = fuse_layers(small()), small()
+    assert torch.equal(gradients(model, attention_mask=mask), gradients(plain, attention_mask=mask))
+    with torch.autocast("cpu", torch.bfloat16): assert torch.equal(gradients(model), gradients(plain))
+    window = [f(small("mistral", sliding_window=8)) for f in (fuse_layers, lambda m: m)]
+    assert torch.equal(*map(gradients, window))
+    with torch.no_grad():
+        whole = [m.eval().generate(ids("cpu")[:, :6], max_new_tokens=8, do_sample=False, pad_token_id=0) for m in (model, plain)]
+    assert torch.equal(*whole)
+
+
+def test_a_fused_layer_can_be_taken_back():
+    "Checkpointing that is taken off takes the fused layer with it; fusing twice is fusing once."
+    model, plain = small(), gradients(small())
+    fuse_layers(fuse_layers(checkpoint_layers(model)))
+    assert off(gradients(model), plain) < 1e-5
+    checkpoint_layers(model, on=False)
+    assert not any(map(is_fused, decoder_layers(model))) and torch.equal(gradients(model), plain)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_backward_twice(again):
+    "What the first backward pass writes over must be its own."
+    model = fuse_layers(checkpoint_layers(small(), again))
+    given = ids("cpu")
+    loss = model(input_ids=given, use_cache=False).logits.float().square().mean()
+    first, second = (torch.autograd.grad(loss, trainable(model), retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_a_changed_weight_is_noticed():
+    model = fuse_layers(checkpoint_layers(small()))
+    loss = model(input_ids=ids("cpu"), use_cache=False).logits.mean()
+    decoder_layers(model)[1].mlp.up_proj.base_layer.stats.add_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"): loss.backward()
+
+
+def test_a_checkpointed_layer_keeps_its_input():
+    model = fuse_layers(checkpoint_layers(small()))
+    x, angles = torch.randn(2, 24, 64, requires_grad=True), (torch.randn(1, 24, 16),) * 2
+    with saved_for_backward(model) as kept: decoder_layers(model)[0](x, position_embeddings=angles)
+    assert sorted(n for _, _, n in kept.values()) == sorted([x.nbytes, angles[0].nbytes])
+
+
+def test_a_group_without_adapters_and_onto_something():
+    "A frozen layer passes the gradient on; a residual and a bias are summed in."
+    torch.manual_seed(0)
+    layers = [Linear4bit.from_linear(nn.Linear(64, n)) for n in (32, 96)]
+    group, x, onto, g = Group(*layers), torch.randn(5, 64, requires_grad=True), torch.randn(5, 128), torch.randn(5, 128)
+    expected = onto + torch.cat([layer(x) for layer in layers], 1)
+    with torch.no_grad():
+        y, inner = group_forward(group, x, group.weight(torch.float32), onto)
+        g_x, grads = group_backward(group, g, x, inner, group.weight(torch.float32))
+    assert inner is None and grads == [] and torch.allclose(y, expected, atol=1e-5)
+    assert torch.allclose(g_x, torch.autograd.grad(expected, x, g)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("piece", [1, 3, 100])
+def test_a_loss_in_pieces_is_the_loss(piece):
+    "Places out of order, places to be ignored, one place twice."
+    torch.manual_seed(0)
+    hidden, head = torch.randn(50, 16, dtype=torch.float64, requires_grad=True), torch.randn(90, 16, dtype=torch.float64)
+    at, targets = torch.tensor([4, 1, 1, 30, 0, 49, 0]), torch.tensor([0, 89, 3, -100, 5, 7, -100])
+    losses = F.cross_entropy(hidden[at] @ head.t(), targets, reduction="sum"), LinearCrossEntropy.apply(hidden, at, targets, head, piece)
+    whole, pieces = (torch.autograd.grad(loss * 0.3, hidden)[0] for loss in losses)
+    assert torch.allclose(*(loss.double() for loss in losses), rtol=1e-6) and torch.allclose(whole, pieces, atol=1e-6)
+
+
+def normal(*shape, seed=0, dtype=torch.float32): return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(there, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("rows, width", [(1, 8), (5, 64), (3, 1000), (2, 1025)])
+def test_kernels_between_the_products(rows, width):
+    "Rows and tiles that no power of two fills; by Triton's interpreter without a GPU."
+    x, g, around, w = normal(rows, width), normal(rows, width, seed=1), normal(rows, width, seed=2), normal(width, seed=3)
+    (y, rstd), (plain, r) = fused.rms_norm_kernel(x, w, 1e-5), fused.rms_norm_plain(x, w, 1e-5)
+    assert torch.allclose(y, plain, atol=1e-5) and torch.allclose(rstd, r)
+    assert torch.allclose(*(f(g, x, w, rstd, around) for f in (fused.rms_norm_backward_kernel, fused.rms_norm_backward_plain)), atol=1e-4)
+    gate_up, outs = normal(rows, 2 * width), [torch.full((rows, 2 * width), 7., device=there) for _ in range(2)]
+    assert torch.allclose(fused.swiglu_kernel(gate_up), fused.swiglu_plain(gate_up), atol=1e-5)
+    for f, out in zip((fused.swiglu_backward_kernel, fused.swiglu_backward_plain), outs): f(g, gate_up, out)
+    assert torch.allclose(*outs, atol=1e-5)
+    fused.swiglu_backward_kernel(g, gate_up, gate_up)
+    assert torch.equal(gate_up, outs[0])  # written over what it read
+
+
+@needs_triton
+@pytest.mark.parametrize("heads, size, positions, rows", [(1, 8, 4, 4), (3, 16, 5, 10), (4, 24, 6, 6)])
+def test_rotation_and_back(heads, size, positions, rows):
+    "In place and out of place, a part of wider rows, angles shared by a batch; and turning back undoes it."
+    wide, turn = normal(rows, heads * size + 8), normal(1, positions, size // 2)
+    cos, sin = (torch.cat([f(turn)] * 2, -1) for f in (torch.cos, torch.sin))
+    part, out, plain = wide[:, :heads * size], torch.zeros(rows, heads * size + 3, device=there)[:, :heads * size], torch.zeros(rows, heads * size, device=there)
+    fused.rotate_kernel(part, out, cos, sin, heads, 1)
+    fused.rotate_plain(part, plain, cos, sin, heads, 1)
+    assert torch.allclose(out, plain, atol=1e-6)
+    before = wide.clone()
+    for sign in (1, -1): fused.rotate_kernel(part, part, cos, sin, heads, sign)
+    assert torch.allclose(wide, before, atol=1e-6) and torch.equal(wide[:, heads * size:], before[:, heads * size:])

@@ -1,0 +1,231 @@
+"""A recorded step is the step: batches filled up, the mask that is not needed, graphs against the same work launched one by one.
+
+Protects: losses and gradients over several steps and shapes, what cannot be recorded, the switch. Graphs need a GPU.
+"""
+import subprocess
+import sys
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.common import random_batch
+from conftest import devices
+from qlora_lab.checkpointing import checkpoint_layers
+from qlora_lab.double_quant import FASTER
+from qlora_lab.fused import fuse_layers
+from qlora_lab.lora import trainable
+from qlora_lab.paged import PagedAdamW
+from qlora_lab.step import KERNELS, StepGraph, forward_backward, padded, summed_loss, use_kernels
+from qlora_lab.train import answer_losses, train_step
+from test_fused import small
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.fixture(autouse=True)
+def switched_on_again():
+    yield
+    use_kernels()
+
+
+def ragged(lengths, in_front=False):
+    "Rows of different lengths, half of each learned."
+    ids = torch.randint(1, 128, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(sum(lengths)))
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    labels = torch.where((mask == 1) & (torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None] // 2), ids, -100)
+    batch = {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+    return {k: v.flip(1) for k, v in batch.items()} if in_front else batch
+
+
+@pytest.mark.parametrize("lengths", [(24, 17), (64, 64), (65, 3), (2, 2)], ids=str)
+def test_filled_up_is_the_same_batch(lengths):
+    "Every learned token is asked for at the place before it, and nothing else is."
+    batch = ragged(lengths)
+    ids, at, targets = padded(batch)
+    assert ids.shape[1] % 64 == 0 and len(at) == len(targets) and len(at) % 64 == 0
+    asked = {(a // ids.shape[1], a % ids.shape[1] + 1): t for a, t in zip(at.tolist(), targets.tolist()) if t != -100}
+    expected = {(i, j): t for i, row in enumerate(batch["labels"].tolist()) for j, t in enumerate(row) if j and t != -100}
+    assert asked == expected and all(ids[i, j] == t for (i, j), t in asked.items())
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("lengths", [(24, 17), (65, 3)], ids=str)
+def test_what_is_filled_in_behind_needs_no_mask(lengths, device):
+    "Loss and gradients are those with a mask."
+    found = []
+    for fuse in (False, True):
+        use_kernels(fuse)
+        model = small(device=device)
+        if fuse: fuse_layers(model)
+        loss = summed_loss(model, ragged(lengths)) if fuse else answer_losses(model, ragged(lengths))[0].sum()
+        loss.backward()
+        found.append(torch.cat([loss.detach()[None], *(p.grad.flatten() for p in trainable(model))]))
+    assert (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
+
+
+def test_what_is_not_taken():
+    "Padding in front, layers that are not fused, a head that learns."
+    model = fuse_layers(small())
+    assert summed_loss(model, ragged((9, 5))) is not None
+    assert summed_loss(model, ragged((9, 5), in_front=True)) is None and forward_backward(model, ragged((9, 5), in_front=True), 7) is None
+    assert summed_loss(small(), ragged((9, 5))) is None
+    model.lm_head.weight.requires_grad_()
+    assert summed_loss(model, ragged((9, 5))) is None
+
+
+def test_each_kernel_has_its_stand_in():
+    "What the package registers before the first use is what the lessons provide: a kernel without a stand-in would never be asked for."
+    code = "import qlora_lab; from qlora_lab.double_quant import FASTER; first = set(FASTER); from qlora_lab.step import KERNELS; print(first - {('dequantize', 'meta')} == set(KERNELS))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "True"
+
+
+def test_the_switch_reaches_everything():
+    use_kernels(False)
+    assert not any(key in FASTER for key in KERNELS)
+    use_kernels()
+    assert all(key in FASTER for key in KERNELS if key[1] == "cpu" or torch.cuda.is_available())
+
+
+class Recording:
+    "In place of a CUDA graph: notes its pool and how often it is replayed."
+    made = []
+    def __init__(self): self.replays, self.own = 0, object(); Recording.made.append(self)
+    def pool(self): return self.own
+    def replay(self): self.replays += 1
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    "What would be recorded runs as it is."
+    @contextmanager
+    def graph(recording, pool=None):
+        recording.own = pool or recording.own
+        yield
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(Recording, "made", [])
+    return Recording.made
+
+
+def test_when_a_shape_is_recorded(recordings):
+    "Not at first sight; once; for so many shapes; all in one pool of memory."
+    graph, ran = StepGraph([nn.Parameter(torch.ones(3))], most=2), []
+    def passes(t):
+        ran.append(len(t))
+        return t * 2
+    for n in (1, 2, 3, 1, 2, 3, 3, 1, 1): graph(passes, torch.ones(n))
+    assert ran == [1, 2, 3, 1, 2, 3, 3] and [r.replays for r in recordings] == [3, 1]
+    assert len({r.own for r in recordings}) == 1
+
+
+def test_a_failed_recording_leaves_nothing_behind(recordings):
+    "One line of notice, the batch runs, and the next shape gets a pool of its own."
+    graph, recorded = StepGraph([nn.Parameter(torch.ones(3))]), []
+    def passes(t):
+        if len(t) == 1 and len(recordings) == 1 and not recorded:
+            recorded.append(1)
+            raise torch.OutOfMemoryError("no room\nat all")
+        return t * 2
+    with pytest.warns(UserWarning, match="without a graph .no room.$"):
+        found = [graph(passes, torch.ones(1)).item() for _ in range(3)]
+    assert found == [2.] * 3 and graph.graphs[(torch.Size([1]),)] == (None, None, None)
+    for _ in range(2): graph(passes, torch.ones(2))
+    assert recordings[1].own is not recordings[0].own and recordings[1].replays == 1
+
+
+def test_gradients_keep_their_places(recordings):
+    "Dropped ones come back as zeros in the same memory, others stay."
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    graph = StepGraph([p, q])
+    def passes(t):
+        (p * t + q * t).sum().backward()
+        return t
+    graph(passes, torch.ones(3))
+    places = p.grad.data_ptr(), q.grad.data_ptr()
+    p.grad = None
+    graph(passes, torch.full((4,), 2.)[:3])
+    assert (p.grad.data_ptr(), q.grad.data_ptr()) == places and p.grad.tolist() == [2.] * 3 and q.grad.tolist() == [3.] * 3
+
+
+# ---------------------------------------------------------------- on a GPU
+
+def model_and_optimizer(mode, dtype=torch.bfloat16):
+    use_kernels(mode != "plain")
+    model = checkpoint_layers(small(device="cuda", dtype=dtype))
+    if mode != "plain": fuse_layers(model)
+    if mode == "called": del FASTER["forward_backward", "cuda"]
+    return model, PagedAdamW(trainable(model), lr=1e-2)
+
+
+def several_steps(mode, dtype=torch.bfloat16):
+    "Shapes that come and go, two forward passes a step among them."
+    model, optimizer = model_and_optimizer(mode, dtype)
+    asked = [(100, 1), (40, 1), (100, 1), (40, 1), (100, 2), (130, 1), (40, 3), (100, 1)]
+    return [train_step(model, optimizer, [random_batch(2, n, vocabulary=128)] * times, 1e-2, 0.3) for n, times in asked], model
+
+
+@needs_gpu
+def test_a_recorded_step_is_the_same_step():
+    "That of the same kernels launched one by one but for the last bit of a division, and that of plain torch up to rounding."
+    recorded, model = several_steps("recorded")
+    assert len(model._graph.graphs) == 2 and all(graph is not None for graph, _, _ in model._graph.graphs.values())
+    exact, plain = several_steps("recorded", torch.float32)[0], several_steps("plain", torch.float32)[0]
+    def off(one, other): return max(abs(a - b) / b for step in zip(one, other) for a, b in zip(*step))
+    assert off(recorded, several_steps("called")[0]) < 1e-5 and off(exact, plain) < 1e-3
+
+
+@needs_gpu
+@pytest.mark.parametrize("to_none", [False, True])
+def test_gradients_stay_where_the_recording_writes_them(to_none):
+    "Dropped, zeroed, or left to add up: each replay adds to what is there."
+    model, _ = model_and_optimizer("recorded")
+    batch, params = random_batch(2, 64, vocabulary=128), trainable(model)
+    once = None
+    for _ in range(4):
+        for p in params:
+            if to_none: p.grad = None
+            elif p.grad is not None: p.grad.zero_()
+        forward_backward(model, batch, 126)
+        now = [p.grad.clone() for p in params]
+        assert once is None or all(map(torch.equal, once, now))
+        once = now
+    forward_backward(model, batch, 126)
+    assert all(torch.allclose(p.grad, 2 * g, rtol=1e-2) for p, g in zip(params, once))
+
+
+@needs_gpu
+def test_what_cannot_be_recorded_runs_as_it_is():
+    "One line of notice, right results, and the GPU works on."
+    p = nn.Parameter(torch.ones(3, device="cuda"))
+    graph, waits = StepGraph([p]), lambda t: t * t.sum().item()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = [graph(waits, torch.tensor([1., 2., 3.])).tolist() for _ in range(4)]
+    assert found == [[6., 12., 18.]] * 4 and len([w for w in said if "without a graph" in str(w.message)]) == 1
+    assert graph(lambda t: t + 1, torch.zeros(2)).tolist() == [1., 1.]
+
+
+@needs_gpu
+def test_only_so_many_shapes_are_recorded():
+    graph = StepGraph([nn.Parameter(torch.ones(3, device="cuda"))], most=2)
+    for n in (1, 2, 3, 1, 2, 3, 3, 1): assert graph(lambda t: t * 2, torch.ones(n)).tolist() == [2.] * n
+    assert len(graph.graphs) == 2
+
+
+@needs_gpu
+def test_a_run_records_its_steps(tiny, data, tmp_path):
+    "`train` fuses and records on a GPU, and ends where plain torch ends."
+    from qlora_lab.model import load_model
+    from qlora_lab.train import TrainConfig, train
+    losses = []
+    for on in (True, False):
+        use_kernels(on)
+        model, tokenizer = load_model(tiny, device="cuda", dtype=torch.float32, compute_dtype=torch.float32)
+        config = TrainConfig(folder=tmp_path / str(on), steps=10, batch_size=2, rank=4, lr=5e-3, eval_examples=8, eval_prompts=1, checkpointing=True)
+        run = train(model, tokenizer, data, config, progress=False)
+        assert ("_graph" in model.__dict__) == on
+        losses.append([*run.losses, run.after.loss])
+    assert losses[0][-1] < losses[0][0] and max(abs(a - b) for a, b in zip(*losses)) < 1e-3
