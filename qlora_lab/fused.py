@@ -7,10 +7,9 @@ __all__ = ['rms_norm', 'rms_norm_backward', 'rotate', 'swiglu', 'swiglu_backward
            'group_forward', 'group_backward', 'rms_norm_plain', 'rms_norm_backward_plain', 'rms_norm_kernel',
            'rms_norm_backward_kernel', 'rotate_plain', 'rotate_kernel', 'swiglu_plain', 'swiglu_backward_plain',
            'swiglu_kernel', 'swiglu_backward_kernel', 'attention', 'attention_backward', 'FusedLayer', 'attend',
-           'multiply', 'multiply_backward', 'attend_backward', 'DecoderLayer', 'fits', 'is_fused', 'fuse_layers',
-           'LinearCrossEntropy']
+           'multiply', 'multiply_backward', 'attend_backward', 'DecoderLayer', 'fits', 'is_fused', 'fuse_layers']
 
-# %% ../nbs/14b_fused.ipynb #8ac0da28
+# %% ../nbs/14b_fused.ipynb #a5f235c7
 from collections.abc import Callable
 from types import MethodType
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .checkpointing import decoder_layers, is_checkpointed
+from .double_quant import FASTER
 from .kernels import gpu_lack, on_device
 from .linear4bit import Linear4bit
 from .lora import LoRALinear
@@ -68,7 +68,7 @@ def adapted_linear(
     bias = None if base.bias is None else base.bias.to(dtype)
     return AdaptedLinear.apply(x, dropped, layer.lora_A.weight, layer.lora_B.weight, layer.scaling, q, bias, dtype, q.packed, q.stats)
 
-# %% ../nbs/14b_fused.ipynb #8b83784a
+# %% ../nbs/14b_fused.ipynb #eb848698
 class Group:
     "Adapted 4-bit layers that read the same input: one product for all, into which their adapters' shares are summed."
     def __init__(self, *layers: nn.Module):  # LoRALinear over Linear4bit, or Linear4bit
@@ -83,21 +83,26 @@ class Group:
         "A and B of each adapter in turn."
         return [p for i in self.adapted for p in (self.layers[i].lora_A.weight, self.layers[i].lora_B.weight)]
 
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        "[sum of out_features, in_features]: the decoded weights, one below the other."
-        first = self.bases[0]
-        whole = torch.empty(sum(self.sizes), first.in_features, dtype=dtype, device=first.weight.device)
-        for base, rows in zip(self.bases, whole.split(self.sizes)): base.quantized.dequantize(out=rows)
-        return whole
+# %% ../nbs/14b_fused.ipynb #b64034f3
+def _weight(self, dtype: torch.dtype) -> Tensor:
+    "[sum of out_features, in_features]: the decoded weights, one below the other."
+    first = self.bases[0]
+    whole = torch.empty(sum(self.sizes), first.in_features, dtype=dtype, device=first.weight.device)
+    for base, rows in zip(self.bases, whole.split(self.sizes)): base.quantized.dequantize(out=rows)
+    return whole
 
-    def inner(self, x: Tensor) -> Tensor | None:
-        "[tokens, sum of ranks]: s x A^T; None without adapters."
-        if not self.adapted: return None
-        return x.new_empty(len(x), sum(self.ranks)).addmm_(x, _all_a(self, x.dtype).t(), beta=0, alpha=self.scaling)
+def _all_a(self, dtype: torch.dtype) -> Tensor:
+    "[sum of ranks, in_features]: the first halves of the adapters, one below the other."
+    return torch.cat([self.layers[i].lora_A.weight for i in self.adapted]).to(dtype)
 
-# %% ../nbs/14b_fused.ipynb #05507037
-def _all_a(group: Group, dtype: torch.dtype) -> Tensor: return torch.cat([group.layers[i].lora_A.weight for i in group.adapted]).to(dtype)
+def _inner(self, x: Tensor) -> Tensor | None:
+    "[tokens, sum of ranks]: s x A^T; None without adapters."
+    if not self.adapted: return None
+    return x.new_empty(len(x), sum(self.ranks)).addmm_(x, self.all_a(x.dtype).t(), beta=0, alpha=self.scaling)
 
+Group.weight, Group.all_a, Group.inner = _weight, _all_a, _inner
+
+# %% ../nbs/14b_fused.ipynb #34f27c19
 def group_forward(
     group: Group,
     x: Tensor,                   # [tokens, in_features]
@@ -115,6 +120,7 @@ def group_forward(
         elif not there: part.zero_()
     return y.addmm_(x, weight.t()), inner
 
+# %% ../nbs/14b_fused.ipynb #2aea16fb
 def group_backward(
     group: Group,
     grad: Tensor,            # [tokens, sum of out_features]
@@ -130,7 +136,7 @@ def group_backward(
         share.addmm_(parts[i], group.layers[i].lora_B.weight.to(grad.dtype), beta=0, alpha=group.scaling)
     g_a = (g_inner.t() @ x).split(group.ranks)
     g_b = [parts[i].t() @ share for i, share in zip(group.adapted, inner.split(group.ranks, 1))]
-    g_x = torch.empty_like(x).addmm_(g_inner, _all_a(group, x.dtype), beta=0).addmm_(grad, weight) if wanted else None
+    g_x = torch.empty_like(x).addmm_(g_inner, group.all_a(x.dtype), beta=0).addmm_(grad, weight) if wanted else None
     return g_x, [g.to(p.dtype) for g, p in zip((g for pair in zip(g_a, g_b) for g in pair), group.params)]
 
 # %% ../nbs/14b_fused.ipynb #6f5e7e17
@@ -395,13 +401,14 @@ def fits(
     same = len({p.scaling for p in adapted}) < 2 and all(isinstance(p.lora_dropout, nn.Identity) for p in adapted)
     return frozen and only_these and same and len(dtypes) == 1 and dtypes <= {torch.float32, torch.bfloat16}
 
-# %% ../nbs/14b_fused.ipynb #733d2f6e
+# %% ../nbs/14b_fused.ipynb #8f722224
 def _forward(layer, hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, **kwargs):
     "In place of a layer's own forward: fused where nothing speaks against it."
     f, x, mask = layer._fused, hidden_states, attention_mask
     if mask is not None and mask.numel() == 1: mask = None  # one entry for all: no mask, see lesson 14c
     odd = mask is not None or past_key_values is not None or x.dtype != f.norms[0].weight.dtype or f.window is not None and x.shape[1] > f.window
-    if odd or not x.is_meta and torch.is_autocast_enabled(x.device.type):
+    off = x.is_cuda and ("fuse_layers", "cuda") not in FASTER
+    if odd or off or not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return layer._unfused(x, attention_mask=mask, position_embeddings=position_embeddings, past_key_values=past_key_values, **kwargs)
     return DecoderLayer.apply(f, is_checkpointed(layer), x, *position_embeddings, *f.params)
 
@@ -418,25 +425,3 @@ def fuse_layers(
     for layer in layers:
         if not is_fused(layer): layer._fused, layer._unfused, layer.forward = FusedLayer(layer), layer.forward, MethodType(_forward, layer)
     return model
-
-# %% ../nbs/14b_fused.ipynb #ae9ac9da
-class LinearCrossEntropy(torch.autograd.Function):
-    "The surprise at given places, summed, and its gradient beside it, piece by piece: the logits of all places are never there at once."
-    @staticmethod
-    def forward(ctx, hidden, at, targets, weight, piece):
-        found, loss = hidden.index_select(0, at), torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for h, t in zip(found.split(piece), targets.split(piece)):
-            logs, learned = (h @ weight.t()).float().log_softmax(1), (t >= 0)[:, None]
-            t = t.clamp(min=0)[:, None]
-            loss -= (logs.gather(1, t) * learned).sum()
-            slope = logs.exp_().scatter_add_(1, t, -torch.ones_like(t, dtype=logs.dtype)).mul_(learned)
-            h.copy_(slope.to(h.dtype) @ weight)  # takes the place of the hidden state
-        ctx.save_for_backward(found, at)
-        ctx.shape = hidden.shape
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        slope, at = ctx.saved_tensors
-        return slope.new_zeros(ctx.shape).index_add_(0, at, slope * grad.to(slope.dtype)), None, None, None, None

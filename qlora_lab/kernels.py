@@ -246,9 +246,9 @@ def quantize_absmax_triton(
         _quantize_absmax[(groups,)](absmax, offset, _middle(device), codes, absmax2, len(absmax), APPROXIMATE=device.type == "cuda", num_warps=2, enable_fp_fusion=False)
     return codes, absmax2, offset
 
-# %% ../nbs/14_kernels.ipynb #80788cb4
+# %% ../nbs/14_kernels.ipynb #cbb80b53
 def gpu_lack() -> str | None:
     "Why the GPU's kernels cannot be had; None where they can."
     if not torch.cuda.is_available(): return "torch finds no GPU"
     if triton is None: return "Triton is not installed"
-    return "the GPU is older than Triton supports" if torch.cuda.get_device_capability() < (7, 0) else None
+    return "the GPU is older than Triton supports" if torch.cuda.get_device_capability() < (8, 0) else None

@@ -1,6 +1,6 @@
 """A layer by hand is the layer: values, gradients and memory of fused layers, on a CPU by plain operations, on a GPU by kernels.
 
-Protects: every product and sum of the hand-written backward pass, what is left to the plain path, and the loss in pieces.
+Protects: every product and sum of the hand-written backward pass, and what is left to the plain path.
 """
 import pytest
 import torch
@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import devices
 from qlora_lab import fused, kernels
 from qlora_lab.checkpointing import checkpoint_layers, decoder_layers
-from qlora_lab.fused import Group, LinearCrossEntropy, fits, fuse_layers, group_backward, group_forward, is_fused
+from qlora_lab.fused import Group, fits, fuse_layers, group_backward, group_forward, is_fused
 from qlora_lab.linear4bit import Linear4bit, quantize_model, saved_for_backward
 from qlora_lab.lora import LoRALinear, add_lora, trainable
 from qlora_lab.step import use_kernels
@@ -159,17 +159,6 @@ def test_a_group_without_adapters_and_onto_something():
         g_x, grads = group_backward(group, g, x, inner, group.weight(torch.float32))
     assert inner is None and grads == [] and torch.allclose(y, expected, atol=1e-5)
     assert torch.allclose(g_x, torch.autograd.grad(expected, x, g)[0], atol=1e-5)
-
-
-@pytest.mark.parametrize("piece", [1, 3, 100])
-def test_a_loss_in_pieces_is_the_loss(piece):
-    "Places out of order, places to be ignored, one place twice."
-    torch.manual_seed(0)
-    hidden, head = torch.randn(50, 16, dtype=torch.float64, requires_grad=True), torch.randn(90, 16, dtype=torch.float64)
-    at, targets = torch.tensor([4, 1, 1, 30, 0, 49, 0]), torch.tensor([0, 89, 3, -100, 5, 7, -100])
-    losses = F.cross_entropy(hidden[at] @ head.t(), targets, reduction="sum"), LinearCrossEntropy.apply(hidden, at, targets, head, piece)
-    whole, pieces = (torch.autograd.grad(loss * 0.3, hidden)[0] for loss in losses)
-    assert torch.allclose(*(loss.double() for loss in losses), rtol=1e-6) and torch.allclose(whole, pieces, atol=1e-6)
 
 
 def normal(*shape, seed=0, dtype=torch.float32): return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(there, dtype)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.common import random_batch
@@ -18,7 +19,7 @@ from qlora_lab.double_quant import FASTER
 from qlora_lab.fused import fuse_layers
 from qlora_lab.lora import trainable
 from qlora_lab.paged import PagedAdamW
-from qlora_lab.step import KERNELS, StepGraph, forward_backward, padded, summed_loss, use_kernels
+from qlora_lab.step import KERNELS, LinearCrossEntropy, StepGraph, forward_backward, padded, summed_loss, use_kernels
 from qlora_lab.train import answer_losses, train_step
 from test_fused import small
 
@@ -74,6 +75,17 @@ def test_what_is_not_taken():
     assert summed_loss(small(), ragged((9, 5))) is None
     model.lm_head.weight.requires_grad_()
     assert summed_loss(model, ragged((9, 5))) is None
+
+
+@pytest.mark.parametrize("piece", [1, 3, 100])
+def test_a_loss_in_pieces_is_the_loss(piece):
+    "Places out of order, places to be ignored, one place twice."
+    torch.manual_seed(0)
+    hidden, head = torch.randn(50, 16, dtype=torch.float64, requires_grad=True), torch.randn(90, 16, dtype=torch.float64)
+    at, targets = torch.tensor([4, 1, 1, 30, 0, 49, 0]), torch.tensor([0, 89, 3, -100, 5, 7, -100])
+    losses = F.cross_entropy(hidden[at] @ head.t(), targets, reduction="sum"), LinearCrossEntropy.apply(hidden, at, targets, head, piece)
+    whole, pieces = (torch.autograd.grad(loss * 0.3, hidden)[0] for loss in losses)
+    assert torch.allclose(*(loss.double() for loss in losses), rtol=1e-6) and torch.allclose(whole, pieces, atol=1e-6)
 
 
 def test_each_kernel_has_its_stand_in():
@@ -194,6 +206,20 @@ def test_gradients_stay_where_the_recording_writes_them(to_none):
         once = now
     forward_backward(model, batch, 126)
     assert all(torch.allclose(p.grad, 2 * g, rtol=1e-2) for p, g in zip(params, once))
+
+
+@needs_gpu
+def test_the_switch_reaches_a_fused_model():
+    "Off, its layers are plain torch again, to the bit."
+    found = []
+    for fuse in (False, True):
+        use_kernels()
+        model = small(device="cuda")
+        if fuse: fuse_layers(model)
+        use_kernels(False)
+        assert forward_backward not in FASTER.values()
+        found.append(answer_losses(model, ragged((24, 17)))[0])
+    assert torch.equal(*found)
 
 
 @needs_gpu
