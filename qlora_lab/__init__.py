@@ -14,7 +14,7 @@ from types import ModuleType
 
 from . import blockwise, double_quant, nf4
 
-# %% ../nbs/reference/public_names.ipynb #2de643ce
+# %% ../nbs/reference/public_names.ipynb #3e10be91
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # its advice at import, to install inference kernels, is not for us
 
 _PUBLIC = {
@@ -47,7 +47,7 @@ def _first(operation, device):
     return lambda *args: import_module("qlora_lab.step").first_use(operation, double_quant.torch.device(device), *args)
 
 _FASTER = {"cpu": ["dequantize", "quantize", "adapted_linear"],
-           "cuda": ["dequantize", "quantize", "quantize_absmax", "adapted_linear", "fuse_layers", "summed_loss", "forward_backward"]}
+           "cuda": ["dequantize", "quantize", "quantize_absmax", "adapted_linear", "fuse_layers", "summed_loss", "forward_backward", "forget"]}
 for device, operations in _FASTER.items(): double_quant.FASTER |= {(operation, device): _first(operation, device) for operation in operations}
 
 def __dir__(): return sorted([*globals(), *_WHERE])

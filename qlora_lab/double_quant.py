@@ -124,7 +124,7 @@ def faster(operation: str, device: torch.device, *args):
     kernel = FASTER.get((operation, device.type))
     return kernel(*args) if kernel else None
 
-# %% ../nbs/03_double_quant.ipynb #692d3dd5
+# %% ../nbs/03_double_quant.ipynb #d0985b54
 @dataclass(frozen=True)
 class QuantizedTensor:
     "A weight in 4 bits: packed codes and the statistics to undo them, byte for byte what bitsandbytes holds."
@@ -160,6 +160,7 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         "The weight again, in `dtype` or its own, or written to `out` in the dtype of that: level times scale in float32, rounded once."
+        if out is not None and out.shape != self.shape: raise ValueError(f"expected `out` of shape {tuple(self.shape)}, got {tuple(out.shape)}")
         dtype = out.dtype if out is not None else dtype or self.dtype
         weight = faster("dequantize", self.packed.device, self, dtype, out)
         if weight is not None: return weight

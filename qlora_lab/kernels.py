@@ -93,7 +93,7 @@ def compiled() -> ctypes.CDLL | None:
         why = (getattr(e, "stderr", None) or str(e).encode()).decode(errors="replace").strip().splitlines()
         warnings.warn(f"no C kernels ({why[-1] if why else e}): qlora_lab works in plain torch operations on the CPU, to the same bits and more slowly", stacklevel=2)
 
-# %% ../nbs/14_kernels.ipynb #c9ace900
+# %% ../nbs/14_kernels.ipynb #dc301db9
 @lru_cache(maxsize=64)
 def _levels(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
     "The levels by code, and those of the statistics, on the device once and for all."
@@ -102,6 +102,8 @@ def _levels(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
 def on_device(device: torch.device):
     "A block in which kernels are launched on this device."
     return nullcontext() if device.type != "cuda" or device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+def _writable(out: Tensor | None) -> bool: return out is None or out.is_contiguous()
 
 def _pointer(t: Tensor | None) -> ctypes.c_void_p: return ctypes.c_void_p(None if t is None else t.data_ptr())
 
@@ -112,7 +114,7 @@ def dequantize_c(
 ) -> Tensor | None:       # the weight; None where the plain path has to take over
     "The weight again in one pass over its bytes, nested statistics included; every bit as in `QuantizedTensor.dequantize`."
     blocks, lost = divmod(prod(q.shape), q.blocksize)
-    if lost or q.blocksize % 32 or dtype not in (torch.float32, torch.bfloat16) or not q.packed.is_contiguous() or not compiled(): return None
+    if lost or q.blocksize % 32 or dtype not in (torch.float32, torch.bfloat16) or not q.packed.is_contiguous() or not _writable(out) or not compiled(): return None
     if out is None: out = torch.empty(q.shape, dtype=dtype)
     levels, dynamic = _levels(q.quant_type, q.packed.device)
     compiled().dequantize(*map(_pointer, (q.packed, q.stats, q.absmax2, q.offset, dynamic, levels, out)), int(dtype == torch.bfloat16),
@@ -151,7 +153,7 @@ if triton:
         level = tl.load(levels + ((codes[:, None] >> shift) & 15))
         tl.store(out + weight, (level * scale[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
 
-# %% ../nbs/14_kernels.ipynb #0561449e
+# %% ../nbs/14_kernels.ipynb #61e9d72c
 def dequantize_triton(
     q: QuantizedTensor,   # on a GPU
     dtype: torch.dtype,   # of the result
@@ -160,7 +162,7 @@ def dequantize_triton(
 ) -> Tensor | None:       # the weight; None where the plain path has to take over
     "The weight again in one pass over its bytes, nested statistics included; every bit as in `QuantizedTensor.dequantize`."
     n, packed = prod(q.shape), q.packed
-    if n % 8 or q.blocksize % 8 or packed.data_ptr() % 4 or not packed.is_contiguous(): return None
+    if n % 8 or q.blocksize % 8 or packed.data_ptr() % 4 or not packed.is_contiguous() or not _writable(out): return None
     if out is None: out = torch.empty(q.shape, dtype=dtype, device=packed.device)
     levels, dynamic = _levels(q.quant_type, packed.device)
     absmax2, offset = (q.absmax2, q.offset) if q.nested else (q.stats, q.stats)
@@ -170,7 +172,7 @@ def dequantize_triton(
                                                     num_warps=2, enable_fp_fusion=False)
     return out
 
-# %% ../nbs/14_kernels.ipynb #ba79e023
+# %% ../nbs/14_kernels.ipynb #d052519a
 if triton:
     @triton.jit
     def _reciprocal(x, APPROXIMATE: tl.constexpr):
@@ -183,7 +185,7 @@ if triton:
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         at = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         w = tl.load(x + at, mask=at < n, other=0.).to(tl.float32)
-        largest = tl.max(tl.abs(w), axis=1)
+        largest = tl.max(tl.abs(w).to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)  # by their bits, among which NaN is the largest
         tl.store(absmax + row, largest, mask=row < blocks)
         scaled = w * _reciprocal(tl.maximum(largest, tl.full([ROWS], 1e-38, tl.float32)), APPROXIMATE)[:, None]
         compared = tl.abs(scaled) if SIGNED else scaled
@@ -195,12 +197,14 @@ if triton:
         byte = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
         tl.store(packed + byte, (high * 16 + low).to(tl.uint8), mask=byte < (n + 1) // 2)
 
-# %% ../nbs/14_kernels.ipynb #cd717156
+# %% ../nbs/14_kernels.ipynb #4e94f83e
 @lru_cache(maxsize=64)
 def _pivots(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
     "The numbers that part neighbouring levels, as the CUDA kernels round them (for fp4 those of magnitudes), and the codes of fp4's magnitudes."
     found = torch.tensor(FP4_PIVOTS) if quant_type == "fp4" else nf4_pivots() if quant_type == "nf4" else midpoints(codebook(quant_type))
     return found.to(device), torch.tensor([c & 7 for c in FP4_NIBBLES[8:]], dtype=torch.int32, device=device)
+
+def _is_nvidia(device: torch.device) -> bool: return device.type == "cuda" and bool(torch.version.cuda)
 
 @lru_cache(maxsize=4)
 def _middle(device: torch.device) -> Tensor: return midpoints(DYNAMIC8).to(device)
@@ -216,10 +220,10 @@ def quantize_triton(
     packed, absmax = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=device), torch.empty(blocks, device=device)
     with on_device(device):
         _quantize[(triton.cdiv(blocks, rows),)](w.contiguous(), pivots, codes, packed, absmax, n, blocks, COUNT=len(pivots), SIGNED=quant_type == "fp4", BLOCK=blocksize,
-                                                ROWS=rows, APPROXIMATE=device.type == "cuda", num_warps=4, enable_fp_fusion=False)
+                                                ROWS=rows, APPROXIMATE=_is_nvidia(device), num_warps=4, enable_fp_fusion=False)
     return packed, absmax
 
-# %% ../nbs/14_kernels.ipynb #51194f36
+# %% ../nbs/14_kernels.ipynb #b50a20b5
 if triton:
     @triton.jit
     def _quantize_absmax(absmax, offset, middle, codes, absmax2, blocks, APPROXIMATE: tl.constexpr):
@@ -243,7 +247,7 @@ def quantize_absmax_triton(
     groups, device, offset = triton.cdiv(len(absmax), 256), absmax.device, absmax.mean()
     codes, absmax2 = torch.empty(len(absmax), dtype=torch.uint8, device=device), torch.empty(groups, device=device)
     with on_device(device):
-        _quantize_absmax[(groups,)](absmax, offset, _middle(device), codes, absmax2, len(absmax), APPROXIMATE=device.type == "cuda", num_warps=2, enable_fp_fusion=False)
+        _quantize_absmax[(groups,)](absmax, offset, _middle(device), codes, absmax2, len(absmax), APPROXIMATE=_is_nvidia(device), num_warps=2, enable_fp_fusion=False)
     return codes, absmax2, offset
 
 # %% ../nbs/14_kernels.ipynb #cbb80b53

@@ -21,7 +21,7 @@ from .double_quant import faster
 from .linear4bit import Linear4bit, set_submodule
 from .records import LabError, read_json, write_whole
 
-# %% ../nbs/06_lora.ipynb #17fa3eae
+# %% ../nbs/06_lora.ipynb #875d8937
 class LoRALinear(nn.Module):
     "A frozen linear layer plus a trainable low-rank product: y = base(x) + scaling * B(A(dropout(x))). LoRA, Hu et al. 2021."
     def __init__(
@@ -50,7 +50,7 @@ class LoRALinear(nn.Module):
         return self.base_layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        whole = faster("adapted_linear", x.device, self, x)  # base and adapter as one operation: lesson 14
+        whole = faster("adapted_linear", x.device, self, x)  # base and adapter as one operation: lesson 14b
         if whole is not None: return whole
         y = self.base_layer(x)
         h = self.lora_dropout(x.to(self.lora_A.weight.dtype))

@@ -15,6 +15,7 @@ from qlora_lab.checkpointing import checkpoint_layers, decoder_layers
 from qlora_lab.fused import Group, fits, fuse_layers, group_backward, group_forward, is_fused
 from qlora_lab.linear4bit import Linear4bit, quantize_model, saved_for_backward
 from qlora_lab.lora import LoRALinear, add_lora, trainable
+from qlora_lab.records import LabError
 from qlora_lab.step import use_kernels
 
 there = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,6 +100,17 @@ def test_what_does_not_fit():
     assert fuse_layers(trained) is None and not any(map(is_fused, decoder_layers(trained)))
     plain = add_lora(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=128)), LoraConfig(r=4, target_modules="all-linear"))
     assert fuse_layers(plain) is None and not fits(nn.Linear(2, 2))
+    assert fuse_layers(small(attention_dropout=0.5)) is None
+    wrapped = small()
+    wrapped.model.layers[0].forward = wrapped.model.layers[0].forward  # another library's
+    assert fuse_layers(wrapped) is None
+
+
+@pytest.mark.parametrize("family, more", [("granite", dict(residual_multiplier=0.3, attention_multiplier=0.2)), ("smollm3", dict(pad_token_id=0)), ("helium", dict(head_dim=16)), ("seed_oss", {}), ("ernie4_5", {})],
+                         ids=lambda v: v if isinstance(v, str) else "")
+def test_families_that_look_alike_stay_plain(family, more):
+    "They scale, turn or drop something on the way."
+    assert fuse_layers(small(family, **more)) is None
 
 
 def test_what_goes_the_plain_way():
@@ -109,7 +121,7 @@ def test_what_goes_the_plain_way():
     assert torch.equal(gradients(model, attention_mask=mask), gradients(plain, attention_mask=mask))
     with torch.autocast("cpu", torch.bfloat16): assert torch.equal(gradients(model), gradients(plain))
     window = [f(small("mistral", sliding_window=8)) for f in (fuse_layers, lambda m: m)]
-    assert torch.equal(*map(gradients, window))
+    assert torch.equal(*map(gradients, window)) and not decoder_layers(window[0])[0]._fused.takes(9, torch.float32, torch.device("cpu"))
     with torch.no_grad():
         whole = [m.eval().generate(ids("cpu")[:, :6], max_new_tokens=8, do_sample=False, pad_token_id=0) for m in (model, plain)]
     assert torch.equal(*whole)
@@ -122,6 +134,36 @@ def test_a_fused_layer_can_be_taken_back():
     assert off(gradients(model), plain) < 1e-5
     checkpoint_layers(model, on=False)
     assert not any(map(is_fused, decoder_layers(model))) and torch.equal(gradients(model), plain)
+
+
+def test_what_changes_after_fusing_counts():
+    "Adapters added later, another scaling, another dtype: the plain way or the new value, never the old one."
+    model = quantize_model(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=128)))
+    fuse_layers(model.requires_grad_(False))
+    add_lora(model, LoraConfig(r=4, target_modules="all-linear"), seed=0)
+    assert gradients(model)[1:].any() and fuse_layers(model) is model and gradients(model)[1:].any()
+    fused, plain = fuse_layers(small()), small()
+    for m in (fused, plain):
+        for layer in m.modules():
+            if isinstance(layer, LoRALinear): layer.scaling = 0.5
+    assert off(gradients(fused), gradients(plain)) < 1e-5
+    assert not decoder_layers(fused.to(torch.bfloat16))[0]._fused.takes(24, torch.bfloat16, torch.device("cpu"))
+
+
+def test_fused_before_checkpointed_is_said():
+    model = checkpoint_layers(fuse_layers(small()))
+    with pytest.raises(LabError, match="fused before"): fuse_layers(model)
+
+
+def test_a_gradient_without_memory_of_its_own():
+    "`sum().backward()` gives one number for all places."
+    found = []
+    for make in (fuse_layers, lambda m: m):
+        model, x = make(small()), torch.randn(2, 24, 64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        cos = model.model.rotary_emb(x, torch.arange(24)[None])
+        decoder_layers(model)[0](x.transpose(0, 1).contiguous().transpose(0, 1), position_embeddings=cos).sum().backward()
+        found.append(x.grad)
+    assert off(*found) < 1e-5
 
 
 @pytest.mark.parametrize("again", [False, True])

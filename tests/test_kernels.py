@@ -222,6 +222,10 @@ def test_a_weight_is_written_where_it_is_wanted(kernels):
     parts, whole = [quantize_4bit(normal(n, 128, seed=n)) for n in (32, 64)], torch.full((96, 128), 7., dtype=torch.bfloat16, device=there)
     for q, rows in zip(parts, whole.split((32, 64))): assert q.dequantize(out=rows) is rows
     assert torch.equal(whole, torch.cat([q.dequantize(torch.bfloat16) for q in parts]))
+    wide = torch.full((64, 256), 7., device=there)
+    parts[1].dequantize(out=wide[:, :128])
+    assert torch.equal(wide[:, :128], parts[1].dequantize(torch.float32)) and (wide[:, 128:] == 7).all()
+    with pytest.raises(ValueError, match=r"shape \(64, 128\), got \(16, 128\)"): parts[1].dequantize(out=wide[:16, :128])
 
 
 @needs_triton
@@ -243,6 +247,15 @@ def test_triton_codes_to_the_plain_bytes(quant_type, blocksize, n):
         ours, theirs = (dequantize_packed(p, scales, levels_by_code("fp4"), blocksize, n)[:whole] for p in (packed, plain))
         assert torch.equal(ours, theirs)
     else: assert torch.equal(packed[:(whole + 1) // 2], plain[:(whole + 1) // 2])
+
+
+@needs_triton
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_triton_shows_a_bad_number_in_its_block(bad):
+    "A maximum that passes over NaN would hide it from the check."
+    w = normal(256)
+    w[70] = bad
+    assert not quantize_triton(w, "nf4", 64)[1][1].isfinite() and quantize_triton(w, "nf4", 64)[1][[0, 2, 3]].isfinite().all()
 
 
 @needs_triton

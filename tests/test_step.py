@@ -19,7 +19,7 @@ from qlora_lab.double_quant import FASTER
 from qlora_lab.fused import fuse_layers
 from qlora_lab.lora import trainable
 from qlora_lab.paged import PagedAdamW
-from qlora_lab.step import KERNELS, LinearCrossEntropy, StepGraph, forward_backward, padded, summed_loss, use_kernels
+from qlora_lab.step import KERNELS, LinearCrossEntropy, StepGraph, forget, forward_backward, fused_loss, padded, use_kernels
 from qlora_lab.train import answer_losses, train_step
 from test_fused import small
 
@@ -61,7 +61,7 @@ def test_what_is_filled_in_behind_needs_no_mask(lengths, device):
         use_kernels(fuse)
         model = small(device=device)
         if fuse: fuse_layers(model)
-        loss = summed_loss(model, ragged(lengths)) if fuse else answer_losses(model, ragged(lengths))[0].sum()
+        loss = fused_loss(model, ragged(lengths)) if fuse else answer_losses(model, ragged(lengths))[0].sum()
         loss.backward()
         found.append(torch.cat([loss.detach()[None], *(p.grad.flatten() for p in trainable(model))]))
     assert (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
@@ -70,11 +70,11 @@ def test_what_is_filled_in_behind_needs_no_mask(lengths, device):
 def test_what_is_not_taken():
     "Padding in front, layers that are not fused, a head that learns."
     model = fuse_layers(small())
-    assert summed_loss(model, ragged((9, 5))) is not None
-    assert summed_loss(model, ragged((9, 5), in_front=True)) is None and forward_backward(model, ragged((9, 5), in_front=True), 7) is None
-    assert summed_loss(small(), ragged((9, 5))) is None
+    assert fused_loss(model, ragged((9, 5))) is not None
+    assert fused_loss(model, ragged((9, 5), in_front=True)) is None and forward_backward(model, ragged((9, 5), in_front=True), 7) is None
+    assert fused_loss(small(), ragged((9, 5))) is None
     model.lm_head.weight.requires_grad_()
-    assert summed_loss(model, ragged((9, 5))) is None
+    assert fused_loss(model, ragged((9, 5))) is None
 
 
 @pytest.mark.parametrize("piece", [1, 3, 100])
@@ -113,11 +113,12 @@ class Recording:
 def recordings(monkeypatch):
     "What would be recorded runs as it is."
     @contextmanager
-    def graph(recording, pool=None):
+    def graph(recording, pool=None, stream=None):
         recording.own = pool or recording.own
         yield
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
+    for name, stand_in in (("CUDAGraph", Recording), ("graph", graph), ("Stream", object), ("current_stream", lambda: None), ("set_stream", lambda stream: None),
+                           ("memory_reserved", lambda: 100), ("memory_allocated", lambda: 60), ("mem_get_info", lambda: (1000, 2000))):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(Recording, "made", [])
     return Recording.made
 
@@ -160,6 +161,78 @@ def test_gradients_keep_their_places(recordings):
     p.grad = None
     graph(passes, torch.full((4,), 2.)[:3])
     assert (p.grad.data_ptr(), q.grad.data_ptr()) == places and p.grad.tolist() == [2.] * 3 and q.grad.tolist() == [3.] * 3
+
+
+def test_gradients_made_elsewhere_count(recordings):
+    "A batch that went another way before this one: both add up, whether the places are new or old."
+    p = nn.Parameter(torch.ones(3))
+    graph = StepGraph([p])
+    def passes(t):
+        (p * t).sum().backward()
+        return t
+    for _ in range(2):
+        p.grad = None
+        (10 * p).sum().backward()
+        graph(passes, torch.full((3,), 2.))
+        assert p.grad.tolist() == [12.] * 3
+
+
+def test_recordings_go_where_memory_is_short(recordings, monkeypatch):
+    "40 bytes idle in recordings of up to 2 numbers: one of 8 may want 160."
+    graph = StepGraph([nn.Parameter(torch.ones(3))])
+    for n in (2, 2, 8): graph(lambda t: t, torch.ones(n))
+    assert len(graph.graphs) == 1
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (150, 2000))
+    graph(lambda t: t, torch.ones(7))
+    assert len(graph.graphs) == 1
+    graph(lambda t: t, torch.ones(9))
+    assert not graph.graphs
+    graph(lambda t: t, torch.ones(2))
+    assert len(graph.graphs) == 1  # made anew
+
+
+def test_a_model_that_was_moved_is_recorded_anew(recordings):
+    "Its old recordings know addresses that are others' by now."
+    model = fuse_layers(small())
+    batch = ragged((9, 5))
+    forward_backward(model, batch, 7)
+    first = model._graph
+    forward_backward(model, batch, 7)
+    assert model._graph is first
+    model.to(torch.float64).to(torch.float32)
+    forward_backward(model, batch, 7)
+    assert model._graph is not first
+    forget(model)
+    assert "_graph" not in model.__dict__ and all(p.grad is not None for p in trainable(model))
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_a_window_shorter_than_the_sequence_is_kept(family):
+    "Filled up, too: the loss is that of the plain model, or left to it."
+    from qlora_lab.train import summed_loss
+    more = dict(sliding_window=70) | (dict(use_sliding_window=True, max_window_layers=0) if family == "qwen2" else {})
+    for lengths, taken in (((60, 40), True), ((66, 40), False), ((100, 90), False)):
+        model, plain = fuse_layers(small(family, **more)), small(family, **more)
+        found = fused_loss(model, ragged(lengths))
+        assert (found is not None) == taken
+        if not taken: found = answer_losses(model, ragged(lengths))[0].sum()
+        assert torch.allclose(found, answer_losses(plain, ragged(lengths))[0].sum(), rtol=1e-5)
+
+
+def test_a_model_without_layers_is_left_alone():
+    class Bare(nn.Module):
+        def __init__(self): super().__init__(); self.head = nn.Linear(2, 2)
+        def get_output_embeddings(self): return self.head
+        get_input_embeddings = get_output_embeddings
+    assert fuse_layers(Bare()) is None and fused_loss(Bare(), ragged((4, 3))) is None
+
+
+def test_a_plan_needs_no_triton():
+    "The kernels that a plan rehearses are named, not run."
+    code = "import sys; sys.modules['triton'] = None; from qlora_lab import plan; print(plan('smollm2-135m').total_gib)"
+    from qlora_lab.memory import plan
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert float(out) == plan("smollm2-135m").total_gib < plan("smollm2-135m", kernels=False).total_gib
 
 
 # ---------------------------------------------------------------- on a GPU
