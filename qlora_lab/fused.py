@@ -10,7 +10,8 @@ __all__ = ['rms_norm', 'rms_norm_backward', 'rotate', 'swiglu', 'swiglu_backward
            'attend', 'multiply', 'multiply_backward', 'attend_backward', 'DecoderLayer', 'fits', 'is_fused',
            'fuse_layers']
 
-# %% ../nbs/14b_fused.ipynb #70c9594b
+# %% ../nbs/14b_fused.ipynb #2bc82079
+import warnings
 from collections.abc import Callable
 from operator import is_
 from types import MethodType
@@ -293,7 +294,7 @@ def attention_backward(grad: Tensor, out: Tensor, leaves: list[Tensor]) -> tuple
     if not out.requires_grad: out, leaves = attention(*leaves)
     return torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
-# %% ../nbs/14b_fused.ipynb #f0da4cba
+# %% ../nbs/14b_fused.ipynb #b598c119
 def projections(layer: nn.Module) -> list[nn.Module | None]:
     "The seven linear layers of a decoder layer; None for one that is not there."
     a, m = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
@@ -315,8 +316,7 @@ class FusedLayer:
     def takes(self, tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
         "Whether a pass of sequences of that length can be fused, as the layer is now."
         if device.type == "cuda" and ("fuse_layers", "cuda") not in FASTER or device.type != "meta" and torch.is_autocast_enabled(device.type): return False
-        same = all((getattr(p, "base_layer", p).compute_dtype or dtype) == dtype for p in self.parts) and self.norms[0].weight.dtype == dtype
-        return same and dtype == self.dtype and (self.window is None or tokens <= self.window)
+        return dtype == self.dtype == self.norms[0].weight.dtype and (self.window is None or tokens <= self.window)
 
     @property
     def frozen(self) -> list[Tensor]: return [t for group in (self.qkv, self.out, self.up, self.down) for b in group.bases for t in (b.weight, b.stats)]
@@ -422,7 +422,7 @@ def fits(
     gated = type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") and not a.head_dim % 8
     return frozen and gated and not drops and len({p.scaling for p in adapted}) < 2 and len(dtypes) == 1 and dtypes <= {torch.float32, torch.bfloat16}
 
-# %% ../nbs/14b_fused.ipynb #5b9cc5a6
+# %% ../nbs/14b_fused.ipynb #9ce005f8
 def _forward(layer, hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, **kwargs):
     "In place of a layer's own forward: fused where nothing speaks against it."
     f, x, mask = layer._fused, hidden_states, attention_mask
@@ -443,7 +443,10 @@ def fuse_layers(
     except LabError: return None  # no list of layers
     if any(getattr(layer.__dict__.get("_own_forward"), "__func__", None) is _forward for layer in layers):
         raise LabError("these layers were fused before they were checkpointed and would run three times; call checkpoint_layers(model, on=False), then checkpoint and fuse in this order")
-    if not all(map(fits, layers)) or next(model.parameters()).device.type not in ("cpu", "meta") and gpu_lack(): return None
+    device = next(model.parameters()).device.type
+    if not all(map(fits, layers)) or device not in ("cpu", "meta") and gpu_lack():
+        if device != "meta" and any(p.dtype == torch.float16 for p in model.parameters()): warnings.warn("float16: decoder layers stay in plain torch operations; bfloat16 and float32 are fused", stacklevel=2)
+        return None
     for layer in layers:
         if not is_fused(layer): layer._unfused, layer.forward = layer.forward, MethodType(_forward, layer)
         layer._fused = FusedLayer(layer)

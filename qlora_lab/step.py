@@ -80,7 +80,7 @@ def fused_loss(
     "The loss of a model of fused layers."
     return _loss(model, *(t.to(next(model.parameters()).device) for t in padded(batch))) if _takes(model, batch) else None
 
-# %% ../nbs/14c_step.ipynb #286b56e1
+# %% ../nbs/14c_step.ipynb #bc136f0b
 class StepGraph:
     "Forward and backward pass of a model, recorded for each shape of its inputs and replayed."
     def __init__(
@@ -89,7 +89,7 @@ class StepGraph:
         most: int = 32,              # shapes to record; others run as they are
     ):
         self.params, self.grads, self.most = params, [torch.zeros_like(p) for p in params], most
-        self.device, self.seen, self.graphs = params[0].device, set(), {}
+        self.device, self.seen, self.graphs, self.stream = params[0].device, set(), {}, None
 
     def __call__(
         self,
@@ -118,12 +118,13 @@ class StepGraph:
             if p.grad is not None and p.grad is not g: g.copy_(p.grad)
             p.grad = g
 
-# %% ../nbs/14c_step.ipynb #497cef66
+# %% ../nbs/14c_step.ipynb #b4436c55
 def _record(self, key, passes, inputs):
     held, graph, before = [t.to(self.device) for t in inputs], torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    self.stream = self.stream or torch.cuda.Stream()  # one for all, since cuBLAS keeps work space for each
     pool = next((g.pool() for g, _, _ in self.graphs.values() if g is not None), None)  # they are replayed one after the other, and share their memory
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream()): result = passes(*held)
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream): result = passes(*held)
     except RuntimeError as e:  # out of memory too: a recording has memory of its own
         warnings.warn(f"batches of shape {tuple(key[0])} run without a graph ({str(e).splitlines()[0]})", stacklevel=2)
         torch.cuda.set_stream(before)
@@ -163,7 +164,7 @@ def forget(model: nn.Module) -> None:
     "Give back the memory of a model's recordings; its gradients stay."
     for name in ("_graph", "_places"): model.__dict__.pop(name, None)
 
-# %% ../nbs/14c_step.ipynb #5fad8864
+# %% ../nbs/14c_step.ipynb #d26f91c3
 KERNELS = {("dequantize", "cpu"): dequantize_c, ("quantize", "cpu"): quantize_c, ("adapted_linear", "cpu"): adapted_linear,
            ("dequantize", "cuda"): dequantize_triton, ("quantize", "cuda"): quantize_triton, ("quantize_absmax", "cuda"): quantize_absmax_triton,
            ("adapted_linear", "cuda"): adapted_linear, ("fuse_layers", "cuda"): fuse_layers, ("summed_loss", "cuda"): fused_loss, ("forward_backward", "cuda"): forward_backward,
@@ -178,7 +179,8 @@ def use_kernels(
     lack = gpu_lack()
     if lack and torch.cuda.is_available(): warnings.warn(f"no GPU kernels ({lack}): qlora_lab works in plain torch operations, to the same bits and more slowly", stacklevel=2)
     in_use = {"cpu": compiled() is not None, "cuda": not lack}
-    FASTER.update({(operation, device): kernel for (operation, device), kernel in KERNELS.items() if in_use[device] or operation == "adapted_linear" or operation in REHEARSED and not torch.cuda.is_available()})  # a plan may be for another machine
+    rehearsed = REHEARSED if not torch.cuda.is_available() else ("adapted_linear",)  # a plan may be for another machine; an adapted layer needs no Triton
+    FASTER.update({(operation, device): kernel for (operation, device), kernel in KERNELS.items() if in_use[device] or operation in rehearsed})
     return in_use
 
 # %% ../nbs/14c_step.ipynb #1dd0579e

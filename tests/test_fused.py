@@ -101,6 +101,7 @@ def test_what_does_not_fit():
     plain = add_lora(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=128)), LoraConfig(r=4, target_modules="all-linear"))
     assert fuse_layers(plain) is None and not fits(nn.Linear(2, 2))
     assert fuse_layers(small(attention_dropout=0.5)) is None
+    with pytest.warns(UserWarning, match="float16: decoder layers stay"): assert fuse_layers(small(dtype=torch.float16)) is None
     wrapped = small()
     wrapped.model.layers[0].forward = wrapped.model.layers[0].forward  # another library's
     assert fuse_layers(wrapped) is None
