@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 NBS = {p.relative_to(ROOT/"nbs"): json.loads(p.read_text(encoding="utf-8")) for p in sorted((ROOT/"nbs").rglob("*.ipynb"))
        if not any(part[0] in "._" for part in p.relative_to(ROOT/"nbs").parts)}
 CONFIG = (ROOT/"_quarto.yml").read_text(encoding="utf-8")
-LESSON = re.compile(r"\d\d_\w+\.ipynb$")
+LESSON = re.compile(r"\d\d[a-z]?_\w+\.ipynb$")
 
 
 def cells(notebook, kind): return ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == kind]
@@ -130,6 +130,11 @@ def test_exported_code_can_be_read(pages):
         shown = {c.strip() for c in pages[path.with_suffix(".html")].cells}
         exported = {re.sub(r"^#\|.*\n?", "", c, flags=re.M).strip() for c in cells(nb, "code") if re.search(r"^#\|\s*exports?\s*$", c, re.M)}
         assert exported <= shown, path
+
+
+def test_no_link_is_left_as_text(pages):
+    "As one is where Markdown stands inside HTML."
+    assert not [f"{where}: {text[:80]}" for where, page in pages.items() for text in page.prose if re.search(r"\]\([\w./#-]+\)", text)]
 
 
 def test_formulas_are_drawn(pages):
