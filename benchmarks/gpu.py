@@ -8,7 +8,6 @@ plain path, 16-bit layers and torch's own copy in one run; torchao where it is i
 import argparse
 import gc
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from benchmarks.common import random_batch, random_model, random_peer, save_result
+from benchmarks.common import random_batch, random_model, random_peer, save_result, spread_of
 from benchmarks.memory import PAPER, peer_optimizer
 from qlora_lab.blockwise import dequantize_blockwise
 from qlora_lab.checkpointing import decoder_layers
@@ -57,9 +56,9 @@ def in_a_graph(works: list, rounds: int = 15) -> tuple[float, float, float]:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / (4 * len(works)))
-    low, middle, high = statistics.quantiles(times[3:], n=4)
-    return middle, low, high
+        times.append(start.elapsed_time(end) / (4e3 * len(works)))
+    spread = spread_of(times[3:])
+    return spread["median_ms"], *spread["quartiles_ms"]
 
 
 def entry(who: str, ms: tuple, moved: float = 0, weights: float = 0) -> dict:
@@ -195,11 +194,11 @@ def step(name: str, batch_size: int, who: str, rounds: int = 7) -> dict:
         start = time.perf_counter()
         work()
         torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    low, middle, high = statistics.quantiles(times[2:], n=4)
+        times.append(time.perf_counter() - start)
+    middle, quartiles = spread_of(times[2:]).values()
     peak, reserved = torch.cuda.max_memory_allocated() / 2 ** 30, torch.cuda.max_memory_reserved() / 2 ** 30
     kinds, launches = shares(work, middle)
-    return {"model": name, "sequences": batch_size, "who": who, "ms": middle, "quartiles_ms": [low, high], "tokens_per_s": 512e3 * batch_size / middle, "peak_gib": peak,
+    return {"model": name, "sequences": batch_size, "who": who, "ms": middle, "quartiles_ms": quartiles, "tokens_per_s": 512e3 * batch_size / middle, "peak_gib": peak,
             "reserved_gib": reserved, "kernels": launches, "shares_ms": kinds, "first_loss": first}
 
 

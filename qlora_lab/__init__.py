@@ -14,7 +14,7 @@ from types import ModuleType
 
 from . import blockwise, double_quant, nf4
 
-# %% ../nbs/reference/public_names.ipynb #3e10be91
+# %% ../nbs/reference/public_names.ipynb #13ea4bf1
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # its advice at import, to install inference kernels, is not for us
 
 _PUBLIC = {
@@ -48,7 +48,7 @@ def _first(operation, device):
 
 _FASTER = {"cpu": ["dequantize", "quantize", "adapted_linear"],
            "cuda": ["dequantize", "quantize", "quantize_absmax", "adapted_linear", "fuse_layers", "summed_loss", "forward_backward", "forget"]}
-for device, operations in _FASTER.items(): double_quant.FASTER |= {(operation, device): _first(operation, device) for operation in operations}
+double_quant.FASTER |= {(operation, device): _first(operation, device) for device, operations in _FASTER.items() for operation in operations}
 
 def __dir__(): return sorted([*globals(), *_WHERE])
 

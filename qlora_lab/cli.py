@@ -269,7 +269,7 @@ def _foresee(args, config, data, device) -> str:
     if p.fits: return line
     return f"{line}\nwarning the run may not fit into memory; what would help: {'; '.join(what for what, _ in advice(p)) or 'a smaller model'}"
 
-# %% ../nbs/howto/command_line.ipynb #a731edfd
+# %% ../nbs/howto/command_line.ipynb #bd70ce5d
 def _plan_of_run(args, config, data, device, model, tokenizer) -> "MemoryPlan":
     "The plan for a run's own longest examples, beside what the device has."
     import psutil
@@ -283,7 +283,8 @@ def _plan_of_run(args, config, data, device, model, tokenizer) -> "MemoryPlan":
     asked = dict(rank=config.rank, targets=config.targets, batch_size=len(tokens), sequence=len(tokens[-1].ids),
                 learned=sum(int(t.mask[1:].sum()) for t in tokens), checkpointing=config.checkpointing, quantize=None if args.quantize == "none" else args.quantize,
                 double_quant=not args.no_double_quant, dtype="float32" if on_cpu else compute, compute_dtype=compute, adapter_dtype=config.adapter_dtype,
-                optimizer_bits=config.optimizer_bits, device_budget=config.device_budget << 20 or None, accumulation=config.accumulation, device=device.type)
+                optimizer_bits=config.optimizer_bits, device_budget=config.device_budget << 20 or None, accumulation=config.accumulation, device=device.type,
+                kernels=args.backend == "lab" and not config.dropout)  # layers with dropout are not fused, nor are another library's
     plan(model, **asked)  # the rehearsal brings in libraries that the process then holds
     used = psutil.Process().memory_info().rss if on_cpu else 0
     there = psutil.virtual_memory().available + used if on_cpu else torch.cuda.mem_get_info(device)[0] + CONTEXT_GIB * 2 ** 30  # the context is there already

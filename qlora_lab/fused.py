@@ -108,7 +108,7 @@ def _inner(self, x: Tensor) -> Tensor | None:
 
 Group.weight, Group.all_a, Group.inner = _weight, _all_a, _inner
 
-# %% ../nbs/14b_fused.ipynb #34f27c19
+# %% ../nbs/14b_fused.ipynb #83fb58ea
 def group_forward(
     group: Group,
     x: Tensor,                   # [tokens, in_features]
@@ -120,8 +120,9 @@ def group_forward(
     y = x.new_empty(len(x), sum(group.sizes)) if onto is None else onto.clone()
     shares = dict(zip(group.adapted, inner.split(group.ranks, 1))) if group.adapted else {}
     for i, part in enumerate(y.split(group.sizes, 1)):
-        there, bias = onto is not None, group.bases[i].bias
-        if bias is not None: there = bool(len(part.add_(bias) if there else part.copy_(bias)))
+        bias = group.bases[i].bias
+        there = onto is not None or bias is not None  # something that the share is added to
+        if bias is not None: part.copy_(bias) if onto is None else part.add_(bias)
         if i in shares: part.addmm_(shares[i], group.layers[i].lora_B.weight.to(x.dtype).t(), beta=int(there))
         elif not there: part.zero_()
     return y.addmm_(x, weight.t()), inner
@@ -145,12 +146,14 @@ def group_backward(
     g_x = torch.empty_like(x).addmm_(g_inner, group.all_a(x.dtype), beta=0).addmm_(grad, weight) if wanted else None
     return g_x, [g.to(p.dtype) for g, p in zip((g for pair in zip(g_a, g_b) for g in pair), group.params)]
 
-# %% ../nbs/14b_fused.ipynb #6f5e7e17
-def rms_norm_plain(x, weight, eps):
+# %% ../nbs/14b_fused.ipynb #6f347784
+def rms_norm_plain(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    "x [tokens, width] over its root mean square, times weight [width]; and 1 over that root [tokens] float32."
     rstd = (x.float().square().mean(1) + eps).rsqrt()
     return (x * rstd[:, None]).to(x.dtype) * weight, rstd
 
-def rms_norm_backward_plain(grad, x, weight, rstd, around):
+def rms_norm_backward_plain(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, around: Tensor) -> Tensor:
+    "The gradient of x, plus `around`; all [tokens, width]."
     n, v = (grad * weight).float(), x * rstd[:, None]
     return (rstd[:, None] * (n - v * (n * v).mean(1, keepdim=True)) + around).to(x.dtype)
 
@@ -177,30 +180,33 @@ if triton:
         tl.store(out + first + at, g.to(out.dtype.element_ty), mask=inside)
 else: _rms_norm = _rms_norm_backward = None  # a plan names them, and runs nothing
 
-# %% ../nbs/14b_fused.ipynb #254cf146
+# %% ../nbs/14b_fused.ipynb #b1507870
 def _on_rows(kernel, x: Tensor, *args) -> None:
     "A program for each row; on `meta` there is nothing to run."
     if x.is_meta: return
     with on_device(x.device): kernel[(len(x),)](*args, WIDTH=x.shape[1], TILE=triton.next_power_of_2(x.shape[1]), num_warps=8)
 
 def rms_norm_kernel(x, weight, eps):
+    "As `rms_norm_plain`, a program for each row."
     out, rstd = torch.empty_like(x), torch.empty(len(x), dtype=torch.float32, device=x.device)
     _on_rows(_rms_norm, x, x, weight, out, rstd, eps)
     return out, rstd
 
 def rms_norm_backward_kernel(grad, x, weight, rstd, around):
+    "As `rms_norm_backward_plain`, a program for each row."
     out = torch.empty_like(x)
     _on_rows(_rms_norm_backward, x, grad, x, weight, rstd, around, out)
     return out
 
-# %% ../nbs/14b_fused.ipynb #90666b80
-def rotate_plain(source, out, cos, sin, heads, sign):
+# %% ../nbs/14b_fused.ipynb #760a209f
+def rotate_plain(source: Tensor, out: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: int) -> None:
+    "Write source [tokens, heads * size] to out, turned by the angles of cos and sin [1 or batch, places, size]; sign -1 turns back."
     def halves(t): return t.unflatten(1, (heads, -1)).float().chunk(2, -1)
     def angles(t): return t.flatten(0, -2).repeat(len(source) // t[..., 0].numel(), 1)[:, None, :t.shape[-1] // 2].float()
     (a, b), c, s = halves(source), angles(cos), angles(sin)
     out.copy_(torch.cat([a * c - sign * b * s, b * c + sign * a * s], -1).flatten(1))
 
-# %% ../nbs/14b_fused.ipynb #c27b6c9e
+# %% ../nbs/14b_fused.ipynb #0bd0706a
 if triton:
     @triton.jit
     def _rotate(source, out, cos, sin, source_row, out_row, positions, SIGN: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
@@ -219,18 +225,21 @@ if triton:
         tl.store(out + at + HALF, (b * c + SIGN * a * s).to(out.dtype.element_ty), mask=inside)
 
 def rotate_kernel(source, out, cos, sin, heads, sign):
+    "As `rotate_plain`, a program for each token."
     if source.is_meta: return
     half = cos.shape[-1] // 2
     with on_device(source.device):
         _rotate[(len(source),)](source, out, cos, sin, source.stride(0), out.stride(0), cos[..., 0].numel(), SIGN=sign, HEADS=heads, HALF=half,
                                 HEADS_TILE=triton.next_power_of_2(heads), HALF_TILE=triton.next_power_of_2(half), num_warps=4)
 
-# %% ../nbs/14b_fused.ipynb #3b4679af
-def swiglu_plain(gate_up):
+# %% ../nbs/14b_fused.ipynb #47238ed8
+def swiglu_plain(gate_up: Tensor) -> Tensor:
+    "silu(gate) * up [tokens, width], for [tokens, 2 * width]."
     gate, up = gate_up.chunk(2, 1)
     return F.silu(gate) * up
 
-def swiglu_backward_plain(grad, gate_up, out):
+def swiglu_backward_plain(grad: Tensor, gate_up: Tensor, out: Tensor) -> None:
+    "Write the gradient of gate_up [tokens, 2 * width] to out, which may be gate_up itself."
     gate, up = gate_up.float().chunk(2, 1)
     s = gate.sigmoid()
     out.copy_(torch.cat([grad * up * s * (1 + gate * (1 - s)), grad * gate * s], 1))
@@ -257,18 +266,21 @@ if triton:
         tl.store(out + at + WIDTH, (g * gate * s).to(out.dtype.element_ty), mask=inside)
 else: _swiglu = _swiglu_backward = None
 
-# %% ../nbs/14b_fused.ipynb #3ba61a5a
+# %% ../nbs/14b_fused.ipynb #eff65f5d
 def _on_tiles(kernel, x: Tensor, *args, tile: int = 1024) -> None:
     "A program for each `tile` numbers of a row; on `meta` there is nothing to run."
     if x.is_meta: return
     with on_device(x.device): kernel[(len(x), triton.cdiv(x.shape[1], tile))](*args, WIDTH=x.shape[1], TILE=tile, num_warps=4)
 
 def swiglu_kernel(gate_up):
+    "As `swiglu_plain`, in one pass."
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
     _on_tiles(_swiglu, out, gate_up, out)
     return out
 
-def swiglu_backward_kernel(grad, gate_up, out): _on_tiles(_swiglu_backward, grad, grad, gate_up, out)
+def swiglu_backward_kernel(grad, gate_up, out):
+    "As `swiglu_backward_plain`, in one pass."
+    _on_tiles(_swiglu_backward, grad, grad, gate_up, out)
 
 # %% ../nbs/14b_fused.ipynb #5cdbaadf
 def _by_device(plain: Callable, kernel: Callable) -> Callable: return lambda x, *args: (plain if x.device.type == "cpu" else kernel)(x, *args)

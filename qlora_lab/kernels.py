@@ -197,7 +197,7 @@ if triton:
         byte = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
         tl.store(packed + byte, (high * 16 + low).to(tl.uint8), mask=byte < (n + 1) // 2)
 
-# %% ../nbs/14_kernels.ipynb #4e94f83e
+# %% ../nbs/14_kernels.ipynb #1876ce42
 @lru_cache(maxsize=64)
 def _pivots(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
     "The numbers that part neighbouring levels, as the CUDA kernels round them (for fp4 those of magnitudes), and the codes of fp4's magnitudes."
@@ -213,7 +213,7 @@ def quantize_triton(
     w: Tensor,        # on a GPU
     quant_type: str,  # name of a code book with at most 16 levels
     blocksize: int,   # weights a block
-) -> tuple[Tensor, Tensor] | None:  # packed [ceil(n / 2), 1] uint8, absmax [ceil(n / blocksize)] float32; None where the plain path has to take over
+) -> tuple[Tensor, Tensor]:  # packed [ceil(n / 2), 1] uint8, absmax [ceil(n / blocksize)] float32
     "The first level of `quantize_4bit` in one pass over the weights, to the same bytes."
     device, n = w.device, w.numel()
     (pivots, codes), blocks, rows = _pivots(quant_type, device), triton.cdiv(n, blocksize), max(1, 1024 // blocksize)
