@@ -1,4 +1,4 @@
-"""The lab beside its peers on a GPU: decoding, quantizing, one layer, training steps.
+"""The lab beside its peers on a GPU: decoding, quantizing, one layer, the optimizer's update, training steps.
 
     make bench-gpu        # or python -m benchmarks.gpu; on an H100 about six minutes
 
@@ -170,6 +170,32 @@ def shares(work, wall_ms: float) -> tuple[dict[str, float], int]:
     return spent | {"waiting": max(0., wall_ms - sum(spent.values()))}, count
 
 
+def updating(rank: int = 64) -> dict:
+    "AdamW on the adapters of the 7B shape, in bfloat16 with a state in float32: milliseconds of the GPU, and whether every bit is equal."
+    import bitsandbytes as bnb
+    config = model_config("llama-7b")
+    h, i = config.hidden_size, config.intermediate_size
+    sizes = [rank * n for n in (*[h] * 8, *[h, i] * 3)] * config.num_hidden_layers
+    def params():
+        generator = torch.Generator("cuda").manual_seed(0)
+        def random(n, scale): return (torch.randn(n, device="cuda", generator=generator) * scale).to(torch.bfloat16)
+        found = [nn.Parameter(random(n, 0.02)) for n in sizes]
+        for p in found: p.grad = random(p.numel(), 1e-3)
+        return found
+    sides, row = {}, {"parameters": sum(sizes)}
+    for who, make in (("plain", PagedAdamW), ("lab", PagedAdamW), ("bitsandbytes", bnb.optim.AdamW32bit)):
+        use_kernels(who == "lab")
+        mine = params()
+        optimizer = make(mine, lr=2e-4)
+        for _ in range(3): optimizer.step()
+        sides[who] = [[p.detach().clone() for p in mine], [t.clone() for p in mine for t in optimizer.state[p].values() if torch.is_tensor(t)]]
+        row[f"{who}_ms"] = sum(shares(optimizer.step, 0.)[0].values())
+        row |= entry(f"{who}_called", timed(optimizer.step))
+        del mine, optimizer
+    use_kernels()
+    return row | {"equal": all(torch.equal(one, other) for plain, lab in zip(sides["plain"], sides["lab"]) for one, other in zip(plain, lab, strict=True))}
+
+
 def step(name: str, batch_size: int, who: str, rounds: int = 7) -> dict:
     "A training step, forward to optimizer: r = 64 on all linear layers, adapters in bfloat16, checkpointed, 512 tokens a sequence, all of them learned."
     settings = Settings(**PAPER, batch_size=batch_size)
@@ -230,7 +256,7 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available(): raise SystemExit("this benchmark needs a GPU; its recorded runs are benchmarks/results/gpu.json and gpu_steps.json")
     if args.step: return print(json.dumps(step(*json.loads(args.step))))
-    if args.only != "steps": print(save_result("gpu", {part.__name__: show(part) for part in (ceilings, decoding, grown, torchao, quantizing, layer)}))
+    if args.only != "steps": print(save_result("gpu", {part.__name__: show(part) for part in (ceilings, decoding, grown, torchao, quantizing, layer, updating)}))
     if args.only != "kernels": show(steps)
 
 

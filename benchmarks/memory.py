@@ -74,7 +74,7 @@ def one(name: str, settings: Settings, steps: int = 3, peer: bool = False) -> di
         PagedAdamW(trainable(model), lr=1e-4, bits=settings.optimizer_bits, device_budget=settings.device_budget)
     batches = [random_batch(settings.batch_size, settings.sequence, settings.learned)] * settings.accumulation
     train_step(model, optimizer, batches, 1e-4, 0.3)
-    if "_graph" in model.__dict__: model._graph.graphs.clear()  # recorded anew: a replay takes its memory without asking the allocator
+    if "_graph" in model.__dict__: model._graph.clear()  # recorded anew: a replay takes its memory without asking the allocator
     torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(steps):

@@ -47,7 +47,7 @@ def _first(operation, device):
     return lambda *args: import_module("qlora_lab.step").first_use(operation, double_quant.torch.device(device), *args)
 
 _FASTER = {"cpu": ["dequantize", "quantize", "adapted_linear"],
-           "cuda": ["dequantize", "quantize", "quantize_absmax", "adapted_linear", "fuse_layers", "summed_loss", "forward_backward", "forget"]}
+           "cuda": ["dequantize", "quantize", "quantize_absmax", "adapted_linear", "fuse_layers", "summed_loss", "forward_backward", "forget", "adamw"]}
 double_quant.FASTER |= {(operation, device): _first(operation, device) for device, operations in _FASTER.items() for operation in operations}
 
 def __dir__(): return sorted([*globals(), *_WHERE])

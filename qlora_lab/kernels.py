@@ -93,7 +93,7 @@ def compiled() -> ctypes.CDLL | None:
         why = (getattr(e, "stderr", None) or str(e).encode()).decode(errors="replace").strip().splitlines()
         warnings.warn(f"no C kernels ({why[-1] if why else e}): qlora_lab works in plain torch operations on the CPU, to the same bits and more slowly", stacklevel=2)
 
-# %% ../nbs/14_kernels.ipynb #dc301db9
+# %% ../nbs/14_kernels.ipynb #aff3f615
 @lru_cache(maxsize=64)
 def _levels(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
     "The levels by code, and those of the statistics, on the device once and for all."
@@ -102,8 +102,6 @@ def _levels(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
 def on_device(device: torch.device):
     "A block in which kernels are launched on this device."
     return nullcontext() if device.type != "cuda" or device.index == torch.cuda.current_device() else torch.cuda.device(device)
-
-def _writable(out: Tensor | None) -> bool: return out is None or out.is_contiguous()
 
 def _pointer(t: Tensor | None) -> ctypes.c_void_p: return ctypes.c_void_p(None if t is None else t.data_ptr())
 
@@ -114,7 +112,7 @@ def dequantize_c(
 ) -> Tensor | None:       # the weight; None where the plain path has to take over
     "The weight again in one pass over its bytes, nested statistics included; every bit as in `QuantizedTensor.dequantize`."
     blocks, lost = divmod(prod(q.shape), q.blocksize)
-    if lost or q.blocksize % 32 or dtype not in (torch.float32, torch.bfloat16) or not q.packed.is_contiguous() or not _writable(out) or not compiled(): return None
+    if lost or q.blocksize % 32 or dtype not in (torch.float32, torch.bfloat16) or not q.packed.is_contiguous() or out is not None and not out.is_contiguous() or not compiled(): return None
     if out is None: out = torch.empty(q.shape, dtype=dtype)
     levels, dynamic = _levels(q.quant_type, q.packed.device)
     compiled().dequantize(*map(_pointer, (q.packed, q.stats, q.absmax2, q.offset, dynamic, levels, out)), int(dtype == torch.bfloat16),
@@ -137,10 +135,10 @@ def quantize_c(
     compiled().quantize(*map(_pointer, (w, middle, nibble, packed, absmax)), ctypes.c_int64(blocks), ctypes.c_int64(blocksize))
     return packed, absmax
 
-# %% ../nbs/14_kernels.ipynb #85cb7034
+# %% ../nbs/14_kernels.ipynb #a795f2b3
 if triton:
     @triton.jit
-    def _dequantize(packed, stats, absmax2, offset, code2, levels, out, lanes, BLOCK: tl.constexpr, NESTED: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr):
+    def _dequantize(packed, stats, absmax2, offset, code2, levels, out, lanes, gap, ROW: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr):
         "`WIDE` weights a lane: 8 are one 4-byte word in and one 16-byte store out (32 bytes in float32); 1 and 2 are the slower steps towards it."
         lane = tl.program_id(0) * TILE + tl.arange(0, TILE)
         inside = lane < lanes
@@ -151,28 +149,31 @@ if triton:
         weight = lane[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
         shift = weight % 8 // 2 * 8 * (WIDE == 8) + 4 * (1 - weight % 2)  # the high nibble of a byte comes first
         level = tl.load(levels + ((codes[:, None] >> shift) & 15))
+        out += (lane // ROW * gap)[:, None] * 8  # rows of `ROW` lanes, with as many times 8 numbers between them
         tl.store(out + weight, (level * scale[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
 
-# %% ../nbs/14_kernels.ipynb #61e9d72c
+# %% ../nbs/14_kernels.ipynb #a2483fe7
 def dequantize_triton(
     q: QuantizedTensor,   # on a GPU
     dtype: torch.dtype,   # of the result
-    out: Tensor | None = None,  # where to write it
+    out: Tensor | None = None,  # where to write it; rows may be parts of wider ones
     wide: int = 8,        # weights a lane: 1, 2 or 8
 ) -> Tensor | None:       # the weight; None where the plain path has to take over
     "The weight again in one pass over its bytes, nested statistics included; every bit as in `QuantizedTensor.dequantize`."
     n, packed = prod(q.shape), q.packed
-    if n % 8 or q.blocksize % 8 or packed.data_ptr() % 4 or not packed.is_contiguous() or not _writable(out): return None
+    if n % 8 or q.blocksize % 8 or packed.data_ptr() % 4 or not packed.is_contiguous(): return None
     if out is None: out = torch.empty(q.shape, dtype=dtype, device=packed.device)
+    gap = 0 if out.is_contiguous() else out.stride(0) - q.shape[-1]  # between rows, where `out` is a part of something wider
+    if gap and (out.dim() != 2 or out.stride(1) != 1 or gap < 0 or gap % 8 or q.shape[1] % 8 or wide != 8): return None
     levels, dynamic = _levels(q.quant_type, packed.device)
     absmax2, offset = (q.absmax2, q.offset) if q.nested else (q.stats, q.stats)
     if wide == 8: packed = packed.view(-1).view(torch.int32)
     with on_device(packed.device):
-        _dequantize[(triton.cdiv(n // wide, 256),)](packed, q.stats, absmax2, offset, dynamic, levels, out, n // wide, BLOCK=q.blocksize, NESTED=q.nested, WIDE=wide, TILE=256,
-                                                    num_warps=2, enable_fp_fusion=False)
+        _dequantize[(triton.cdiv(n // wide, 256),)](packed, q.stats, absmax2, offset, dynamic, levels, out, n // wide, gap // 8, ROW=q.shape[-1] // wide if gap else 1,
+                                                    BLOCK=q.blocksize, NESTED=q.nested, WIDE=wide, TILE=256, num_warps=2, enable_fp_fusion=False)
     return out
 
-# %% ../nbs/14_kernels.ipynb #d052519a
+# %% ../nbs/14_kernels.ipynb #d5c3b340
 if triton:
     @triton.jit
     def _reciprocal(x, APPROXIMATE: tl.constexpr):
@@ -180,7 +181,7 @@ if triton:
         else: return 1. / x
 
     @triton.jit
-    def _quantize(x, pivots, signed_codes, packed, absmax, n, blocks, COUNT: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, APPROXIMATE: tl.constexpr):
+    def _quantize(x, pivots, signed_codes, packed, absmax, n, blocks, HALVINGS: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, APPROXIMATE: tl.constexpr):
         "A tile of blocks: largest magnitudes, codes, two of them a byte. SIGNED: pivots and codes are of magnitudes, and bit 3 is the sign."
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         at = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -190,19 +191,20 @@ if triton:
         scaled = w * _reciprocal(tl.maximum(largest, tl.full([ROWS], 1e-38, tl.float32)), APPROXIMATE)[:, None]
         compared = tl.abs(scaled) if SIGNED else scaled
         code = tl.zeros((ROWS, BLOCK), tl.int32)
-        for k in tl.static_range(COUNT): code += tl.where(compared <= tl.load(pivots + k), 0, 1)
+        for halving in tl.static_range(1, HALVINGS + 1):
+            code += tl.where(compared <= tl.load(pivots + code + (1 << HALVINGS >> halving) - 1), 0, 1 << HALVINGS >> halving)
         if SIGNED: code = tl.load(signed_codes + code) + tl.where(scaled <= -1.1754943508222875e-38, 8, 0)  # numbers below the smallest normal one are flushed to zero
         code = tl.where(largest[:, None] == 0., 0, code)
         high, low = tl.split(tl.reshape(code, (ROWS, BLOCK // 2, 2)))
         byte = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
         tl.store(packed + byte, (high * 16 + low).to(tl.uint8), mask=byte < (n + 1) // 2)
 
-# %% ../nbs/14_kernels.ipynb #1876ce42
+# %% ../nbs/14_kernels.ipynb #c61c7eb0
 @lru_cache(maxsize=64)
 def _pivots(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    "The numbers that part neighbouring levels, as the CUDA kernels round them (for fp4 those of magnitudes), and the codes of fp4's magnitudes."
+    "The 15 numbers that part neighbouring levels, as the CUDA kernels round them (for fp4 the 7 of magnitudes), and the codes of fp4's magnitudes."
     found = torch.tensor(FP4_PIVOTS) if quant_type == "fp4" else nf4_pivots() if quant_type == "nf4" else midpoints(codebook(quant_type))
-    return found.to(device), torch.tensor([c & 7 for c in FP4_NIBBLES[8:]], dtype=torch.int32, device=device)
+    return torch.cat([found, torch.full(((7 if quant_type == "fp4" else 15) - len(found),), torch.inf)]).to(device), torch.tensor([c & 7 for c in FP4_NIBBLES[8:]], dtype=torch.int32, device=device)
 
 def _is_nvidia(device: torch.device) -> bool: return device.type == "cuda" and bool(torch.version.cuda)
 
@@ -219,7 +221,7 @@ def quantize_triton(
     (pivots, codes), blocks, rows = _pivots(quant_type, device), triton.cdiv(n, blocksize), max(1, 1024 // blocksize)
     packed, absmax = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=device), torch.empty(blocks, device=device)
     with on_device(device):
-        _quantize[(triton.cdiv(blocks, rows),)](w.contiguous(), pivots, codes, packed, absmax, n, blocks, COUNT=len(pivots), SIGNED=quant_type == "fp4", BLOCK=blocksize,
+        _quantize[(triton.cdiv(blocks, rows),)](w.contiguous(), pivots, codes, packed, absmax, n, blocks, HALVINGS=len(pivots).bit_length(), SIGNED=quant_type == "fp4", BLOCK=blocksize,
                                                 ROWS=rows, APPROXIMATE=_is_nvidia(device), num_warps=4, enable_fp_fusion=False)
     return packed, absmax
 

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['KNOWN', 'FAMILIES', 'ROUNDED', 'LIBRARY_BYTES', 'CONTEXT_GIB', 'FRAGMENTS', 'REHEARSED', 'CARDS', 'model_config',
            'Settings', 'empty_quantized', 'empty_model', 'empty_batch', 'watch_step', 'Moment', 'cuda_block',
-           'held_bytes', 'rehearse', 'MemoryPlan', 'plan', 'cards', 'largest', 'advice', 'ledger']
+           'held_bytes', 'rehearsing', 'rehearse', 'MemoryPlan', 'plan', 'cards', 'largest', 'advice', 'ledger']
 
-# %% ../nbs/12_memory.ipynb #7c0c9acf
+# %% ../nbs/12_memory.ipynb #8b402d41
 import json
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
@@ -276,25 +277,30 @@ def held_bytes(
         rows[kind] += times * rounded(t.nbytes)
     return dict(rows)
 
-# %% ../nbs/12_memory.ipynb #5a091874
-LIBRARY_BYTES = {"cuda": 66 << 20,  # work space that cuBLAS and cuBLASLt take from torch's allocator, once for the main thread and once for autograd's (32 + 1 MiB each on a Hopper GPU, less on older ones); as much again for recording
+# %% ../nbs/12_memory.ipynb #52e00f8d
+LIBRARY_BYTES = {"cuda": 66 << 20,  # work space that cuBLAS and cuBLASLt take from torch's allocator, once for the main thread and once for autograd's (32 + 1 MiB each on a Hopper GPU, less on older ones); as much again for recording, the second half of it only on the way back
                  "cpu": 96 << 20}   # what MKL and oneDNN hold after some steps, on one machine between 35 MiB (one shape) and 120 MiB (50 batches of different lengths)
 CONTEXT_GIB = 0.85                   # CUDA context and loaded kernels, outside torch's allocator: card in use minus torch's reserve, on an H100
 FRAGMENTS = 0.02                     # share of its memory that torch's allocator cannot use for want of whole pieces, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 
-REHEARSED = "adapted_linear", "fuse_layers", "summed_loss"  # what a device's kernels change about a step's memory
+REHEARSED = "adapted_linear", "fuse_layers", "summed_loss", "adamw"  # what a device's kernels change about a step's memory
+
+@contextmanager
+def rehearsing(kernels: tuple):  # one for each name in REHEARSED; None for plain torch
+    "A block in which tensors without bytes are worked on by a device's kernels."
+    FASTER.update({(name, "meta"): kernel for name, kernel in zip(REHEARSED, kernels)})
+    try: yield
+    finally:
+        for name in REHEARSED: FASTER.pop((name, "meta"), None)
 
 def rehearse(config: "PretrainedConfig", s: Settings, layers: int, kernels: tuple) -> tuple[nn.Module, MemoryTimeline, bool]:
     "A model of that many layers, its step by the device's kernels, and whether they fuse its layers and record its steps."
     model, device = empty_model(config, s, layers), torch.device("meta")
-    FASTER.update({(name, "meta"): kernel for name, kernel in zip(REHEARSED, kernels)})
-    try:
+    with rehearsing(kernels):
         fused = faster("fuse_layers", device, model) is not None
-        if fused or s.accumulation > 1:  # a recorded step, too, writes gradients where they are
+        if s.accumulation > 1:
             for p in trainable(model): p.grad = torch.empty_like(p)
         return model, watch_step(model, empty_batch(s), ROUNDED[s.device]), fused
-    finally:
-        for name in REHEARSED: del FASTER[name, "meta"]
 
 @lru_cache(maxsize=256)
 def _rehearse(config_json: str, s: Settings, kernels: tuple) -> tuple[dict[str, Moment], dict[str, int], int, bool]:
@@ -303,29 +309,29 @@ def _rehearse(config_json: str, s: Settings, kernels: tuple) -> tuple[dict[str, 
     layers, few = config.num_hidden_layers, min(3, config.num_hidden_layers)
     model, timeline, fused = rehearse(config, s, few, kernels)
     adapters = trainable(decoder_layers(model)[0])
-    moments = _moments(timeline, layers, few, sum(ROUNDED[s.device](p.nbytes) for p in adapters), fused or s.accumulation > 1)
+    moments = _moments(timeline, layers, few, sum(ROUNDED[s.device](p.nbytes) for p in adapters), s.accumulation > 1)
     return moments, held_bytes(model, layers, ROUNDED[s.device]), layers * sum(ceil(p.numel() / BLOCK) * BLOCK for p in adapters), fused
 
-# %% ../nbs/12_memory.ipynb #46507bba
-def _update_bytes(parameters: int, s: Settings) -> int:
+# %% ../nbs/12_memory.ipynb #b1c56801
+def _update_bytes(parameters: int, s: Settings, kernels: tuple) -> int:
     "What AdamW works with beside the state while it updates one page of parameters: its own code on tensors without bytes."
     def empty(dtype, n=parameters): return torch.empty(n, dtype=dtype, device="meta")
     items = {k: empty(dtype, ceil(parameters / per)) for k, (dtype, per) in FORMATS[s.optimizer_bits].items()}
     p, g = empty(_dtype(s.adapter_dtype)), empty(_dtype(s.adapter_dtype))
-    with MemoryTimeline(ROUNDED[s.device]) as timeline:
+    with rehearsing(kernels), MemoryTimeline(ROUNDED[s.device]) as timeline:
         moments = read_moments(items, 0, parameters, s.optimizer_bits)
         adamw([p], [g], *([m] for m in moments), [1], 1e-4, (0.9, 0.999), 1e-8, 0.)
         if s.optimizer_bits == 8: write_moments(items, 0, parameters, *moments)
     return timeline.peak
 
-def _optimizer(padded: int, s: Settings) -> tuple[int, int, int]:
+def _optimizer(padded: int, s: Settings, kernels: tuple) -> tuple[int, int, int]:
     "Bytes of AdamW's state on the device, of that in host memory, and of the work on one page; raises LabError for a budget below one page."
     page = page_parameters(padded, s.optimizer_bits, s.device_budget)
     page_bytes, budget = state_bytes(page, s.optimizer_bits), s.device_budget
     state = ceil(padded / page) * page_bytes
     if budget is not None and budget < page_bytes: raise LabError(f"device_budget={budget:,} bytes is smaller than one page of {page_bytes:,}")
     paged = budget is not None and budget < state
-    return budget // page_bytes * page_bytes if paged else state, state if paged else 0, _update_bytes(page, s)
+    return budget // page_bytes * page_bytes if paged else state, state if paged else 0, _update_bytes(page, s, kernels)
 
 # %% ../nbs/12_memory.ipynb #47de054e
 @dataclass(frozen=True)
@@ -371,7 +377,7 @@ def _again(self, **changes) -> MemoryPlan:
 
 MemoryPlan.total_gib, MemoryPlan.card_gib, MemoryPlan.fits, MemoryPlan.again = property(_total_gib), property(_card_gib), property(_fits), _again
 
-# %% ../nbs/12_memory.ipynb #89c7958f
+# %% ../nbs/12_memory.ipynb #5dc5db68
 def plan(
     model: "str | Path | dict | PretrainedConfig",  # a known name, a config.json or its folder, or its content
     gpu_gib: float | None = None,  # memory of the card
@@ -386,11 +392,13 @@ def plan(
     text = json.dumps(config.to_dict(), default=str)
     kernels = tuple(FASTER.get((name, s.device)) if s.kernels else None for name in REHEARSED)
     moments, held, padded, fused = _rehearse(text, replace(s, optimizer_bits=32, device_budget=None), kernels)
-    state, host, work = _optimizer(padded, s)
-    gradients, early = held["adapters"], fused or s.accumulation > 1
+    state, host, work = _optimizer(padded, s, kernels)
+    gradients, early = held["adapters"], s.accumulation > 1
     if early: held = held | {"gradients from the start": gradients}
     moments = moments | {"update": Moment(0 if early else gradients, 0, 0, work)}
-    held = held | {"optimizer state": state, "libraries": LIBRARY_BYTES[s.device] * (1 + fused) + process_bytes}
+    late = LIBRARY_BYTES[s.device] // 2 if fused else 0  # autograd's thread records too
+    moments = {name: m if name in ("forward", "loss") else replace(m, in_flight=m.in_flight + late) for name, m in moments.items()}
+    held = held | {"optimizer state": state, "libraries": LIBRARY_BYTES[s.device] * (1 + fused) - late + process_bytes}
     return MemoryPlan(name or str(model if isinstance(model, (str, Path)) else config.model_type), s, held, moments, host, gpu_gib, text, process_bytes)
 
 # %% ../nbs/12_memory.ipynb #d74aec47

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .blockwise import dequantize_blockwise, nearest_code, to_blocks
-from .double_quant import DYNAMIC8, dynamic_map
+from .double_quant import DYNAMIC8, dynamic_map, faster
 from .records import LabError
 
 # %% ../nbs/04_paged.ipynb #234bfbdc
@@ -88,6 +88,7 @@ def adamw(
     weight_decay: float,
 ) -> None:
     "AdamW, operation for operation that of torch.optim.AdamW, in float32 whatever the parameters are. Loshchilov and Hutter 2019."
+    if faster("adamw", params[0].device, params, grads, exp_avg, exp_avg_sq, steps, lr, betas, eps, weight_decay): return
     wide, grads = _float(params), _float(grads)
     if weight_decay: torch._foreach_mul_(wide, 1 - lr * weight_decay)
     torch._foreach_lerp_(exp_avg, grads, 1 - betas[0])

@@ -2,6 +2,8 @@
 
 Protects: every product and sum of the hand-written backward pass, and what is left to the plain path.
 """
+import statistics
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import devices
 from qlora_lab import fused, kernels
-from qlora_lab.checkpointing import checkpoint_layers, decoder_layers
-from qlora_lab.fused import Group, fits, fuse_layers, group_backward, group_forward, is_fused
+from qlora_lab.checkpointing import MemoryTimeline, checkpoint_layers, decoder_layers
+from qlora_lab.fused import Group, adapter_gradients, fits, fuse_layers, group_backward, group_forward, is_fused
 from qlora_lab.linear4bit import Linear4bit, quantize_model, saved_for_backward
 from qlora_lab.lora import LoRALinear, add_lora, trainable
 from qlora_lab.records import LabError
@@ -28,8 +30,8 @@ def switched_on_again():
     use_kernels()
 
 
-def small(family="llama", targets="all-linear", device="cpu", dtype=torch.float32, dropout=0., compute=None, **more):
-    torch.manual_seed(0)
+def small(family="llama", targets="all-linear", device="cpu", dtype=torch.float32, dropout=0., compute=None, seed=0, **more):
+    torch.manual_seed(seed)
     config = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=128, sliding_window=None) | more
     model = quantize_model(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config)), compute_dtype=compute)
     add_lora(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, lora_dropout=dropout), seed=0)
@@ -71,15 +73,19 @@ def test_fused_layers_are_the_plain_ones(family, more, targets, again, device):
     assert off(gradients(model), plain) < 1e-5
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("again", [False, True])
-def test_fused_layers_round_no_worse_than_plain_ones(again):
-    "In bfloat16, against float32: flash attention, the kernels, and sums inside products."
-    use_kernels(False)
-    exact, plain = (gradients(small(device="cuda", dtype=d)) for d in (torch.float32, torch.bfloat16))
-    use_kernels()
-    model = fuse_layers(checkpoint_layers(small(device="cuda", dtype=torch.bfloat16), again))
-    assert off(gradients(model), exact) < 1.5 * off(plain, exact) < 0.1
+def test_fused_layers_round_no_worse_than_plain_ones(again, device):
+    "Gradients in bfloat16 against float32, over several models: flash attention, the kernels, and sums inside products."
+    ratios = []
+    for seed in range(6):
+        use_kernels(False)
+        exact, plain = (gradients(small(device=device, dtype=d, seed=seed))[1:] for d in (torch.float32, torch.bfloat16))
+        use_kernels()
+        model = fuse_layers(checkpoint_layers(small(device=device, dtype=torch.bfloat16, seed=seed), again))
+        ratios.append(off(gradients(model)[1:], exact) / off(plain, exact))
+        assert off(plain, exact) < 0.1
+    assert statistics.median(ratios) < 1.25  # the adapters, float32 here, are multiplied in bfloat16 too
 
 
 def test_a_fused_layer_is_used(monkeypatch):
@@ -168,6 +174,19 @@ def test_a_gradient_without_memory_of_its_own():
 
 
 @pytest.mark.parametrize("again", [False, True])
+def test_large_weights_are_decoded_a_layer_at_a_time(again, monkeypatch):
+    "Values and gradients stay; the peak is lower."
+    found, peaks = [], []
+    for piece in (1 << 30, 0):
+        monkeypatch.setattr(fused, "PIECE", piece)
+        model = fuse_layers(checkpoint_layers(small(hidden_size=256, intermediate_size=1024), again))
+        gradients(model, 4)
+        with MemoryTimeline() as timeline: found.append(gradients(model, 4))
+        peaks.append(timeline.peak)
+    assert off(*found) < 1e-5 and peaks[1] < peaks[0] - 256 * 1024 * 4 * 0.9
+
+
+@pytest.mark.parametrize("again", [False, True])
 def test_backward_twice(again):
     "What the first backward pass writes over must be its own."
     model = fuse_layers(checkpoint_layers(small(), again))
@@ -191,17 +210,44 @@ def test_a_checkpointed_layer_keeps_its_input():
     assert sorted(n for _, _, n in kept.values()) == sorted([x.nbytes, angles[0].nbytes])
 
 
-def test_a_group_without_adapters_and_onto_something():
+@pytest.mark.parametrize("piece", [0, 1 << 30], ids=["pieces", "whole"])
+def test_a_group_without_adapters_and_onto_something(piece, monkeypatch):
     "A frozen layer passes the gradient on; a residual and a bias are summed in."
+    monkeypatch.setattr(fused, "PIECE", piece)
     torch.manual_seed(0)
     layers = [Linear4bit.from_linear(nn.Linear(64, n)) for n in (32, 96)]
     group, x, onto, g = Group(*layers), torch.randn(5, 64, requires_grad=True), torch.randn(5, 128), torch.randn(5, 128)
     expected = onto + torch.cat([layer(x) for layer in layers], 1)
+    assert group.room == 0 and group.with_room(x) is x
     with torch.no_grad():
-        y, inner = group_forward(group, x, group.weight(torch.float32), onto)
-        g_x, grads = group_backward(group, g, x, inner, group.weight(torch.float32))
-    assert inner is None and grads == [] and torch.allclose(y, expected, atol=1e-5)
+        y = group_forward(group, x, onto)
+        group.fill_back(g)
+        g_x = group_backward(group, g, torch.full((5, 64), torch.nan))
+    assert y is onto and adapter_gradients(group, g, x) == [] and torch.allclose(y, expected, atol=1e-5)
     assert torch.allclose(g_x, torch.autograd.grad(expected, x, g)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("piece", [0, 1 << 30], ids=["pieces", "whole"])
+@pytest.mark.parametrize("ranks, room", [((8, 0, 16), 24), ((1, 2, 0), 8), ((0, 0, 5), 8)], ids=str)
+def test_room_is_for_adapters_alone(ranks, room, piece, monkeypatch):
+    "Some layers adapted, others not, one bias among them; nothing of what lay in the room before reaches a result."
+    monkeypatch.setattr(fused, "PIECE", piece)
+    torch.manual_seed(0)
+    layers = [Linear4bit.from_linear(nn.Linear(64, n, bias=n == 40)) for n in (32, 96, 40)]
+    layers = [LoRALinear(layer, r=r, alpha=2 * r) if r else layer for layer, r in zip(layers, ranks)]
+    for layer in layers:
+        if isinstance(layer, LoRALinear): nn.init.normal_(layer.lora_B.weight); layer.scaling = 2.
+    group, x, g = Group(*layers), torch.randn(5, 64, requires_grad=True), torch.randn(5, 168)
+    expected = torch.cat([layer(x) for layer in layers], 1)
+    wanted = torch.autograd.grad(expected, [x, *group.params], g)
+    def rubbish(t): return torch.cat([t.detach(), torch.full((5, group.room), torch.nan)], 1)
+    with torch.no_grad():
+        read, grad = rubbish(x), rubbish(g)
+        y = group_forward(group, read)
+        group.fill_back(grad)
+        found = group_backward(group, grad, torch.full((5, 64), torch.nan)), *adapter_gradients(group, grad, read)
+    assert group.room == room == y.shape[1] - 168 and torch.allclose(y[:, :168], expected, atol=1e-5)
+    assert all(torch.allclose(mine, theirs, atol=1e-4) for mine, theirs in zip(found, wanted, strict=True))
 
 
 def normal(*shape, seed=0, dtype=torch.float32): return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(there, dtype)
@@ -212,15 +258,19 @@ def normal(*shape, seed=0, dtype=torch.float32): return torch.randn(shape, gener
 def test_kernels_between_the_products(rows, width):
     "Rows and tiles that no power of two fills; by Triton's interpreter without a GPU."
     x, g, around, w = normal(rows, width), normal(rows, width, seed=1), normal(rows, width, seed=2), normal(width, seed=3)
-    (y, rstd), (plain, r) = fused.rms_norm_kernel(x, w, 1e-5), fused.rms_norm_plain(x, w, 1e-5)
-    assert torch.allclose(y, plain, atol=1e-5) and torch.allclose(rstd, r)
-    assert torch.allclose(*(f(g, x, w, rstd, around) for f in (fused.rms_norm_backward_kernel, fused.rms_norm_backward_plain)), atol=1e-4)
-    gate_up, outs = normal(rows, 2 * width), [torch.full((rows, 2 * width), 7., device=there) for _ in range(2)]
-    assert torch.allclose(fused.swiglu_kernel(gate_up), fused.swiglu_plain(gate_up), atol=1e-5)
-    for f, out in zip((fused.swiglu_backward_kernel, fused.swiglu_backward_plain), outs): f(g, gate_up, out)
-    assert torch.allclose(*outs, atol=1e-5)
-    fused.swiglu_backward_kernel(g, gate_up, gate_up)
-    assert torch.equal(gate_up, outs[0])  # written over what it read
+    def wider(t, more=8): return torch.cat([t, torch.full((rows, more), 7., device=there)], 1)[:, :t.shape[1]]
+    for room in (0, 8):
+        (y, rstd), (plain, r) = (f(x, w, 1e-5, room) for f in (fused.rms_norm_kernel, fused.rms_norm_plain))
+        assert y.shape == plain.shape == (rows, width + room) and torch.allclose(y[:, :width], plain[:, :width], atol=1e-5) and torch.allclose(rstd, r)
+        grads = [f(g, x, w, rstd, wider(around), room) for f in (fused.rms_norm_backward_kernel, fused.rms_norm_backward_plain)]
+        assert torch.allclose(*(t[:, :width] for t in grads), atol=1e-4) and grads[0].shape == (rows, width + room)
+        gate_up, outs, grads = wider(normal(rows, 2 * width), room), [torch.full((rows, 2 * width), 7., device=there) for _ in range(2)], [wider(g, room).clone() for _ in range(3)]
+        assert torch.allclose(fused.swiglu_kernel(gate_up, room)[:, :width], fused.swiglu_plain(gate_up), atol=1e-5)
+        for f, grad, out in zip((fused.swiglu_backward_kernel, fused.swiglu_backward_plain), grads, outs): f(grad, gate_up, out)
+        assert torch.allclose(*outs, atol=1e-5) and torch.allclose(*grads[:2], atol=1e-5) and torch.allclose(grads[0], fused.swiglu_plain(gate_up), atol=1e-5)
+        whole = torch.cat([gate_up, torch.full((rows, 8), 7., device=there)], 1)
+        fused.swiglu_backward_kernel(grads[2], whole[:, :2 * width], whole[:, :2 * width])
+        assert torch.equal(whole[:, :2 * width], outs[0]) and (whole[:, 2 * width:] == 7).all()  # written over what it read, and not over the rest
 
 
 @needs_triton
@@ -233,6 +283,8 @@ def test_rotation_and_back(heads, size, positions, rows):
     fused.rotate_kernel(part, out, cos, sin, heads, 1)
     fused.rotate_plain(part, plain, cos, sin, heads, 1)
     assert torch.allclose(out, plain, atol=1e-6)
+    fused.rotate_kernel(part, out, cos, sin, heads, 0)
+    assert torch.equal(part, out)
     before = wide.clone()
     for sign in (1, -1): fused.rotate_kernel(part, part, cos, sin, heads, sign)
     assert torch.allclose(wide, before, atol=1e-6) and torch.equal(wide[:, heads * size:], before[:, heads * size:])

@@ -229,8 +229,22 @@ def test_a_weight_is_written_where_it_is_wanted(kernels):
 
 
 @needs_triton
+@pytest.mark.parametrize("rows, columns, gap", [(33, 64, 8), (16, 72, 24), (130, 8, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if torch.cuda.is_available() else [torch.float32])  # Triton's interpreter cuts bfloat16 off
+def test_triton_writes_to_a_part_of_wider_rows(rows, columns, gap, dtype):
+    "Every bit in its place, nothing in between; blocks go over the ends of rows."
+    q, wide = quantize_4bit(normal(rows, columns)), torch.full((rows, columns + gap), 7., dtype=dtype, device=there)
+    assert dequantize_triton(q, dtype, wide[:, :columns]).data_ptr() == wide.data_ptr()
+    use_kernels(False)
+    assert torch.equal(wide[:, :columns], q.dequantize(dtype)) and (wide[:, columns:] == 7).all()
+
+
+@needs_triton
 def test_what_triton_leaves_to_the_plain_path():
     assert dequantize_triton(quantize_4bit(normal(3, 5)), torch.float32) is None
+    q, wide = quantize_4bit(normal(16, 64)), torch.empty(16, 256, device=there)
+    strange = wide[:, :128:2], torch.empty(64, 16, device=there).t(), wide.view(-1)[:16 * 68].view(16, 68)[:, :64], wide[0, :64].expand(16, 64)  # columns apart, turned, rows at odd places, one row
+    assert all(dequantize_triton(q, torch.float32, part) is None for part in strange)
 
 
 @needs_triton

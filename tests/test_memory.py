@@ -98,7 +98,7 @@ def rehearse(config, s, layers):
     model, timeline, fused = memory.rehearse(model_config(config), s, layers, [FASTER[name, "cuda"] for name in memory.REHEARSED])
     gradient = sum(cuda_block(p.nbytes) for p in trainable(decoder_layers(model)[0]))
     assert fused == (s.quantize is not None)
-    return memory._moments(timeline, config["num_hidden_layers"], layers, gradient, fused or s.accumulation > 1), timeline.peak
+    return memory._moments(timeline, config["num_hidden_layers"], layers, gradient, s.accumulation > 1), timeline.peak
 
 
 @hypothesis_settings(max_examples=6, deadline=None)
@@ -110,9 +110,10 @@ def test_three_layers_speak_for_all(layers, checkpointing, sequence, rank, quant
     "Rehearsing every layer gives the same moments as three of them with the middle one repeated, and their highest is the peak."
     s = Settings(sequence=sequence, rank=rank, checkpointing=checkpointing, quantize=quantize, accumulation=accumulation, adapter_dtype=adapter_dtype)
     whole, peak = rehearse(tiny(layers=layers), s, layers)
-    told = {k: m for k, m in plan(tiny(layers=layers), **asdict(s)).moments.items() if k != "update"}
-    assert max(m.total for m in told.values()) == peak
-    assert {k: m.total for k, m in told.items()} == {k: m.total for k, m in whole.items() if k in told}
+    recording = memory.LIBRARY_BYTES["cuda"] // 2 * (quantize is not None)  # work space that the plan adds to the way back
+    told = {k: m.total - recording * ("backward" in k) for k, m in plan(tiny(layers=layers), **asdict(s)).moments.items() if k != "update"}
+    assert max(told.values()) == peak
+    assert told == {k: m.total for k, m in whole.items() if k in told}
 
 
 def test_optimizer_state_is_what_the_optimizer_allocates():

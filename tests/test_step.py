@@ -2,6 +2,7 @@
 
 Protects: losses and gradients over several steps and shapes, what cannot be recorded, the switch. Graphs need a GPU.
 """
+import os
 import subprocess
 import sys
 import warnings
@@ -14,11 +15,12 @@ from torch import nn
 
 from benchmarks.common import random_batch
 from conftest import devices
+from qlora_lab import step
 from qlora_lab.checkpointing import checkpoint_layers
 from qlora_lab.double_quant import FASTER
 from qlora_lab.fused import fuse_layers
 from qlora_lab.lora import trainable
-from qlora_lab.paged import PagedAdamW
+from qlora_lab.paged import PagedAdamW, adamw
 from qlora_lab.step import KERNELS, LinearCrossEntropy, StepGraph, forget, forward_backward, fused_loss, padded, use_kernels
 from qlora_lab.train import answer_losses, train_step
 from test_fused import small
@@ -125,11 +127,14 @@ def recordings(monkeypatch):
 
 def test_when_a_shape_is_recorded(recordings):
     "Not at first sight; once; for so many shapes; all in one pool of memory."
-    graph, ran = StepGraph([nn.Parameter(torch.ones(3))], most=2), []
+    p, ran = nn.Parameter(torch.ones(3)), []
+    graph = StepGraph([p], most=2)
     def passes(t):
         ran.append(len(t))
         return t * 2
-    for n in (1, 2, 3, 1, 2, 3, 3, 1, 1): graph(passes, torch.ones(n))
+    for n in (1, 2, 3, 1, 2, 3, 3, 1, 1):
+        p.grad = None
+        graph(passes, torch.ones(n))
     assert ran == [1, 2, 3, 1, 2, 3, 3] and [r.replays for r in recordings] == [3, 1]
     assert len({r.own for r in recordings}) == 1
 
@@ -144,51 +149,90 @@ def test_a_failed_recording_leaves_nothing_behind(recordings):
         return t * 2
     with pytest.warns(UserWarning, match="without a graph .no room.$"):
         found = [graph(passes, torch.ones(1)).item() for _ in range(3)]
-    assert found == [2.] * 3 and graph.graphs[(torch.Size([1]),)] == (None, None, None)
+    assert found == [2.] * 3 and graph.graphs[(torch.Size([1]),), True] == (None, None, None)
     for _ in range(2): graph(passes, torch.ones(2))
     assert recordings[1].own is not recordings[0].own and recordings[1].replays == 1
 
 
-def test_gradients_keep_their_places(recordings):
-    "Dropped ones come back as zeros in the same memory, others stay."
-    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
-    graph = StepGraph([p, q])
+def product(*params):
     def passes(t):
-        (p * t + q * t).sum().backward()
+        sum((p * t).sum() for p in params).backward()
         return t
+    return passes
+
+
+def test_gradients_are_made_by_the_first_recording(recordings):
+    "They stay where it puts them; another shape, and a second pass, add to them there."
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    graph, passes = StepGraph([p, q]), product(p, q)
+    def drop(): p.grad = q.grad = None
+    for _ in range(2):
+        drop()
+        graph(passes, torch.ones(3))
+    places = [g.data_ptr() for g in graph.grads]
+    assert [p.grad.data_ptr(), q.grad.data_ptr()] == places and p.grad.tolist() == [1.] * 3
+    graph(passes, torch.ones(3))  # a second pass of the same shape
+    assert p.grad.tolist() == [2.] * 3 and len(graph.graphs) == 2
+    drop()
+    for _ in range(2): graph(passes, torch.full((1,), 5.))  # another shape, and once more
+    assert p.grad.tolist() == [10.] * 3 and [p.grad.data_ptr(), q.grad.data_ptr()] == places and len(graph.graphs) == 3
+    drop()
+    made = [r.replays for r in recordings]
     graph(passes, torch.ones(3))
-    places = p.grad.data_ptr(), q.grad.data_ptr()
-    p.grad = None
-    graph(passes, torch.full((4,), 2.)[:3])
-    assert (p.grad.data_ptr(), q.grad.data_ptr()) == places and p.grad.tolist() == [2.] * 3 and q.grad.tolist() == [3.] * 3
+    assert [r.replays - n for r, n in zip(recordings, made)] == [1, 0, 0] and p.grad.data_ptr() == places[0]
+
+
+def test_a_recording_that_adds_needs_places(recordings):
+    "A batch that only ever comes second runs as it is until there are some."
+    p = nn.Parameter(torch.ones(3))
+    graph, passes = StepGraph([p]), product(p)
+    for n in (1, 2, 3):
+        p.grad = None
+        for t in (torch.ones(n, 1), torch.ones(1)): graph(passes, t)
+    assert not graph.graphs and p.grad.tolist() == [4.] * 3
 
 
 def test_gradients_made_elsewhere_count(recordings):
-    "A batch that went another way before this one: both add up, whether the places are new or old."
+    "A batch that went another way before this one: both add up, whether there are places or not."
     p = nn.Parameter(torch.ones(3))
-    graph = StepGraph([p])
-    def passes(t):
-        (p * t).sum().backward()
-        return t
-    for _ in range(2):
+    graph, passes = StepGraph([p]), product(p)
+    def elsewhere():
         p.grad = None
         (10 * p).sum().backward()
+    for there in (False, True):
+        elsewhere()
         graph(passes, torch.full((3,), 2.))
-        assert p.grad.tolist() == [12.] * 3
+        assert p.grad.tolist() == [12.] * 3 and bool(graph.grads) == there
+        p.grad = None
+        for _ in range(2): graph(passes, torch.full((3,), 2.)); p.grad = None
+
+
+def test_a_recording_that_fails_leaves_no_gradients(recordings):
+    p = nn.Parameter(torch.ones(3))
+    graph, passes = StepGraph([p]), product(p)
+    def fails(t):
+        passes(t)
+        if recordings and graph.grads is None and len(recordings) == 1 and not graph.graphs: raise torch.OutOfMemoryError("no room")
+        return t
+    graph(passes, torch.ones(3))
+    p.grad = None
+    with pytest.warns(UserWarning, match="without a graph"): graph(fails, torch.ones(3))
+    assert p.grad.tolist() == [1.] * 3 and graph.grads is None
 
 
 def test_recordings_go_where_memory_is_short(recordings, monkeypatch):
     "40 bytes idle in recordings of up to 2 numbers: one of 8 may want 160."
-    graph = StepGraph([nn.Parameter(torch.ones(3))])
-    for n in (2, 2, 8): graph(lambda t: t, torch.ones(n))
-    assert len(graph.graphs) == 1
+    p = nn.Parameter(torch.ones(3))
+    graph = StepGraph([p])
+    def one_step(n):
+        p.grad = None
+        graph(product(p), torch.full((n, 1), 3.))
+        return p.grad.tolist() == [3. * n] * 3
+    assert all(map(one_step, (2, 2, 8))) and len(graph.graphs) == 1
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (150, 2000))
-    graph(lambda t: t, torch.ones(7))
-    assert len(graph.graphs) == 1
-    graph(lambda t: t, torch.ones(9))
-    assert not graph.graphs
-    graph(lambda t: t, torch.ones(2))
-    assert len(graph.graphs) == 1  # made anew
+    assert one_step(7) and len(graph.graphs) == 1
+    assert one_step(9) and not graph.graphs and graph.grads is None
+    assert one_step(2) and len(graph.graphs) == 1  # made anew
 
 
 def test_a_model_that_was_moved_is_recorded_anew(recordings):
@@ -231,8 +275,40 @@ def test_a_plan_needs_no_triton():
     "The kernels that a plan rehearses are named, not run."
     code = "import sys; sys.modules['triton'] = None; from qlora_lab import plan; print(plan('smollm2-135m').total_gib)"
     from qlora_lab.memory import plan
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}).stdout
     assert float(out) == plan("smollm2-135m").total_gib < plan("smollm2-135m", kernels=False).total_gib
+
+
+def moments(n, dtype, seed=0):
+    "A parameter, its gradient and AdamW's two moments of it."
+    generator = torch.Generator().manual_seed(seed)
+    def random(scale): return torch.randn(n, generator=generator) * scale
+    return [t.to("cuda" if torch.cuda.is_available() else "cpu") for t in (random(0.02).to(dtype), random(1e-3).to(dtype), random(1e-3), random(1e-3).square())]
+
+
+@pytest.mark.skipif(step.triton is None, reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32] if torch.cuda.is_available() else [torch.float32])  # Triton's interpreter cuts bfloat16 off
+@pytest.mark.parametrize("more", [{}, dict(weight_decay=0.1), dict(betas=(0.8, 0.95), eps=1e-6), dict(lr=1e-2)], ids=str)
+def test_an_update_in_one_pass_is_adamw(dtype, more):
+    "Two parameters, one at its first step; every bit on a GPU. The interpreter rounds product and sum apart."
+    asked = dict(steps=[1, 7], lr=2e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.) | more
+    use_kernels(False)
+    plain, kernel = ([list(z) for z in zip(moments(300, dtype), moments(1024 * 3 + 1, dtype, 1))] for _ in range(2))
+    adamw(*plain, **asked)
+    assert step.adamw_triton(*kernel, **asked)
+    for one, other in zip((t for ts in plain for t in ts), (t for ts in kernel for t in ts)):
+        if torch.cuda.is_available(): assert torch.equal(one, other)
+        else: assert torch.allclose(one, other, rtol=1e-5, atol=1e-8)
+    assert not torch.equal(plain[0][0], moments(300, dtype)[0])
+
+
+def test_what_the_update_leaves_to_the_plain_path():
+    "torch has another formula for small betas; numbers that lie apart; double precision."
+    p, g, m, v = moments(64, torch.float32)
+    rest = [3], 1e-3
+    assert not step.adamw_triton([p], [g], [m], [v], *rest, (0.5, 0.9), 1e-8, 0.)
+    assert not step.adamw_triton([p[::2]], [g[::2]], [m[::2]], [v[::2]], *rest, (0.9, 0.9), 1e-8, 0.)
+    assert not step.adamw_triton([p.double()], [g], [m], [v], *rest, (0.9, 0.9), 1e-8, 0.)
 
 
 # ---------------------------------------------------------------- on a GPU
@@ -256,7 +332,7 @@ def several_steps(mode, dtype=torch.bfloat16):
 def test_a_recorded_step_is_the_same_step():
     "That of the same kernels launched one by one but for the last bit of a division, and that of plain torch up to rounding."
     recorded, model = several_steps("recorded")
-    assert len(model._graph.graphs) == 2 and all(graph is not None for graph, _, _ in model._graph.graphs.values())
+    assert len(model._graph.graphs) == 3 and all(graph is not None for graph, _, _ in model._graph.graphs.values())
     exact, plain = several_steps("recorded", torch.float32)[0], several_steps("plain", torch.float32)[0]
     def off(one, other): return max(abs(a - b) / b for step in zip(one, other) for a, b in zip(*step))
     assert off(recorded, several_steps("called")[0]) < 1e-5 and off(exact, plain) < 1e-3
@@ -309,13 +385,16 @@ def test_what_cannot_be_recorded_runs_as_it_is():
 
 @needs_gpu
 def test_only_so_many_shapes_are_recorded():
-    graph = StepGraph([nn.Parameter(torch.ones(3, device="cuda"))], most=2)
-    for n in (1, 2, 3, 1, 2, 3, 3, 1): assert graph(lambda t: t * 2, torch.ones(n)).tolist() == [2.] * n
+    p = nn.Parameter(torch.ones(3, device="cuda"))
+    graph = StepGraph([p], most=2)
+    for n in (1, 2, 3, 1, 2, 3, 3, 1):
+        p.grad = None
+        assert graph(lambda t: t * 2, torch.ones(n)).tolist() == [2.] * n
     assert len(graph.graphs) == 2
 
 
 @needs_gpu
-def test_a_run_records_its_steps(tiny, data, tmp_path):
+def test_a_run_records_its_steps(tiny, data, tmp_path, monkeypatch):
     "`train` fuses and records on a GPU, and ends where plain torch ends."
     from qlora_lab.model import load_model
     from qlora_lab.train import TrainConfig, train
@@ -324,7 +403,10 @@ def test_a_run_records_its_steps(tiny, data, tmp_path):
         use_kernels(on)
         model, tokenizer = load_model(tiny, device="cuda", dtype=torch.float32, compute_dtype=torch.float32)
         config = TrainConfig(folder=tmp_path / str(on), steps=10, batch_size=2, rank=4, lr=5e-3, eval_examples=8, eval_prompts=1, checkpointing=True)
+        made = []
+        monkeypatch.setattr(StepGraph, "record", lambda self, *args, record=StepGraph.record: made.append(1) or record(self, *args))
         run = train(model, tokenizer, data, config, progress=False)
-        assert ("_graph" in model.__dict__) == on
+        monkeypatch.undo()
+        assert bool(made) == on and "_graph" not in model.__dict__
         losses.append([*run.losses, run.after.loss])
     assert losses[0][-1] < losses[0][0] and max(abs(a - b) for a, b in zip(*losses)) < 1e-3
