@@ -128,6 +128,18 @@ def test_every_requirement_is_pinned_as_tested():
     assert {str(v) for v in _packages("tested").values()} <= {"==" + p.split("==")[1] for p in pins} and _packages("tested").keys() == _packages("").keys()
 
 
+def test_every_pin_installs_on_the_oldest_python():
+    "A pin that asks for a later 3.11 than a system brings would stop the set-up there."
+    from importlib.metadata import PackageNotFoundError, distribution
+    from packaging.specifiers import SpecifierSet
+    pinned, oldest = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.M), settings["min_python"] + ".0"
+    asked = {}
+    for name in pinned:
+        try: asked[name] = distribution(name).metadata["Requires-Python"] or ""
+        except PackageNotFoundError: pass  # for another system
+    assert len(asked) > 0.8 * len(pinned) and [name for name, python in asked.items() if not SpecifierSet(python).contains(oldest)] == []
+
+
 def test_owner_and_host_stand_in_settings_alone():
     "They are not decided yet; one place to change. (`_modidx.py` is exported from it.)"
     host = re.search(r"://([^/]+)", settings["git_url"])[1]
