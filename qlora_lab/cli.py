@@ -278,15 +278,15 @@ def _plan_of_run(args, config, data, device, model, tokenizer) -> "MemoryPlan":
     from qlora_lab.memory import CONTEXT_GIB, plan
     from qlora_lab.model import best_dtype
     on_cpu, compute = device.type == "cpu", args.compute_dtype or str(best_dtype(device)).removeprefix("torch.")
-    kernels = args.backend == "lab" and not config.dropout  # layers with dropout are not fused, nor are another library's
     longest = min(config.max_length, getattr(model, "max_position_embeddings", config.max_length))
     tokens = sorted((tokenize(tokenizer, e, longest) for e in data.train), key=lambda t: len(t.ids))[-config.batch_size:]
     asked = dict(rank=config.rank, targets=config.targets, batch_size=len(tokens), sequence=len(tokens[-1].ids),
                 learned=sum(int(t.mask[1:].sum()) for t in tokens), checkpointing=config.checkpointing, quantize=None if args.quantize == "none" else args.quantize,
                 double_quant=not args.no_double_quant, dtype="float32" if on_cpu else compute, compute_dtype=compute, adapter_dtype=config.adapter_dtype,
-                optimizer_bits=config.optimizer_bits, device_budget=config.device_budget << 20 or None, device=device.type, kernels=kernels,
-                accumulation=max(config.accumulation, 1 if on_cpu or not kernels else 2))  # batches of another shape than the first recorded one add to gradients that are there
-    plan(model, **asked)  # the rehearsal brings in libraries that the process then holds
+                optimizer_bits=config.optimizer_bits, device_budget=config.device_budget << 20 or None, accumulation=config.accumulation, device=device.type,
+                kernels=args.backend == "lab" and not config.dropout)  # layers with dropout are not fused, nor are another library's
+    recorded = plan(model, **asked).recorded  # besides, the rehearsal brings in libraries that the process then holds
+    if recorded: asked["accumulation"] = max(2, config.accumulation)  # batches of other shapes than the first recorded one add to gradients that are there
     used = psutil.Process().memory_info().rss if on_cpu else 0
     there = psutil.virtual_memory().available + used if on_cpu else torch.cuda.mem_get_info(device)[0] + CONTEXT_GIB * 2 ** 30  # the context is there already
     return plan(model, there / 2 ** 30, args.model, used, **asked)

@@ -73,7 +73,7 @@ def adapted_linear(
     bias = None if base.bias is None else base.bias.to(dtype)
     return AdaptedLinear.apply(x, dropped, layer.lora_A.weight, layer.lora_B.weight, layer.scaling, q, bias, dtype, q.packed, q.stats)
 
-# %% ../nbs/14b_fused.ipynb #8f9a2413
+# %% ../nbs/14b_fused.ipynb #59376ae0
 PIECE = 256 << 20  # bytes of decoded weights at a time, where a group is more than one layer
 
 class Group:
@@ -83,7 +83,7 @@ class Group:
         self.sizes, self.inputs = [b.out_features for b in self.bases], self.bases[0].in_features
         self.adapted = [i for i, layer in enumerate(layers) if isinstance(layer, LoRALinear)]
         self.ranks, self.outputs = [layers[i].lora_A.out_features for i in self.adapted], sum(self.sizes)
-        self.room = -(-sum(self.ranks) // 8) * 8  # columns: products are fast where rows begin at multiples of 16 bytes
+        self.room = -(-sum(self.ranks) // 8) * 8  # columns: in 16 bits products are fast where rows begin at multiples of 16 bytes
 
     @property
     def scaling(self) -> float: return self.layers[self.adapted[0]].scaling if self.adapted else 0.
@@ -119,7 +119,7 @@ def _fill_back(self, grad: Tensor) -> None:
 
 Group.all_a, Group.fill, Group.fill_back = _all_a, _fill, _fill_back
 
-# %% ../nbs/14b_fused.ipynb #3d59e13a
+# %% ../nbs/14b_fused.ipynb #5e12365a
 def _pieces(self, dtype: torch.dtype) -> list[tuple[list[int], slice]]:
     "Layers that are multiplied at once, and their columns among the outputs."
     ends, count = list(accumulate(self.sizes)), len(self.sizes)
@@ -134,13 +134,13 @@ def _forth(self, piece: list[int], dtype: torch.dtype) -> Tensor:
     sizes, starts = [self.sizes[i] for i in piece], dict(zip(self.adapted, accumulate(self.ranks, initial=self.inputs)))
     whole = torch.empty(sum(sizes), self.inputs + self.room, dtype=dtype, device=self.bases[0].weight.device)
     self.decode(piece, whole[:, :self.inputs])
-    if self.ranks != [self.room]: whole[:, self.inputs:].zero_()
+    if len(self.layers) > 1 or self.ranks != [self.room]: whole[:, self.inputs:].zero_()
     for i, rows in zip(piece, whole.split(sizes)):
         if i in starts: rows[:, starts[i]:starts[i] + self.layers[i].lora_A.out_features].copy_(self.layers[i].lora_B.weight)
     return whole
 
 def _back(self, piece: list[int], dtype: torch.dtype, last: bool) -> Tensor:
-    "[outputs of the piece, inputs]: W and, below that of the last piece, all A."
+    "[outputs of the piece, inputs]: W; for the last piece as many rows more as there is room, all A."
     size = sum(self.sizes[i] for i in piece)
     whole = torch.empty(size + self.room * last, self.inputs, dtype=dtype, device=self.bases[0].weight.device)
     self.decode(piece, whole[:size])
@@ -200,27 +200,27 @@ def adapter_gradients(
     g_b = [parts[i].t() @ share for i, share in zip(group.adapted, x[:, group.inputs:group.inputs + ranks].split(group.ranks, 1))]
     return [g.to(p.dtype) for g, p in zip((g for pair in zip(g_a, g_b) for g in pair), group.params)]
 
-# %% ../nbs/14b_fused.ipynb #c3881ac2
+# %% ../nbs/14b_fused.ipynb #938f9a80
 def rms_norm_plain(x: Tensor, weight: Tensor, eps: float, room: int = 0) -> tuple[Tensor, Tensor]:
-    "x [tokens, width] over its root mean square, times weight [width], with so many free columns behind; and 1 over that root [tokens] float32."
+    "x [tokens, width] over its root mean square, times weight [width], with `room` free columns behind; and 1 over that root [tokens] float32."
     rstd = (x.float().square().mean(1) + eps).rsqrt()
     return F.pad((x * rstd[:, None]).to(x.dtype) * weight, (0, room)), rstd
 
 def rms_norm_backward_plain(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, around: Tensor, room: int = 0) -> Tensor:
-    "The gradient of x, plus `around`; all [tokens, width], and as many free columns behind."
+    "The gradient of x, plus `around`, with `room` free columns behind; grad, x and around are [tokens, width], weight [width], rstd [tokens]."
     n, v = (grad * weight).float(), x * rstd[:, None]
     return F.pad((rstd[:, None] * (n - v * (n * v).mean(1, keepdim=True)) + around).to(x.dtype), (0, room))
 
-# %% ../nbs/14b_fused.ipynb #d23933d0
+# %% ../nbs/14b_fused.ipynb #f44d6d2d
 if triton:
     @triton.jit
     def _rms_norm(x, weight, out, rstd, eps, out_row, WIDTH: tl.constexpr, TILE: tl.constexpr):
         at, row = tl.arange(0, TILE), tl.program_id(0).to(tl.int64)
         inside = at < WIDTH
-        v = tl.load(x + row * WIDTH + at, mask=inside, other=0.).to(tl.float32)
-        r = 1 / tl.sqrt(tl.sum(v * v, axis=0) / WIDTH + eps)
+        n = tl.load(x + row * WIDTH + at, mask=inside, other=0.).to(tl.float32)
+        r = 1 / tl.sqrt(tl.sum(n * n, axis=0) / WIDTH + eps)
         w = tl.load(weight + at, mask=inside, other=0.)
-        tl.store(out + row * out_row + at, (v * r).to(w.dtype) * w, mask=inside)
+        tl.store(out + row * out_row + at, (n * r).to(w.dtype) * w, mask=inside)
         tl.store(rstd + row, r)
 
     @triton.jit
@@ -234,23 +234,23 @@ if triton:
         tl.store(out + row * out_row + at, g.to(out.dtype.element_ty), mask=inside)
 else: _rms_norm = _rms_norm_backward = None  # a plan names them, and runs nothing
 
-# %% ../nbs/14b_fused.ipynb #e137c4dc
+# %% ../nbs/14b_fused.ipynb #3471dc0f
 def _on_rows(kernel, x: Tensor, *args) -> None:
     "A program for each row; on `meta` there is nothing to run."
     if x.is_meta: return
     with on_device(x.device): kernel[(len(x),)](*args, WIDTH=x.shape[1], TILE=triton.next_power_of_2(x.shape[1]), num_warps=8)
 
-def _with_room(x: Tensor, room: int) -> Tensor: return x.new_empty(len(x), x.shape[1] + room)
+def _empty_with_room(x: Tensor, room: int) -> Tensor: return x.new_empty(len(x), x.shape[1] + room)
 
 def rms_norm_kernel(x, weight, eps, room=0):
     "As `rms_norm_plain`, a program for each row."
-    out, rstd = _with_room(x, room), torch.empty(len(x), dtype=torch.float32, device=x.device)
+    out, rstd = _empty_with_room(x, room), torch.empty(len(x), dtype=torch.float32, device=x.device)
     _on_rows(_rms_norm, x, x, weight, out, rstd, eps, out.stride(0))
     return out, rstd
 
 def rms_norm_backward_kernel(grad, x, weight, rstd, around, room=0):
     "As `rms_norm_backward_plain`, a program for each row."
-    out = _with_room(x, room)
+    out = _empty_with_room(x, room)
     _on_rows(_rms_norm_backward, x, grad, x, weight, rstd, around, out, around.stride(0), out.stride(0))
     return out
 
@@ -263,7 +263,7 @@ def rotate_plain(source: Tensor, out: Tensor, cos: Tensor, sin: Tensor, heads: i
     (a, b), c, s = halves(source), angles(cos), angles(sin)
     out.copy_(torch.cat([a * c - sign * b * s, b * c + sign * a * s], -1).flatten(1))
 
-# %% ../nbs/14b_fused.ipynb #cdd66faa
+# %% ../nbs/14b_fused.ipynb #f7fdea64
 if triton:
     @triton.jit
     def _rotate(source, out, cos, sin, source_row, out_row, positions, SIGN: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
@@ -272,14 +272,16 @@ if triton:
         token, head, lane = tl.program_id(0), tl.arange(0, HEADS_TILE)[:, None], tl.arange(0, HALF_TILE)[None, :]
         inside = (head < HEADS) & (lane < HALF)
         angle, at = (token % positions) * (2 * HALF) + lane, head * (2 * HALF) + lane
-        c = tl.load(cos + angle, mask=lane < HALF, other=0.).to(tl.float32) if SIGN else 1.
-        s = tl.load(sin + angle, mask=lane < HALF, other=0.).to(tl.float32) if SIGN else 0.
         source += token.to(tl.int64) * source_row
         out += token.to(tl.int64) * out_row
         a = tl.load(source + at, mask=inside, other=0.).to(tl.float32)
         b = tl.load(source + at + HALF, mask=inside, other=0.).to(tl.float32)
-        tl.store(out + at, (a * c - SIGN * b * s).to(out.dtype.element_ty), mask=inside)
-        tl.store(out + at + HALF, (b * c + SIGN * a * s).to(out.dtype.element_ty), mask=inside)
+        if SIGN:
+            c = tl.load(cos + angle, mask=lane < HALF, other=0.).to(tl.float32)
+            s = tl.load(sin + angle, mask=lane < HALF, other=0.).to(tl.float32)
+            a, b = a * c - SIGN * b * s, b * c + SIGN * a * s
+        tl.store(out + at, a.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + at + HALF, b.to(out.dtype.element_ty), mask=inside)
 
 def rotate_kernel(source, out, cos, sin, heads, sign):
     "As `rotate_plain`, a program for each token."
@@ -289,9 +291,9 @@ def rotate_kernel(source, out, cos, sin, heads, sign):
         _rotate[(len(source),)](source, out, cos, sin, source.stride(0), out.stride(0), cos[..., 0].numel(), SIGN=sign, HEADS=heads, HALF=half,
                                 HEADS_TILE=triton.next_power_of_2(heads), HALF_TILE=triton.next_power_of_2(half), num_warps=4)
 
-# %% ../nbs/14b_fused.ipynb #d035198d
+# %% ../nbs/14b_fused.ipynb #d3fdd47b
 def swiglu_plain(gate_up: Tensor, room: int = 0) -> Tensor:
-    "silu(gate) * up [tokens, width], with so many free columns behind, for [tokens, 2 * width]."
+    "silu(gate) * up [tokens, width], with `room` free columns behind, for [tokens, 2 * width]."
     gate, up = gate_up.chunk(2, 1)
     return F.pad(F.silu(gate) * up, (0, room))
 
@@ -365,7 +367,7 @@ def attention_backward(grad: Tensor, out: Tensor, leaves: list[Tensor]) -> tuple
     if not out.requires_grad: out, leaves = attention(*leaves)
     return torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
-# %% ../nbs/14b_fused.ipynb #d154ba9e
+# %% ../nbs/14b_fused.ipynb #2e30326b
 def projections(layer: nn.Module) -> list[nn.Module | None]:
     "The seven linear layers of a decoder layer; None for one that is not there."
     a, m = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
@@ -380,6 +382,7 @@ class FusedLayer:
         self.norms, self.size = (layer.input_layernorm, layer.post_attention_layernorm), a.head_dim
         self.window = a.sliding_window if hasattr(a, "sliding_window") else getattr(a.config, "sliding_window", None)
         self.parts, self.dtype = projections(layer), self.norms[0].weight.dtype
+        self.untrained = [*(n.weight for n in self.norms), *(b.bias for g in (self.qkv, self.out, self.up, self.down) for b in g.bases if b.bias is not None)]
 
     @property
     def params(self) -> list[nn.Parameter]: return [p for group in (self.qkv, self.out, self.up, self.down) for p in group.params]
@@ -387,27 +390,27 @@ class FusedLayer:
     def takes(self, tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
         "Whether a pass of sequences of that length can be fused, as the layer is now."
         if device.type == "cuda" and ("fuse_layers", "cuda") not in FASTER or device.type != "meta" and torch.is_autocast_enabled(device.type): return False
-        return dtype == self.dtype == self.norms[0].weight.dtype and (self.window is None or tokens <= self.window)
+        return dtype == self.dtype == self.norms[0].weight.dtype and (self.window is None or tokens <= self.window) and not any(p.requires_grad for p in self.untrained)
 
     @property
     def frozen(self) -> list[Tensor]: return [t for group in (self.qkv, self.out, self.up, self.down) for b in group.bases for t in (b.weight, b.stats)]
 
     def heads(self, qkv: Tensor, batch: int) -> list[Tensor]:
-        "Queries, keys and values, each [batch, heads, tokens, size], out of one array [batch * tokens, all of them, room]."
+        "Queries, keys and values, each [batch, heads, tokens, size], out of one array [batch * tokens, columns of q, k, v and room]."
         qkv = qkv[:, :self.qkv.outputs].view(batch, -1, self.qkv.outputs // self.size, self.size)
         return [t.transpose(1, 2) for t in qkv.split([n // self.size for n in self.qkv.sizes], 2)]
 
     def normed(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        "x for the products of the half i, with their room; see `rms_norm`."
+        "x as the products of half i read it, with their room, and what its gradient needs; see `rms_norm`."
         return rms_norm(x, self.norms[i].weight, self.norms[i].variance_epsilon, (self.qkv, self.up)[i].room)
 
     def normed_backward(self, i: int, grad: Tensor, x: Tensor, rstd: Tensor, around: Tensor) -> Tensor:
         "The gradient of x, with room for what it meets next."
         return rms_norm_backward(grad, x, self.norms[i].weight, rstd, around[:, :x.shape[1]], (0, self.out.room)[i])
 
-# %% ../nbs/14b_fused.ipynb #9857db9d
+# %% ../nbs/14b_fused.ipynb #fd7f74b4
 def attend(f: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor, batch: int, keep: bool) -> tuple[Tensor, list]:
-    "x [tokens, width] plus attention."
+    "x [tokens, width] plus attention; and what the backward pass needs."
     h, rstd = f.normed(0, x)
     qkv = group_forward(f.qkv, h)
     turned = qkv[:, :sum(f.qkv.sizes[:2])]
@@ -417,15 +420,15 @@ def attend(f: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor, batch: int, keep:
     return group_forward(f.out, o, x.clone()), [x, h, rstd, qkv, o, out, *leaves]
 
 def multiply(f: FusedLayer, x: Tensor, onto: Tensor | None) -> tuple[Tensor | None, list]:
-    "The gated layers added to `onto`, which is x [tokens, width] or a copy of it; None leaves the last product out."
+    "The gated layers added to `onto`, which is x [tokens, width] or a copy of it (None leaves the last product out); and what the backward pass needs."
     h, rstd = f.normed(1, x)
     gate_up = group_forward(f.up, h)
     y = None if onto is None else group_forward(f.down, swiglu(gate_up[:, :f.up.outputs], f.down.room), onto)
     return y, [x, h, rstd, gate_up]
 
-# %% ../nbs/14b_fused.ipynb #48e8852b
+# %% ../nbs/14b_fused.ipynb #b4692dcc
 def multiply_backward(f: FusedLayer, grad: Tensor, saved: list, own: bool) -> tuple[Tensor, list[Tensor]]:
-    "Gradients of the input of `multiply`, and of its adapters."
+    "Gradients of the input of `multiply` and of its adapters; empties `saved`, and where it is `own` writes over it."
     x, h, rstd, gate_up = saved
     saved.clear()
     grad = f.down.with_room(grad)
@@ -441,7 +444,7 @@ def multiply_backward(f: FusedLayer, grad: Tensor, saved: list, own: bool) -> tu
     return f.normed_backward(1, g_h, x, rstd, grad), [*adapter_gradients(f.up, g_up, h), *g_down]
 
 def attend_backward(f: FusedLayer, grad: Tensor, cos: Tensor, sin: Tensor, batch: int, saved: list, own: bool, wanted: bool) -> tuple[Tensor | None, list[Tensor]]:
-    "Gradients of the input of `attend`, if it is wanted, and of its adapters."
+    "Gradients of the input of `attend`, if it is wanted, and of its adapters; empties `saved`, and where it is `own` writes over it."
     x, h, rstd, qkv, o, out, *leaves = saved
     saved.clear()
     f.out.fill_back(grad)

@@ -93,7 +93,7 @@ def compiled() -> ctypes.CDLL | None:
         why = (getattr(e, "stderr", None) or str(e).encode()).decode(errors="replace").strip().splitlines()
         warnings.warn(f"no C kernels ({why[-1] if why else e}): qlora_lab works in plain torch operations on the CPU, to the same bits and more slowly", stacklevel=2)
 
-# %% ../nbs/14_kernels.ipynb #aff3f615
+# %% ../nbs/14_kernels.ipynb #3f510664
 @lru_cache(maxsize=64)
 def _levels(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
     "The levels by code, and those of the statistics, on the device once and for all."
@@ -112,7 +112,8 @@ def dequantize_c(
 ) -> Tensor | None:       # the weight; None where the plain path has to take over
     "The weight again in one pass over its bytes, nested statistics included; every bit as in `QuantizedTensor.dequantize`."
     blocks, lost = divmod(prod(q.shape), q.blocksize)
-    if lost or q.blocksize % 32 or dtype not in (torch.float32, torch.bfloat16) or not q.packed.is_contiguous() or out is not None and not out.is_contiguous() or not compiled(): return None
+    if lost or q.blocksize % 32 or dtype not in (torch.float32, torch.bfloat16) or not q.packed.is_contiguous() or not compiled(): return None
+    if out is not None and not out.is_contiguous(): return out.copy_(dequantize_c(q, dtype))
     if out is None: out = torch.empty(q.shape, dtype=dtype)
     levels, dynamic = _levels(q.quant_type, q.packed.device)
     compiled().dequantize(*map(_pointer, (q.packed, q.stats, q.absmax2, q.offset, dynamic, levels, out)), int(dtype == torch.bfloat16),
@@ -152,7 +153,7 @@ if triton:
         out += (lane // ROW * gap)[:, None] * 8  # rows of `ROW` lanes, with as many times 8 numbers between them
         tl.store(out + weight, (level * scale[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
 
-# %% ../nbs/14_kernels.ipynb #a2483fe7
+# %% ../nbs/14_kernels.ipynb #d758d752
 def dequantize_triton(
     q: QuantizedTensor,   # on a GPU
     dtype: torch.dtype,   # of the result
@@ -164,7 +165,7 @@ def dequantize_triton(
     if n % 8 or q.blocksize % 8 or packed.data_ptr() % 4 or not packed.is_contiguous(): return None
     if out is None: out = torch.empty(q.shape, dtype=dtype, device=packed.device)
     gap = 0 if out.is_contiguous() else out.stride(0) - q.shape[-1]  # between rows, where `out` is a part of something wider
-    if gap and (out.dim() != 2 or out.stride(1) != 1 or gap < 0 or gap % 8 or q.shape[1] % 8 or wide != 8): return None
+    if not out.is_contiguous() and (out.dim() != 2 or out.stride(1) != 1 or gap <= 0 or gap % 8 or q.shape[1] % 8 or wide != 8): return out.copy_(dequantize_triton(q, dtype, None, wide))
     levels, dynamic = _levels(q.quant_type, packed.device)
     absmax2, offset = (q.absmax2, q.offset) if q.nested else (q.stats, q.stats)
     if wide == 8: packed = packed.view(-1).view(torch.int32)

@@ -333,7 +333,7 @@ def _optimizer(padded: int, s: Settings, kernels: tuple) -> tuple[int, int, int]
     paged = budget is not None and budget < state
     return budget // page_bytes * page_bytes if paged else state, state if paged else 0, _update_bytes(page, s, kernels)
 
-# %% ../nbs/12_memory.ipynb #47de054e
+# %% ../nbs/12_memory.ipynb #6b43c143
 @dataclass(frozen=True)
 class MemoryPlan:
     "What a training step will take: bytes by component at its highest point, and the height of each moment."
@@ -345,6 +345,7 @@ class MemoryPlan:
     gpu_gib: float | None = None # of the card; None to ask for no verdict
     config: str = "{}"           # of the model, JSON
     process_bytes: int = 0       # on a CPU: what Python and its libraries hold already
+    recorded: bool = False       # whether the GPU's kernels fuse the layers and record the step
 
     @property
     def peak(self) -> str:
@@ -377,7 +378,7 @@ def _again(self, **changes) -> MemoryPlan:
 
 MemoryPlan.total_gib, MemoryPlan.card_gib, MemoryPlan.fits, MemoryPlan.again = property(_total_gib), property(_card_gib), property(_fits), _again
 
-# %% ../nbs/12_memory.ipynb #5dc5db68
+# %% ../nbs/12_memory.ipynb #9fb909d3
 def plan(
     model: "str | Path | dict | PretrainedConfig",  # a known name, a config.json or its folder, or its content
     gpu_gib: float | None = None,  # memory of the card
@@ -399,7 +400,7 @@ def plan(
     late = LIBRARY_BYTES[s.device] // 2 if fused else 0  # autograd's thread records too
     moments = {name: m if name in ("forward", "loss") else replace(m, in_flight=m.in_flight + late) for name, m in moments.items()}
     held = held | {"optimizer state": state, "libraries": LIBRARY_BYTES[s.device] * (1 + fused) - late + process_bytes}
-    return MemoryPlan(name or str(model if isinstance(model, (str, Path)) else config.model_type), s, held, moments, host, gpu_gib, text, process_bytes)
+    return MemoryPlan(name or str(model if isinstance(model, (str, Path)) else config.model_type), s, held, moments, host, gpu_gib, text, process_bytes, fused)
 
 # %% ../nbs/12_memory.ipynb #d74aec47
 CARDS = {8: "RTX 4060", 12: "RTX 3060", 16: "RTX 4060 Ti, T4", 24: "RTX 3090, RTX 4090, A10", 32: "RTX 5090", 40: "A100 40GB", 48: "A6000, L40S", 80: "A100 80GB, H100", 141: "H200"}

@@ -6,7 +6,7 @@
 __all__ = ['KERNELS', 'LinearCrossEntropy', 'padded', 'fused_loss', 'StepGraph', 'forward_backward', 'forget', 'adamw_triton',
            'use_kernels', 'first_use']
 
-# %% ../nbs/14c_step.ipynb #6ff29ce8
+# %% ../nbs/14c_step.ipynb #34f32a43
 import os
 import warnings
 from collections.abc import Callable
@@ -16,12 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .checkpointing import decoder_layers
 from .double_quant import FASTER, faster
 from .fused import adapted_linear, fuse_layers, fused_part, is_fused
 from .kernels import compiled, dequantize_c, dequantize_triton, gpu_lack, on_device, quantize_absmax_triton, quantize_c, quantize_triton
 from .memory import REHEARSED
-from .records import LabError
 from .train import answer_places
 
 try:
@@ -62,20 +60,22 @@ def padded(
     at = at // ids.shape[1] * wide.shape[1] + at % ids.shape[1]
     return wide, F.pad(at, (0, more)), F.pad(targets, (0, more), value=-100)
 
-# %% ../nbs/14c_step.ipynb #f36b1ea0
-def _parts(model: nn.Module) -> tuple[nn.ModuleList | list, list[nn.Parameter]]:
-    "The decoder's layers, and the parameters outside them; looked for once, since that takes longer than some steps wait."
-    if "_parts" not in model.__dict__:
-        try: layers = decoder_layers(model)
-        except LabError: layers = nn.ModuleList()
-        inside = {id(p) for p in layers.parameters()}
-        model._parts = layers, [p for p in model.parameters() if id(p) not in inside]
-    return model._parts
+# %% ../nbs/14c_step.ipynb #dc46fac8
+def _parts(model: nn.Module) -> tuple[nn.ModuleList, list[nn.Parameter]] | None:
+    "The decoder's layers and the parameters outside them, without a walk through the layers, which would take longer than some steps wait; None where it cannot be had so."
+    lists, outside, todo = [], [], [model]
+    while todo:
+        module = todo.pop()
+        if isinstance(module, nn.ModuleList): lists.append(module)
+        else:
+            outside += [p for p in module._parameters.values() if p is not None]
+            todo += module.children()
+    return (lists[0], outside) if len(lists) == 1 else None
 
 def _takes(model: nn.Module, batch: dict[str, Tensor]) -> bool:
     "Whether layers and head are fused ones that take such a batch, and padding, if there is any, stands behind."
-    head, ids, mask, layers = model.get_output_embeddings(), model.get_input_embeddings().weight, batch["attention_mask"], _parts(model)[0]
-    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad or not layers: return False
+    head, ids, mask, (layers, _) = model.get_output_embeddings(), model.get_input_embeddings().weight, batch["attention_mask"], _parts(model) or ((), ())
+    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad or not len(layers): return False
     tokens = -(-batch["input_ids"].shape[1] // 64) * 64
     return all(is_fused(layer) and fused_part(layer, tokens, ids.dtype, ids.device) for layer in layers) and (mask.is_meta or not (mask[:, 1:] > mask[:, :-1]).any())
 
@@ -91,7 +91,7 @@ def fused_loss(
     "The loss of a model of fused layers."
     return _loss(model, *(t.to(next(model.parameters()).device) for t in padded(batch))) if _takes(model, batch) else None
 
-# %% ../nbs/14c_step.ipynb #5bf451d4
+# %% ../nbs/14c_step.ipynb #ee947483
 class StepGraph:
     "Forward and backward pass of a model, recorded for each shape of its inputs and replayed."
     def __init__(
@@ -104,19 +104,20 @@ class StepGraph:
 
     def clear(self) -> None:
         "Give back the memory of all recordings."
-        self.graphs, self.grads, self.maker = {}, None, None  # the gradients' places, and the shape whose recording makes them
+        self.graphs, self.waited = {}, 0
+        self.grads, self.maker, self.unreached = None, None, []  # the gradients' places; the shape whose recording makes them; those that it does not make
 
     def __call__(
         self,
         passes: Callable,  # of tensors on the GPU: makes the gradients, or adds to them, and returns a tensor; nothing in it may wait for the GPU
         *inputs: Tensor,   # on the CPU
     ) -> Tensor:           # what `passes` returns
-        "Run as it is for the first batch of a shape, recorded for the second, replayed from then on."
+        "Run as it is for the first batch of a shape; from the second on recorded once, and replayed."
         shape = tuple(t.shape for t in inputs)
         with on_device(self.device):
-            makes = self.maker in (None, shape) and all(p.grad is None for p in self.params)
-            if not makes: self.attach()
-            key = shape, makes
+            makes = (self.grads is None or self.maker == shape) and all(p.grad is None for p in self.params)
+            key = shape, makes  # to make gradients and to add to them are two recordings
+            if not makes: self.attach(shape in self.seen)
             if shape in self.seen and key not in self.graphs and len(self.graphs) < self.most and (makes or self.grads): self.record(key, passes, inputs)
             self.seen.add(shape)
             graph, held, result = self.graphs.get(key) or (None, None, None)
@@ -124,12 +125,15 @@ class StepGraph:
                 self.make_room(inputs)
                 return passes(*(t.to(self.device) for t in inputs))
             for there, t in zip(held, inputs): there.copy_(t)
+            if makes and self.unreached: torch._foreach_zero_(self.unreached)
             graph.replay()
             for p, g in zip(self.params, self.grads): p.grad = g
             return result.clone()
 
-    def attach(self) -> None:
-        "Each gradient at its place, if there are places: zero where it was dropped, copied where it was made elsewhere."
+    def attach(self, known: bool) -> None:
+        "Each gradient at its place: zero where it was dropped, copied where it was made elsewhere. Where gradients are never dropped nobody makes places, so after eight batches of known shapes they are made here."
+        self.waited += known
+        if self.grads is None and self.waited > 8: self.grads = [torch.zeros_like(p) for p in self.params]
         if self.grads is None: return
         gone = [g for p, g in zip(self.params, self.grads) if p.grad is None]
         if gone: torch._foreach_zero_(gone)
@@ -137,20 +141,23 @@ class StepGraph:
             if p.grad is not None and p.grad is not g: g.copy_(p.grad)
             p.grad = g
 
-# %% ../nbs/14c_step.ipynb #f510a0b0
+# %% ../nbs/14c_step.ipynb #a743ef1f
 def _record(self, key, passes, inputs):
     (shape, makes), held, graph, before = key, [t.to(self.device) for t in inputs], torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     self.stream = self.stream or torch.cuda.Stream()  # one for all, since cuBLAS keeps work space for each
     pool = next((g.pool() for g, _, _ in self.graphs.values() if g is not None), None)  # they are replayed one after the other, and share their memory
     try:
         with torch.cuda.graph(graph, pool=pool, stream=self.stream): result = passes(*held)
-        if makes: self.maker, self.grads = shape, [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-    except RuntimeError as e:  # out of memory too: a recording has memory of its own
-        warnings.warn(f"batches of shape {tuple(shape[0])} run without a graph ({str(e).splitlines()[0]})", stacklevel=2)
-        torch.cuda.set_stream(before)
-        graph = held = result = None
         if makes:
+            self.maker, self.grads = shape, [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+            self.unreached = [g for p, g in zip(self.params, self.grads) if p.grad is None]
+    except BaseException as e:
+        if makes:  # what the gradients hold was never computed
             for p in self.params: p.grad = None
+        torch.cuda.set_stream(before)
+        if not isinstance(e, RuntimeError): raise
+        warnings.warn(f"batches of shape {tuple(shape[0])} run without a graph ({str(e).splitlines()[0]})", stacklevel=2)  # out of memory too: a recording has memory of its own
+        graph = held = result = None
     if graph is None: torch.cuda.empty_cache()
     self.graphs[key] = graph, held, result
 
@@ -165,7 +172,7 @@ def _make_room(self, inputs):
 
 StepGraph.record, StepGraph.make_room = _record, _make_room
 
-# %% ../nbs/14c_step.ipynb #ab112348
+# %% ../nbs/14c_step.ipynb #86b91a2d
 def forward_backward(
     model: nn.Module,
     batch: dict[str, Tensor],  # of `collate`
@@ -175,8 +182,8 @@ def forward_backward(
     if not _takes(model, batch): return None
     layers, others = _parts(model)
     params = [p for p in (*others, *(p for layer in layers for p in layer._fused.params)) if p.requires_grad]
-    places = [(t.data_ptr(), t.requires_grad) for t in (*others, *params)]
-    if model.__dict__.get("_places") != places: model._graph, model._places = StepGraph(params), places  # the first step, or the model was moved or unfrozen since
+    places = [t.data_ptr() for t in (*others, *params)], [p.requires_grad for p in others], [id(layer._fused) for layer in layers]
+    if model.__dict__.get("_places") != places: model._graph, model._places = StepGraph(params), places  # the first step, or the model was changed since
     def passes(ids, at, targets, total):
         loss = _loss(model, ids, at, targets) / total
         loss.backward()
@@ -185,7 +192,7 @@ def forward_backward(
 
 def forget(model: nn.Module) -> None:
     "Give back the memory of a model's recordings; its gradients stay."
-    for name in ("_graph", "_places", "_parts"): model.__dict__.pop(name, None)
+    for name in ("_graph", "_places"): model.__dict__.pop(name, None)
 
 # %% ../nbs/14c_step.ipynb #e6bc178a
 if triton:
@@ -203,7 +210,7 @@ if triton:
         tl.store(exp_avg_sq + at, v, mask=inside)
 else: _adamw = None  # a plan names it, and runs nothing
 
-# %% ../nbs/14c_step.ipynb #be23c6c1
+# %% ../nbs/14c_step.ipynb #ff6d47ad
 def adamw_triton(
     params: list[Tensor],      # on a GPU, changed in place; the others as in `adamw`
     grads: list[Tensor],
@@ -223,9 +230,10 @@ def adamw_triton(
         with on_device(p.device):
             _adamw[(triton.cdiv(p.numel(), 1024),)](p, g, m, v, p.numel(), 1 - lr * weight_decay, 1 - betas[0], betas[1], 1 - betas[1], (1 - betas[1] ** t) ** 0.5, eps,
                                                     -(lr / (1 - betas[0] ** t)), TILE=1024, num_warps=4, enable_fp_fusion=False)
+        for changed in (p, m, v): torch.autograd.graph.increment_version(changed)  # as torch's own operations do, for a backward pass that still needs the old values
     return True
 
-# %% ../nbs/14c_step.ipynb #bf70b28b
+# %% ../nbs/14c_step.ipynb #af1cb093
 KERNELS = {("dequantize", "cpu"): dequantize_c, ("quantize", "cpu"): quantize_c, ("adapted_linear", "cpu"): adapted_linear,
            ("dequantize", "cuda"): dequantize_triton, ("quantize", "cuda"): quantize_triton, ("quantize_absmax", "cuda"): quantize_absmax_triton,
            ("adapted_linear", "cuda"): adapted_linear, ("fuse_layers", "cuda"): fuse_layers, ("summed_loss", "cuda"): fused_loss, ("forward_backward", "cuda"): forward_backward,
@@ -238,7 +246,7 @@ def use_kernels(
     for key in KERNELS: FASTER.pop(key, None)
     if not on: return {"cpu": False, "cuda": False}
     lack = gpu_lack()
-    if lack and torch.cuda.is_available(): warnings.warn(f"no GPU kernels ({lack}): qlora_lab works in plain torch operations, to the same bits and more slowly", stacklevel=2)
+    if lack and torch.cuda.is_available(): warnings.warn(f"no GPU kernels ({lack}): qlora_lab works in plain torch operations, with equal results but for rounding, and more slowly", stacklevel=2)
     in_use = {"cpu": compiled() is not None, "cuda": not lack}
     rehearsed = REHEARSED if not torch.cuda.is_available() else ("adapted_linear",)  # a plan may be for another machine; an adapted layer needs no Triton
     FASTER.update({(operation, device): kernel for (operation, device), kernel in KERNELS.items() if in_use[device] or operation in rehearsed})

@@ -101,7 +101,7 @@ def test_a_run_is_planned_before_it_starts(capsys, monkeypatch, jsonl, tiny):
     assert "warning" in cli._foresee(args, config, data, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("options, fused", [([], True), (["--accumulation", "1"], True), (["--dropout", "0.1", "--accumulation", "1"], False), (["--backend", "bnb"], False)], ids=["default", "one pass", "dropout", "bnb"])
+@pytest.mark.parametrize("options, fused", [([], True), (["--accumulation", "1"], True), (["--dropout", "0.1", "--accumulation", "1"], False), (["--quantize", "none", "--accumulation", "1"], False), (["--backend", "bnb"], False)], ids=["default", "one pass", "dropout", "16 bit", "bnb"])
 def test_a_run_is_planned_as_it_will_be(options, fused, monkeypatch, jsonl, tiny):
     "On a GPU layers are fused, which changes what they take; with dropout, or by another library, they are not."
     import torch
@@ -111,7 +111,7 @@ def test_a_run_is_planned_as_it_will_be(options, fused, monkeypatch, jsonl, tiny
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 << 30, 24 << 30))
     args = cli.make_parser("train").parse_args(["train", "--model", str(tiny), "--data", str(jsonl), "--compute-dtype", "bfloat16", *options])
     p = cli._plan_of_run(args, cli._config(args, "runs/x"), split(load_jsonl(jsonl), 0.2), torch.device("cuda"), AutoConfig.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny))
-    assert (p.held["libraries"] > LIBRARY_BYTES["cuda"]) == fused  # a recording asks for more
+    assert p.recorded == (p.held["libraries"] > LIBRARY_BYTES["cuda"]) == fused  # a recording asks for more
     assert ("gradients from the start" in p.held) == (fused or "--accumulation" not in options)  # batches of several shapes add to what the first made
 
 

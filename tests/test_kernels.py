@@ -242,9 +242,18 @@ def test_triton_writes_to_a_part_of_wider_rows(rows, columns, gap, dtype):
 @needs_triton
 def test_what_triton_leaves_to_the_plain_path():
     assert dequantize_triton(quantize_4bit(normal(3, 5)), torch.float32) is None
-    q, wide = quantize_4bit(normal(16, 64)), torch.empty(16, 256, device=there)
-    strange = wide[:, :128:2], torch.empty(64, 16, device=there).t(), wide.view(-1)[:16 * 68].view(16, 68)[:, :64], wide[0, :64].expand(16, 64)  # columns apart, turned, rows at odd places, one row
-    assert all(dequantize_triton(q, torch.float32, part) is None for part in strange)
+
+
+@pytest.mark.parametrize("by", ["this device's kernel", "plain", pytest.param("triton", marks=needs_triton)])
+def test_a_weight_is_written_to_strange_places(by):
+    "Columns apart, turned, rows at odd places, rows as long as the weight's but of other numbers: right all the same, and nothing else is touched."
+    use_kernels(by != "plain")
+    q = quantize_4bit(normal(16, 64))
+    wholes = [torch.full((n,), 7., device=there) for n in (16 * 256, 64 * 16, 16 * 68, 64 * 16 * 64)]
+    parts = wholes[0].view(16, 256)[:, :128:2], wholes[1].view(64, 16).t(), wholes[2].view(16, 68)[:, :64], wholes[3].view(64, 16, 64)[:, :, 0].t()
+    for whole, part in zip(wholes, parts):
+        assert (dequantize_triton(q, torch.float32, part) if by == "triton" else q.dequantize(out=part)) is part
+        assert torch.equal(part, q.dequantize(torch.float32)) and (whole == 7).sum() == whole.numel() - 16 * 64
 
 
 @needs_triton

@@ -106,18 +106,37 @@ def test_the_switch_reaches_everything():
 class Recording:
     "In place of a CUDA graph: notes its pool and how often it is replayed."
     made = []
-    def __init__(self): self.replays, self.own = 0, object(); Recording.made.append(self)
+    def __init__(self): self.replays, self.own, self.work = 0, object(), lambda: None; Recording.made.append(self)
     def pool(self): return self.own
-    def replay(self): self.replays += 1
+    def replay(self): self.replays += 1; self.work()
 
 
 @pytest.fixture
 def recordings(monkeypatch):
-    "What would be recorded runs as it is."
+    "As CUDA's graphs: what is recorded does not run then, and leaves gradients that hold anything; what is replayed works on the memory that was recorded."
     @contextmanager
     def graph(recording, pool=None, stream=None):
         recording.own = pool or recording.own
         yield
+
+    def record(self, key, passes, inputs, record=StepGraph.record):
+        before = [p.grad if p.grad is None else p.grad.clone() for p in self.params]
+        record(self, key, passes, inputs)
+        recording, held, result = self.graphs[key]
+        if recording is None: return
+        reached = [p.grad is not None for p in self.params]
+        for p, g in zip(self.params, before):
+            if p.grad is not None: p.grad.fill_(torch.nan) if g is None else p.grad.copy_(g)
+        result.fill_(torch.nan)
+        def work():
+            there = [p.grad for p in self.params]
+            for p, g in zip(self.params, self.grads): p.grad = None if key[1] else g
+            result.copy_(passes(*held))
+            for p, g, known in zip(self.params, self.grads, reached):
+                if key[1] and known: g.copy_(p.grad)
+            for p, g in zip(self.params, there): p.grad = g
+        recording.work = work
+    monkeypatch.setattr(StepGraph, "record", record)
     for name, stand_in in (("CUDAGraph", Recording), ("graph", graph), ("Stream", object), ("current_stream", lambda: None), ("set_stream", lambda stream: None),
                            ("memory_reserved", lambda: 100), ("memory_allocated", lambda: 60), ("mem_get_info", lambda: (1000, 2000))):
         monkeypatch.setattr(torch.cuda, name, stand_in)
@@ -125,18 +144,22 @@ def recordings(monkeypatch):
     return Recording.made
 
 
+def product(*params):
+    "Passes of which each parameter's gradient is the sum of the input."
+    def passes(t):
+        sum((p * t).sum() for p in params).backward()
+        return t.clone()
+    return passes
+
+
 def test_when_a_shape_is_recorded(recordings):
     "Not at first sight; once; for so many shapes; all in one pool of memory."
-    p, ran = nn.Parameter(torch.ones(3)), []
+    p = nn.Parameter(torch.ones(3))
     graph = StepGraph([p], most=2)
-    def passes(t):
-        ran.append(len(t))
-        return t * 2
     for n in (1, 2, 3, 1, 2, 3, 3, 1, 1):
         p.grad = None
-        graph(passes, torch.ones(n))
-    assert ran == [1, 2, 3, 1, 2, 3, 3] and [r.replays for r in recordings] == [3, 1]
-    assert len({r.own for r in recordings}) == 1
+        assert graph(product(p), torch.full((n, 1), 2.)).tolist() == [[2.]] * n and p.grad.tolist() == [2. * n] * 3
+    assert [r.replays for r in recordings] == [3, 1] and len({r.own for r in recordings}) == 1
 
 
 def test_a_failed_recording_leaves_nothing_behind(recordings):
@@ -152,13 +175,6 @@ def test_a_failed_recording_leaves_nothing_behind(recordings):
     assert found == [2.] * 3 and graph.graphs[(torch.Size([1]),), True] == (None, None, None)
     for _ in range(2): graph(passes, torch.ones(2))
     assert recordings[1].own is not recordings[0].own and recordings[1].replays == 1
-
-
-def product(*params):
-    def passes(t):
-        sum((p * t).sum() for p in params).backward()
-        return t
-    return passes
 
 
 def test_gradients_are_made_by_the_first_recording(recordings):
@@ -182,14 +198,29 @@ def test_gradients_are_made_by_the_first_recording(recordings):
     assert [r.replays - n for r, n in zip(recordings, made)] == [1, 0, 0] and p.grad.data_ptr() == places[0]
 
 
-def test_a_recording_that_adds_needs_places(recordings):
-    "A batch that only ever comes second runs as it is until there are some."
+def test_gradients_that_are_never_dropped(recordings):
+    "Nobody makes them places, so after a few batches they get some, and recordings add to them."
     p = nn.Parameter(torch.ones(3))
     graph, passes = StepGraph([p]), product(p)
-    for n in (1, 2, 3):
-        p.grad = None
-        for t in (torch.ones(n, 1), torch.ones(1)): graph(passes, t)
-    assert not graph.graphs and p.grad.tolist() == [4.] * 3
+    for n in range(20):
+        if p.grad is not None: p.grad.zero_()
+        graph(passes, torch.full((1,), float(n)))
+        assert p.grad.tolist() == [float(n)] * 3
+    assert len(recordings) == 1 and recordings[0].replays > 8 and graph.maker is None
+    p.grad = None
+    graph(passes, torch.ones(1))
+    assert p.grad.tolist() == [1.] * 3 and len(recordings) == 1
+
+
+def test_a_gradient_that_the_recording_does_not_make(recordings):
+    "Another loss has it; what that left in one step is not there in the next."
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    graph, passes = StepGraph([p, q]), product(p)
+    for _ in range(5):
+        p.grad = q.grad = None
+        graph(passes, torch.ones(3))
+        (q.sum() * 5).backward()
+        assert q.grad.tolist() == [5.] * 3 and p.grad.tolist() == [1.] * 3
 
 
 def test_gradients_made_elsewhere_count(recordings):
@@ -207,17 +238,24 @@ def test_gradients_made_elsewhere_count(recordings):
         for _ in range(2): graph(passes, torch.full((3,), 2.)); p.grad = None
 
 
-def test_a_recording_that_fails_leaves_no_gradients(recordings):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), KeyboardInterrupt()], ids=["memory", "interrupted"])
+def test_a_recording_that_fails_leaves_no_gradients(recordings, error):
+    "They were never computed. For want of memory the batch runs without; anything else goes on its way."
     p = nn.Parameter(torch.ones(3))
-    graph, passes = StepGraph([p]), product(p)
-    def fails(t):
-        passes(t)
-        if recordings and graph.grads is None and len(recordings) == 1 and not graph.graphs: raise torch.OutOfMemoryError("no room")
+    graph, calls = StepGraph([p]), []
+    def passes(t):
+        calls.append(product(p)(t))
+        if len(calls) == 2: raise error
         return t
     graph(passes, torch.ones(3))
     p.grad = None
-    with pytest.warns(UserWarning, match="without a graph"): graph(fails, torch.ones(3))
-    assert p.grad.tolist() == [1.] * 3 and graph.grads is None
+    if isinstance(error, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt): graph(passes, torch.ones(3))
+        assert p.grad is None
+    else:
+        with pytest.warns(UserWarning, match="without a graph"): graph(passes, torch.ones(3))
+        assert p.grad.tolist() == [1.] * 3
+    assert graph.grads is None
 
 
 def test_recordings_go_where_memory_is_short(recordings, monkeypatch):
@@ -250,6 +288,25 @@ def test_a_model_that_was_moved_is_recorded_anew(recordings):
     assert "_graph" not in model.__dict__ and all(p.grad is not None for p in trainable(model))
 
 
+@pytest.mark.parametrize("change", [lambda m: setattr(m.model, "layers", m.model.layers[:1]), lambda m: setattr(m.model, "embed_tokens", nn.Embedding(128, 64).requires_grad_(False)),
+                                    lambda m: m.model.norm.weight.requires_grad_(), lambda m: setattr(m, "lm_head", nn.Linear(64, 128, bias=False).requires_grad_(False))],
+                         ids=["layers", "embeddings", "a norm that learns", "head"])
+def test_a_model_that_was_changed_is_recorded_anew(change, recordings):
+    "Otherwise the old one would be replayed: loss and gradients are those of the model as it is."
+    model, batch = fuse_layers(small()), ragged((9, 5))
+    def step():
+        for p in model.parameters(): p.grad = None
+        return forward_backward(model, batch, 7)
+    for _ in range(2): step()
+    change(model)
+    found, gradients = [step() for _ in range(3)][-1], {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    use_kernels(False)
+    for p in model.parameters(): p.grad = None
+    plain = answer_losses(model, batch)[0].sum() / 7
+    plain.backward()
+    assert torch.allclose(found, plain, rtol=1e-5) and all(torch.allclose(g, model.get_parameter(n).grad, atol=1e-5) for n, g in gradients.items())
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
 def test_a_window_shorter_than_the_sequence_is_kept(family):
     "Filled up, too: the loss is that of the plain model, or left to it."
@@ -277,6 +334,16 @@ def test_a_plan_needs_no_triton():
     from qlora_lab.memory import plan
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}).stdout
     assert float(out) == plan("smollm2-135m").total_gib < plan("smollm2-135m", kernels=False).total_gib
+
+
+@pytest.mark.skipif(step.triton is None, reason="Triton is not installed")
+def test_an_update_is_noticed_by_autograd():
+    "A backward pass that still needs the old values is refused, as after any change in place."
+    w, g, m, v = moments(64, torch.float32)
+    w.requires_grad_()
+    loss = (w * w).sum()
+    with torch.no_grad(): assert step.adamw_triton([w], [g], [m], [v], [1], 1e-3, (0.9, 0.999), 1e-8, 0.)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"): loss.backward()
 
 
 def moments(n, dtype, seed=0):
@@ -345,7 +412,7 @@ def test_gradients_stay_where_the_recording_writes_them(to_none):
     model, _ = model_and_optimizer("recorded")
     batch, params = random_batch(2, 64, vocabulary=128), trainable(model)
     once = None
-    for _ in range(4):
+    for _ in range(12):
         for p in params:
             if to_none: p.grad = None
             elif p.grad is not None: p.grad.zero_()
@@ -355,6 +422,7 @@ def test_gradients_stay_where_the_recording_writes_them(to_none):
         once = now
     forward_backward(model, batch, 126)
     assert all(torch.allclose(p.grad, 2 * g, rtol=1e-2) for p, g in zip(params, once))
+    assert all(graph is not None for graph, _, _ in model._graph.graphs.values()) and [makes for _, makes in model._graph.graphs] == ([True] if to_none else [False])
 
 
 @needs_gpu
