@@ -91,7 +91,7 @@ def fused_loss(
     "The loss of a model of fused layers."
     return _loss(model, *(t.to(next(model.parameters()).device) for t in padded(batch))) if _takes(model, batch) else None
 
-# %% ../nbs/14c_step.ipynb #ee947483
+# %% ../nbs/14c_step.ipynb #2654f4bc
 class StepGraph:
     "Forward and backward pass of a model, recorded for each shape of its inputs and replayed."
     def __init__(
@@ -130,18 +130,18 @@ class StepGraph:
             for p, g in zip(self.params, self.grads): p.grad = g
             return result.clone()
 
-    def attach(self, known: bool) -> None:
-        "Each gradient at its place: zero where it was dropped, copied where it was made elsewhere. Where gradients are never dropped nobody makes places, so after eight batches of known shapes they are made here."
-        self.waited += known
-        if self.grads is None and self.waited > 8: self.grads = [torch.zeros_like(p) for p in self.params]
-        if self.grads is None: return
-        gone = [g for p, g in zip(self.params, self.grads) if p.grad is None]
-        if gone: torch._foreach_zero_(gone)
-        for p, g in zip(self.params, self.grads):
-            if p.grad is not None and p.grad is not g: g.copy_(p.grad)
-            p.grad = g
+# %% ../nbs/14c_step.ipynb #9b9d94d8
+def _attach(self, known: bool) -> None:
+    "Each gradient at its place: zero where it was dropped, copied where it was made elsewhere. Where gradients are never dropped nobody makes places, so after eight batches of known shapes they are made here."
+    self.waited += known
+    if self.grads is None and self.waited > 8: self.grads = [torch.zeros_like(p) for p in self.params]
+    if self.grads is None: return
+    gone = [g for p, g in zip(self.params, self.grads) if p.grad is None]
+    if gone: torch._foreach_zero_(gone)
+    for p, g in zip(self.params, self.grads):
+        if p.grad is not None and p.grad is not g: g.copy_(p.grad)
+        p.grad = g
 
-# %% ../nbs/14c_step.ipynb #a743ef1f
 def _record(self, key, passes, inputs):
     (shape, makes), held, graph, before = key, [t.to(self.device) for t in inputs], torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     self.stream = self.stream or torch.cuda.Stream()  # one for all, since cuBLAS keeps work space for each
@@ -170,7 +170,7 @@ def _make_room(self, inputs):
         self.clear()
         torch.cuda.empty_cache()
 
-StepGraph.record, StepGraph.make_room = _record, _make_room
+StepGraph.attach, StepGraph.record, StepGraph.make_room = _attach, _record, _make_room
 
 # %% ../nbs/14c_step.ipynb #86b91a2d
 def forward_backward(

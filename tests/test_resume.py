@@ -142,7 +142,7 @@ def test_interrupted_by_the_user(whole_run, tiny, jsonl, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     p = start(command(jsonl, tiny, folder) + ["--steps", "5000"], log)
     checkpoint = folder / "checkpoint" / "state.safetensors"
-    for _ in range(600):
+    for _ in range(3000):
         if checkpoint.exists() or p.exitcode is not None: break
         time.sleep(0.1)
     os.kill(p.pid, signal.SIGINT)
