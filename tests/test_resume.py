@@ -28,6 +28,7 @@ def process(argv, log, kill_at=None):
     "Run the console script; `kill_at` (n, when) ends it for good at its n-th file, before or after the file takes its name."
     with open(log, "w") as f: os.dup2(f.fileno(), 1); os.dup2(f.fileno(), 2)
     sys.argv = ["qlora-lab", *argv]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores Ctrl-C, and so do its children
     if kill_at:
         replace, n = os.replace, [0]
         def deadly(*args):
@@ -147,6 +148,7 @@ def test_interrupted_by_the_user(whole_run, tiny, jsonl, tmp_path):
         time.sleep(0.1)
     os.kill(p.pid, signal.SIGINT)
     p.join(60)
+    if p.exitcode is None: p.kill()
     said = log.read_text()
     assert p.exitcode == 130 and "the same command goes on from step" in said and "Traceback" not in said
     assert_whole(folder)
