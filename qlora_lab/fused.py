@@ -363,7 +363,7 @@ def attention(
         return F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]), leaves
 
 def attention_backward(grad: Tensor, out: Tensor, leaves: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    "Gradients of q, k and v; attention is run again where its graph was cut off."
+    "Gradients of q, k and v; attention is run again where its graph was cut off, as by hooks that keep saved tensors elsewhere."
     if not out.requires_grad: out, leaves = attention(*leaves)
     return torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
@@ -379,13 +379,14 @@ class FusedLayer:
         a, m = layer.self_attn, layer.mlp
         self.qkv, self.out = Group(a.q_proj, a.k_proj, a.v_proj), Group(a.o_proj)
         self.up, self.down = Group(m.gate_proj, m.up_proj), Group(m.down_proj)
+        self.groups = self.qkv, self.out, self.up, self.down
         self.norms, self.size = (layer.input_layernorm, layer.post_attention_layernorm), a.head_dim
         self.window = a.sliding_window if hasattr(a, "sliding_window") else getattr(a.config, "sliding_window", None)
         self.parts, self.dtype = projections(layer), self.norms[0].weight.dtype
-        self.untrained = [*(n.weight for n in self.norms), *(b.bias for g in (self.qkv, self.out, self.up, self.down) for b in g.bases if b.bias is not None)]
+        self.untrained = [*(n.weight for n in self.norms), *(b.bias for g in self.groups for b in g.bases if b.bias is not None)]
 
     @property
-    def params(self) -> list[nn.Parameter]: return [p for group in (self.qkv, self.out, self.up, self.down) for p in group.params]
+    def params(self) -> list[nn.Parameter]: return [p for group in self.groups for p in group.params]
 
     def takes(self, tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
         "Whether a pass of sequences of that length can be fused, as the layer is now."
@@ -393,7 +394,7 @@ class FusedLayer:
         return dtype == self.dtype == self.norms[0].weight.dtype and (self.window is None or tokens <= self.window) and not any(p.requires_grad for p in self.untrained)
 
     @property
-    def frozen(self) -> list[Tensor]: return [t for group in (self.qkv, self.out, self.up, self.down) for b in group.bases for t in (b.weight, b.stats)]
+    def frozen(self) -> list[Tensor]: return [t for group in self.groups for b in group.bases for t in (b.weight, b.stats)]
 
     def heads(self, qkv: Tensor, batch: int) -> list[Tensor]:
         "Queries, keys and values, each [batch, heads, tokens, size], out of one array [batch * tokens, columns of q, k, v and room]."

@@ -206,6 +206,15 @@ def test_backward_twice(again):
     assert all(map(torch.equal, first, second))
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_saved_tensors_may_be_kept_elsewhere(again):
+    "Hooks that copy them cut attention's graph off; it is run again."
+    model, plain = fuse_layers(checkpoint_layers(small(), again)), gradients(small())
+    with torch.autograd.graph.save_on_cpu(): loss = F.cross_entropy(model(input_ids=ids("cpu"), use_cache=False).logits[:, :-1].flatten(0, 1).float(), ids("cpu")[:, 1:].flatten())
+    loss.backward()
+    assert off(torch.cat([loss.detach()[None], *(p.grad.flatten() for p in trainable(model))]), plain) < 1e-5
+
+
 def test_a_changed_weight_is_noticed():
     model = fuse_layers(checkpoint_layers(small()))
     loss = model(input_ids=ids("cpu"), use_cache=False).logits.mean()
