@@ -21,13 +21,13 @@ from benchmarks.common import random_batch, random_model, random_peer, save_resu
 from benchmarks.memory import PAPER, peer_optimizer
 from qlora_lab.blockwise import dequantize_blockwise
 from qlora_lab.checkpointing import decoder_layers
-from qlora_lab.double_quant import DYNAMIC8, FASTER, quantize_4bit
+from qlora_lab.double_quant import DYNAMIC8, quantize_4bit
 from qlora_lab.kernels import dequantize_triton
 from qlora_lab.linear4bit import Linear4bit
 from qlora_lab.lora import trainable
 from qlora_lab.memory import Settings, model_config
 from qlora_lab.paged import PagedAdamW
-from qlora_lab.step import use_kernels
+from qlora_lab.engine.dispatch import AT_WORK, use_kernels
 from qlora_lab.train import train_step
 
 SHAPES = (4096, 4096), (11008, 4096), (22016, 8192)
@@ -202,7 +202,7 @@ def step(name: str, batch_size: int, who: str, rounds: int = 7) -> dict:
     use_kernels(who != "lab, plain torch")
     if who.startswith("lab"):
         model = random_model(model_config(name), settings)
-        if who == "lab, not recorded": del FASTER["forward_backward", "cuda"]
+        if who == "lab, not recorded": del AT_WORK["forward_backward", "cuda"]
         optimizer = PagedAdamW(trainable(model), lr=1e-4)
     else:
         model = random_peer(model_config(name), settings)

@@ -12,10 +12,11 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-from . import blockwise, double_quant, nf4
+from . import blockwise, double_quant, nf4  # each makes its code books known
 
 # %% ../nbs/reference/public_names.ipynb #13ea4bf1
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # its advice at import, to install inference kernels, is not for us
+# bitsandbytes' advice at import, to install inference kernels, is not for us
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _PUBLIC = {
     "blockwise": ["codebook", "register_codebook"],
@@ -30,7 +31,7 @@ _PUBLIC = {
     "train": ["Run", "TrainConfig", "train"],
     "memory": ["MemoryPlan", "ledger", "plan"],
     "fused": ["fuse_layers"],
-    "step": ["use_kernels"],
+    "engine.dispatch": ["use_kernels"],
 }
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_WHERE)
@@ -41,14 +42,6 @@ def __getattr__(name):
     value = getattr(import_module(f"qlora_lab.{_WHERE[name]}"), name)
     globals()[name] = value
     return value
-
-def _first(operation, device):
-    "A stand-in that brings the kernels in when one is first asked for."
-    return lambda *args: import_module("qlora_lab.step").first_use(operation, double_quant.torch.device(device), *args)
-
-_FASTER = {"cpu": ["dequantize", "quantize", "adapted_linear"],
-           "cuda": ["dequantize", "quantize", "quantize_absmax", "adapted_linear", "fuse_layers", "summed_loss", "forward_backward", "forget", "adamw"]}
-double_quant.FASTER |= {(operation, device): _first(operation, device) for device, operations in _FASTER.items() for operation in operations}
 
 def __dir__(): return sorted([*globals(), *_WHERE])
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .checkpointing import decoder_layers, is_checkpointed
-from .double_quant import FASTER
+from .engine.dispatch import twin
 from .kernels import gpu_lack, on_device
 from .linear4bit import Linear4bit
 from .lora import LoRALinear
@@ -390,7 +390,7 @@ class FusedLayer:
 
     def takes(self, tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
         "Whether a pass of sequences of that length can be fused, as the layer is now."
-        if device.type == "cuda" and ("fuse_layers", "cuda") not in FASTER or device.type != "meta" and torch.is_autocast_enabled(device.type): return False
+        if device.type == "cuda" and not twin("fuse_layers", "cuda") or device.type != "meta" and torch.is_autocast_enabled(device.type): return False
         return dtype == self.dtype == self.norms[0].weight.dtype and (self.window is None or tokens <= self.window) and not any(p.requires_grad for p in self.untrained)
 
     @property

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEQUANTIZE', 'QUANTIZE', 'compiled', 'on_device', 'dequantize_c', 'quantize_c', 'dequantize_triton',
-           'quantize_triton', 'quantize_absmax_triton', 'gpu_lack']
+           'quantize_triton', 'quantize_absmax_triton', 'c_lack', 'gpu_lack']
 
 # %% ../nbs/14_kernels.ipynb #9869af37
 import ctypes
@@ -254,6 +254,10 @@ def quantize_absmax_triton(
     return codes, absmax2, offset
 
 # %% ../nbs/14_kernels.ipynb #cbb80b53
+def c_lack() -> str | None:
+    "Why the C functions cannot be had; None where they can."
+    return None if compiled() is not None else "no C compiler that makes them"
+
 def gpu_lack() -> str | None:
     "Why the GPU's kernels cannot be had; None where they can."
     if not torch.cuda.is_available(): return "torch finds no GPU"

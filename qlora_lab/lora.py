@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from .double_quant import faster
+from .engine.dispatch import faster
 from .linear4bit import Linear4bit, set_submodule
 from .records import LabError, read_json, write_whole
 

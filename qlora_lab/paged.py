@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .blockwise import dequantize_blockwise, nearest_code, to_blocks
-from .double_quant import DYNAMIC8, dynamic_map, faster
+from .double_quant import DYNAMIC8, dynamic_map
+from .engine.dispatch import faster
 from .records import LabError
 
 # %% ../nbs/04_paged.ipynb #234bfbdc

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .checkpointing import checkpoint_layers, decoder_layers
 from .data import Example, Split, batch_indices, collate, data_hash, tokenize
-from .double_quant import faster
+from .engine.dispatch import faster
 from .linear4bit import Linear4bit, saved_for_backward
 from .lora import ADAPTER_FILES, add_lora, lora_state, reset_lora, save_adapter, trainable
 from .model import answer, memory_bill

@@ -18,7 +18,7 @@ from qlora_lab.fused import Group, adapter_gradients, fits, fuse_layers, group_b
 from qlora_lab.linear4bit import Linear4bit, quantize_model, saved_for_backward
 from qlora_lab.lora import LoRALinear, add_lora, trainable
 from qlora_lab.records import LabError
-from qlora_lab.step import use_kernels
+from qlora_lab.engine.dispatch import use_kernels
 
 there = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")

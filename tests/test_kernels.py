@@ -15,12 +15,12 @@ from torch import nn
 
 from qlora_lab import kernels
 from qlora_lab.blockwise import dequantize_packed, midpoints
-from qlora_lab.double_quant import BLOCKSIZES, DYNAMIC8, FASTER, _quantize_blocks, faster, levels_by_code, quantize_4bit, reciprocal
+from qlora_lab.double_quant import BLOCKSIZES, DYNAMIC8, _quantize_blocks, levels_by_code, quantize_4bit, reciprocal
 from qlora_lab.fused import adapted_linear
 from qlora_lab.kernels import compiled, dequantize_c, dequantize_triton, quantize_absmax_triton, quantize_c, quantize_triton
 from qlora_lab.linear4bit import Linear4bit
 from qlora_lab.lora import LoRALinear
-from qlora_lab.step import use_kernels
+from qlora_lab.engine.dispatch import AT_WORK, faster, twin, use_kernels
 
 needs_compiler = pytest.mark.skipif(compiled() is None, reason="no C compiler")
 
@@ -81,7 +81,7 @@ def test_without_a_compiler_one_notice_and_the_same_bytes(path, cc, monkeypatch,
         assert not use_kernels()["cpu"] and not use_kernels()["cpu"]
         plain = quantize_4bit(w)
     assert len(said) == 1 and "plain torch operations" in str(said[0].message) and "\n" not in str(said[0].message)
-    assert ("dequantize", "cpu") not in FASTER
+    assert twin("dequantize", "cpu") is None
     assert torch.equal(plain.packed, usual.packed) and torch.equal(plain.dequantize(), usual.dequantize())
 
 
@@ -99,7 +99,7 @@ def test_a_library_cut_short_is_no_disaster(tmp_path):
 
 def test_the_environment_switches_them_off():
     "QLORA_LAB_KERNELS=0 holds from the first weight on."
-    code = "import torch; from qlora_lab.double_quant import FASTER, quantize_4bit; quantize_4bit(torch.ones(64, 64)).dequantize(); print(sorted(d for _, d in FASTER))"
+    code = "import torch; from qlora_lab.double_quant import quantize_4bit; from qlora_lab.engine.dispatch import AT_WORK; quantize_4bit(torch.ones(64, 64)).dequantize(); print(sorted({d for _, d in AT_WORK}))"
     out = subprocess.run([sys.executable, "-c", code], env=os.environ | {"QLORA_LAB_KERNELS": "0"}, capture_output=True, text=True, check=True).stdout
     assert out.strip() == "['meta']"
 
@@ -174,7 +174,7 @@ def test_what_an_adapted_layer_leaves_to_the_plain_path():
 def test_a_layer_uses_the_kernel_and_the_switch_reaches_it(monkeypatch):
     "Without this, every comparison above could be of the plain path with itself."
     layer, x, used = adapted(), torch.randn(2, 96), []
-    monkeypatch.setitem(FASTER, ("adapted_linear", "cpu"), lambda *args: used.append(1) or adapted_linear(*args))
+    monkeypatch.setitem(AT_WORK, ("adapted_linear", "cpu"), lambda *args: used.append(1) or adapted_linear(*args))
     layer(x)
     assert used
     use_kernels(False)

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.common import random_batch
 from qlora_lab import memory
 from qlora_lab.checkpointing import checkpoint_layers, decoder_layers
-from qlora_lab.double_quant import FASTER
-from qlora_lab.step import use_kernels
+from qlora_lab.engine.dispatch import AT_WORK, REHEARSED, twin, use_kernels
 from qlora_lab.linear4bit import quantize_model
 from qlora_lab.lora import add_lora, trainable
 from qlora_lab.memory import CARDS, Settings, advice, cards, cuda_block, empty_batch, empty_model, largest, ledger, model_config, plan, watch_step
@@ -34,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def lean(monkeypatch):
     "Unpack 4-bit weights on the CPU as a GPU's kernel does, without work space."
     use_kernels()
-    monkeypatch.setitem(FASTER, ("dequantize", "cpu"), lambda q, dtype, out: torch.zeros(q.shape, dtype=dtype) if out is None else out.zero_())
+    monkeypatch.setitem(AT_WORK, ("dequantize", "cpu"), lambda q, dtype, out: torch.zeros(q.shape, dtype=dtype) if out is None else out.zero_())
 
 
 def tiny(family="llama", layers=4, kv=2, tied=False):
@@ -95,7 +94,7 @@ def test_attention_has_to_be_named():
 
 def rehearse(config, s, layers):
     "The moments told from that many layers, and the peak of what was rehearsed."
-    model, timeline, fused = memory.rehearse(model_config(config), s, layers, [FASTER[name, "cuda"] for name in memory.REHEARSED])
+    model, timeline, fused = memory.rehearse(model_config(config), s, layers, [twin(name, "cuda") for name in REHEARSED])
     gradient = sum(cuda_block(p.nbytes) for p in trainable(decoder_layers(model)[0]))
     assert fused == (s.quantize is not None)
     return memory._moments(timeline, config["num_hidden_layers"], layers, gradient, s.accumulation > 1), timeline.peak

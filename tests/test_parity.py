@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from qlora_lab.blockwise import midpoints, codebook
 from qlora_lab.double_quant import BLOCKSIZES, QuantizedTensor, quantize_4bit
-from qlora_lab.step import use_kernels
+from qlora_lab.engine.dispatch import use_kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}

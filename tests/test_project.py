@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SKIP = {".git", ".venv", "_site", "_proc", "runs", "build", "__pycache__", ".pytest_cache", ".hypothesis", ".ipynb_checkpoints"}
+SKIP = {".git", ".venv", "_site", "_proc", "runs", "build", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", ".ipynb_checkpoints"}
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not SKIP & set(p.parts))
 settings = ConfigParser()
 settings.read(ROOT / "settings.ini", encoding="utf-8")
@@ -45,10 +45,11 @@ def nbdev(name, folder):
 
 def test_modules_are_what_the_notebooks_export(copy):
     "No module edited by hand, no notebook whose export was forgotten, no module without its notebook."
-    for path in (copy / "qlora_lab").glob("*.py"):
+    for path in (copy / "qlora_lab").rglob("*.py"):
         if path.name != "__init__.py": path.unlink()
     nbdev("nbdev_export", copy)
-    here, there = ({p.name: p.read_text(encoding="utf-8") for p in (f / "qlora_lab").glob("*.py")} for f in (ROOT, copy))
+    here, there = ({p.relative_to(f).as_posix(): p.read_text(encoding="utf-8") for p in (f / "qlora_lab").rglob("*.py")}
+                   for f in (ROOT, copy))
     assert here.keys() == there.keys()
     differing = [n for n in here if here[n] != there[n]]
     assert not differing, f"run nbdev_export: {differing}"
@@ -163,4 +164,4 @@ def test_nothing_of_one_machine_in_a_notebook(path):
 
 def test_no_pickle_anywhere():
     "Opening a run, an adapter or a checkpoint must not run someone's code."
-    for path in (ROOT / "qlora_lab").glob("*.py"): assert not re.search(r"\bpickle\b|torch\.(save|load)\(|\.bin\b", path.read_text(encoding="utf-8")), path.name
+    for path in (ROOT / "qlora_lab").rglob("*.py"): assert not re.search(r"\bpickle\b|torch\.(save|load)\(|\.bin\b", path.read_text(encoding="utf-8")), path.name

@@ -17,11 +17,12 @@ from benchmarks.common import random_batch
 from conftest import devices
 from qlora_lab import step
 from qlora_lab.checkpointing import checkpoint_layers
-from qlora_lab.double_quant import FASTER
+from qlora_lab.engine import dispatch
+from qlora_lab.engine.dispatch import AT_WORK, FASTER, places, twin, use_kernels
 from qlora_lab.fused import fuse_layers
 from qlora_lab.lora import trainable
 from qlora_lab.paged import PagedAdamW, adamw
-from qlora_lab.step import KERNELS, LinearCrossEntropy, StepGraph, forget, forward_backward, fused_loss, padded, use_kernels
+from qlora_lab.step import LinearCrossEntropy, StepGraph, forget, forward_backward, fused_loss, padded
 from qlora_lab.train import answer_losses, train_step
 from test_fused import small
 
@@ -90,17 +91,24 @@ def test_a_loss_in_pieces_is_the_loss(piece):
     assert torch.allclose(*(loss.double() for loss in losses), rtol=1e-6) and torch.allclose(whole, pieces, atol=1e-6)
 
 
-def test_each_kernel_has_its_stand_in():
-    "What the package registers before the first use is what the lessons provide: a kernel without a stand-in would never be asked for."
-    code = "import qlora_lab; from qlora_lab.double_quant import FASTER; first = set(FASTER); from qlora_lab.step import KERNELS; print(first - {('dequantize', 'meta')} == set(KERNELS))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "True"
+def test_each_place_of_the_table_holds_a_function():
+    "A twin at a place that is not there would be found out by the first user of its device."
+    for operation, device in FASTER: assert callable(dispatch._found(FASTER[operation, device])), (operation, device)
+
+
+def test_nothing_of_the_engine_is_imported_before_it_is_asked_for():
+    "The package, and the question itself, wait for no compiler and no Triton."
+    code = ("import sys, qlora_lab, qlora_lab.engine.dispatch as d; from qlora_lab import codebook; "
+            "print([m for m in sys.modules if m.startswith('qlora_lab.engine.') and m != d.__name__], d.AT_WORK)")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[] {}"
 
 
 def test_the_switch_reaches_everything():
     use_kernels(False)
-    assert not any(key in FASTER for key in KERNELS)
+    assert not any(twin(*key) for key in FASTER) and {p.state for p in places() if p[:2] in FASTER} == {"switched off"}
     use_kernels()
-    assert all(key in FASTER for key in KERNELS if key[1] == "cpu" or torch.cuda.is_available())
+    assert all(twin(*key) for key in FASTER if key[1] == "cpu" or torch.cuda.is_available())
+    assert {p.state for p in places() if p.device == "cpu"} == {"at work"}
 
 
 class Recording:
@@ -384,7 +392,7 @@ def model_and_optimizer(mode, dtype=torch.bfloat16):
     use_kernels(mode != "plain")
     model = checkpoint_layers(small(device="cuda", dtype=dtype))
     if mode != "plain": fuse_layers(model)
-    if mode == "called": del FASTER["forward_backward", "cuda"]
+    if mode == "called": del AT_WORK["forward_backward", "cuda"]
     return model, PagedAdamW(trainable(model), lr=1e-2)
 
 
@@ -434,7 +442,7 @@ def test_the_switch_reaches_a_fused_model():
         model = small(device="cuda")
         if fuse: fuse_layers(model)
         use_kernels(False)
-        assert forward_backward not in FASTER.values()
+        assert not twin("forward_backward", "cuda")
         found.append(answer_losses(model, ragged((24, 17)))[0])
     assert torch.equal(*found)
 

@@ -1,0 +1,138 @@
+"The house's rules, each held for every room: short lines, short modules and cells, one way for the data, pages that open plainly."
+import ast
+import importlib.util
+import json
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+LESSONS = [p for p in NOTEBOOKS if re.match(r"\d\d[a-z]?_", p.name)]
+MODULES = sorted(p for p in (ROOT / "qlora_lab").rglob("*.py") if p.name != "_modidx.py")
+EXPORTED = [p for p in MODULES if p.name != "__init__.py"]
+SOURCES = [p for folder in ("qlora_lab", "tests", "benchmarks", "scripts") for p in sorted((ROOT / folder).rglob("*.py"))
+           if p.name != "_modidx.py"]
+WIDE = re.compile(r"#\| *(fig-cap|fig-alt|code-summary):|\|")  # captions are one line for the renderers, a table's row for Markdown
+
+
+def name(path): return path.relative_to(ROOT).as_posix()
+
+
+def cells(path, kind):
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(c["source"]) for c in found if c["cell_type"] == kind and "".join(c["source"]).strip()]
+
+
+def statements(source):
+    "The lines of a code cell, without blank ones and directives."
+    return [line for line in source.splitlines() if line.strip() and not line.lstrip().startswith(("#|", "%"))]
+
+
+def sizes(path): return [n for n in (len(statements(c)) for c in cells(path, "code")) if n]
+
+
+@pytest.mark.parametrize("path", [ROOT / "conftest.py", ROOT / "setup.py", *SOURCES], ids=name)
+def test_no_wide_line(path):
+    assert not [line for line in path.read_text(encoding="utf-8").splitlines() if len(line) > 120]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_no_wide_line_in_a_notebook(path):
+    lines = [line for kind in ("code", "markdown") for c in cells(path, kind) for line in c.splitlines()]
+    assert not [line for line in lines if len(line) > 120 and not WIDE.match(line)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_short_cells(path):
+    "A cell teaches one point; what outgrows 25 lines holds two."
+    assert max(sizes(path), default=0) <= 25
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=name)
+def test_a_lesson_is_read_in_one_pass(path):
+    "At most 45 cells, exports included; half of the code cells have at most six lines."
+    whole = len(cells(path, "code")) + len(cells(path, "markdown"))
+    assert whole <= 45 and statistics.median(sizes(path)) <= 6, (whole, statistics.median(sizes(path)))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_short_modules(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= (200 if path.name == "cli.py" else 300)
+
+
+@pytest.mark.parametrize("path", EXPORTED, ids=name)
+def test_a_module_opens_with_its_reasons(path):
+    "After the docstring, 8 to 20 lines of comment that stand without the notebook."
+    text = path.read_text(encoding="utf-8").partition("__all__")[2]
+    opening = re.search(r"^# %% .*\n((?:#.*\n)+)", text, re.M)
+    assert opening and 8 <= len(opening[1].splitlines()) <= 20, opening and opening[1]
+
+
+@pytest.mark.parametrize("path", EXPORTED, ids=name)
+def test_classes_are_whole(path):
+    "No method is hung on to a class after the fact."
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        parts = [e for t in targets for e in (t.elts if isinstance(t, ast.Tuple) else [t])]
+        assert not [t.attr for t in parts if isinstance(t, ast.Attribute) and isinstance(t.value, ast.Name) and t.value.id in classes]
+
+
+def test_the_package_needs_no_fastcore():
+    assert not [name(p) for p in MODULES if re.search(r"\bfastcore\b", p.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("path", [p for p in EXPORTED if p.parent.name == "qlora_lab"], ids=name)
+def test_the_course_knows_the_engine_by_dispatch_alone(path):
+    "The engine imports the course floor, never the other way; the command line stands above both."
+    if path.name in ("cli.py", "report.py", "doctor.py"): return
+    used = set(re.findall(r"(?:from|import) (?:\.|qlora_lab\.)engine\.(\w+)", path.read_text(encoding="utf-8")))
+    assert used <= {"dispatch"}
+
+
+def test_dispatch_stands_alone():
+    assert not re.search(r"^\s*from \.", (ROOT / "qlora_lab/engine/dispatch.py").read_text(encoding="utf-8"), re.M)
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=name)
+def test_an_opening_is_plain(path):
+    "At most 35 words a sentence in the first two text cells."
+    opening = " ".join(re.sub(r"^\|.*$", "", c, flags=re.M) for c in cells(path, "markdown")[:2])
+    sentences = re.split(r"(?<=[.!?])\s+", re.sub(r"\]\([^)]*\)", "]", opening))
+    assert not [s for s in sentences if len(s.split()) > 35]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_a_lesson_that_is_named_is_linked(path):
+    "'Lesson 05' is a link to it, and a lesson that is not there yet has none."
+    there = {re.match(r"\d\d[a-z]?", p.name)[0]: p.name for p in LESSONS}
+    for text in cells(path, "markdown"):
+        plain = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)
+        outside = re.sub(r"\[[^\]]*\]\([^)]*\)", "", plain)
+        assert not [n for n in re.findall(r"[Ll]essons? (\d\d[a-z]?)\b", outside) if n in there], text
+        for label, target in re.findall(r"\[([^\]]*)\]\(([^)\s]*)\)", plain):
+            n = re.search(r"[Ll]esson (\d\d[a-z]?)\b", label)
+            if n: assert n[1] in there and target.split("#")[0].endswith(there[n[1]]), (label, target)
+            if re.search(r"/?\d\d[a-z]?_\w+\.ipynb", target): assert (path.parent / target.split("#")[0]).exists(), target
+
+
+def test_cells_are_folded_in_jupyterlab():
+    "Set-up and solutions do not stand in plain view; run `python scripts/tidy.py`."
+    spec = importlib.util.spec_from_file_location("tidy", ROOT / "scripts/tidy.py")
+    tidy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tidy)
+    for path in NOTEBOOKS:
+        text = path.read_text(encoding="utf-8")
+        assert tidy.fold(json.loads(text)) == json.loads(text), name(path)
+
+
+def test_ruff():
+    "The linter's rules, in pyproject.toml, hold for modules, notebooks, tests, benchmarks and scripts."
+    found = subprocess.run([sys.executable, "-m", "ruff", "check", "--output-format", "concise", "."], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-3000:]
