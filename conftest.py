@@ -6,6 +6,8 @@ import re
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import qlora_lab  # noqa: E402, F401  before torch, so that how threads wait is chosen
+
 
 def pytest_configure(config):
     "Run notebooks in this environment, whatever kernels the user has installed elsewhere."
@@ -16,7 +18,8 @@ def pytest_itemcollected(item):
     """What nbval is told about a cell of a notebook.
 
     Its number: nbdev_clean removes execution counts, and without one nbval refuses to compare a cell's output. And whether to
-    compare it: nbval knows its mark only alone on a line, here it may be followed by the reason, as in `# NBVAL_IGNORE_OUTPUT: why`.
+    compare it: nbval knows its mark only alone on a line, here it may be followed by the reason, as in
+    `# NBVAL_IGNORE_OUTPUT: why`.
     """
     cell = getattr(item, "cell", None)
     if cell is None: return

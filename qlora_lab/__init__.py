@@ -12,7 +12,13 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-from . import blockwise, double_quant, nf4  # each makes its code books known
+from . import threads
+
+threads.choose()  # how threads wait has to be known before torch is loaded
+
+from . import blockwise, double_quant, nf4  # noqa: E402  each makes its code books known
+
+threads.loaded()
 
 # %% ../nbs/reference/public_names.ipynb #13ea4bf1
 # bitsandbytes' advice at import, to install inference kernels, is not for us
