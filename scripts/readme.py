@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Make README.md from nbs/index.ipynb, running nothing: `python scripts/readme.py`; `--check` only compares.
 
-Text cells as they are, shown code with its stored text, pictures as files under nbs/images. Cells marked `#| hide` stay out,
-and so does everything from a text cell with `<!-- readme: end -->` on. Links are rewritten to start at the top folder.
+Text cells as they are, shown code with its stored text, pictures as files under nbs/images. Cells marked `#| hide` stay
+out, and so does everything from a text cell with `<!-- readme: end -->` on. Links are rewritten to start at the top
+folder.
 """
 import base64
 import json
@@ -16,7 +17,9 @@ NOTE = "<!-- Made from nbs/index.ipynb by scripts/readme.py; edit that notebook.
 
 def relink(text: str) -> str:
     "Links and pictures relative to nbs/ made relative to the top folder; addresses and anchors stay."
-    def move(target): return target if re.match(r"[a-z]+:|#|/", target) else target[3:] if target.startswith("../") else f"nbs/{target}"
+    def move(target):
+        if re.match(r"[a-z]+:|#|/", target): return target
+        return target[3:] if target.startswith("../") else f"nbs/{target}"
     text = re.sub(r"(\]\()([^)\s]+)", lambda m: m[1] + move(m[2]), text)
     return re.sub(r'((?:src|href)=")([^"]+)', lambda m: m[1] + move(m[2]), text)
 
@@ -45,8 +48,9 @@ def readme(root: Path = ROOT) -> tuple[str, dict[Path, bytes]]:
                 else:
                     text = "".join(output.get("text", data.get("text/plain", ""))).rstrip()
                     if text: parts.append(f"```\n{text}\n```")
-    title, *rest = parts
-    return "\n\n".join([title.split("\n")[0], NOTE, *filter(None, ["\n".join(title.split("\n")[1:]).strip()]), *rest]) + "\n", pictures
+    (title, *below), *rest = parts[0].split("\n"), *parts[1:]
+    about = "\n".join(below).strip()
+    return "\n\n".join([title, NOTE, *filter(None, [about]), *rest]) + "\n", pictures
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""After a change to a notebook: `python scripts/tidy.py` exports the modules, cleans the notebooks and folds cells in JupyterLab.
+"""After a change to a notebook: `python scripts/tidy.py` exports modules, cleans notebooks and folds cells in JupyterLab.
 
-Folded (`jupyter.source_hidden`, a mark that nbdev_clean keeps, see settings.ini) is the source of a cell that the site does not
-show or shows folded too: set-up and figures marked `echo: false` or `code-fold: true`, cells marked `hide` (in which the exercises'
-solutions are run), and the comment that opens a module.
+Folded (`jupyter.source_hidden`, a mark that nbdev_clean keeps, see settings.ini) is the source of a cell that the site
+does not show or shows folded too: set-up and figures marked `echo: false` or `code-fold: true`, cells marked `hide` (in
+which the exercises' solutions are run), and the comment that opens a module.
 """
 import json
 import re
@@ -31,7 +31,8 @@ def fold(notebook: dict) -> dict:
 
 
 def main() -> None:
-    for name in ("nbdev_export", "nbdev_clean"): subprocess.run([Path(sys.executable).parent / name], cwd=ROOT, check=True)
+    for name in ("nbdev_export", "nbdev_clean"):
+        subprocess.run([Path(sys.executable).parent / name], cwd=ROOT, check=True)
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
         if ".ipynb_checkpoints" in path.parts: continue
         text = path.read_text(encoding="utf-8")

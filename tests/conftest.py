@@ -1,9 +1,20 @@
-"A tokenizer and a model small enough to train in a second, made here from a seed."
+"What tests share: a tokenizer and a model small enough to train in a second, the site, and a search without chance."
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# `make test` tries the same cases each time; `make fuzz` looks for new ones.
+settings.register_profile("test", derandomize=True, deadline=None)
+settings.register_profile("fuzz", deadline=None, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "300")))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
 
 if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
@@ -44,6 +55,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def build_site(out):
+    command = [sys.executable, ROOT/"scripts/build_docs.py", "--renderer", "smalldocs", "--out", out]
+    return subprocess.run(command, capture_output=True, text=True, cwd=out.parent)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    "The documentation site; any warning of the renderer ends the build."
+    if os.environ.get("QLORA_LAB_SITE"): return Path(os.environ["QLORA_LAB_SITE"])
+    out = tmp_path_factory.mktemp("docs")/"site"
+    done = build_site(out)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,18 @@
-"""The documentation site, built by the pip-only renderer into a temporary folder: nothing broken, nothing missing, nothing that a
-reader should not see, and nothing that needs a network."""
+"""The documentation site: nothing broken, nothing missing, nothing that a reader should not see, and nothing that needs a network.
+
+Built by the pip-only renderer into a temporary folder; QLORA_LAB_SITE names a site that is there already, by either renderer.
+"""
 import json
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
+from conftest import build_site
 from nbdev.config import get_config
+from smalldocs import api
 from smalldocs.check import scan
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +23,11 @@ LESSON = re.compile(r"\d\d[a-z]?_\w+\.ipynb$")
 
 
 def cells(notebook, kind): return ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == kind]
+
+def marked(notebook, directive):
+    "The code cells with a directive, as the site shows them."
+    found = [c for c in cells(notebook, "code") if re.search(rf"^#\|\s*{directive}", c, re.M)]
+    return {re.sub(r"^#\|.*\n?", "", c, flags=re.M).strip() for c in found}
 
 def listed(entries):
     "The pages of a sidebar, in its order."
@@ -37,8 +44,8 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.ids, self.links, self.body_links, self.loads, self.images, self.cells, self.prose, self.formulas = set(), [], [], [], [], [], [], 0
-        self.stack = []
+        self.ids, self.formulas = set(), 0
+        self.links, self.body_links, self.loads, self.images, self.cells, self.prose, self.stack = [], [], [], [], [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -51,28 +58,21 @@ class Page(HTMLParser):
         if tag == "link" and a.get("rel") in ("stylesheet", "icon"): self.loads.append(a["href"])
         if tag == "img": self.images.append((a.get("src", "")[:60], a.get("alt") or ""))
         if tag == "math": self.formulas += 1
-        if tag == "pre" and "cell-code" in (a.get("class") or ""): self.cells.append("")
         if tag not in self.VOID: self.stack.append((tag, a.get("class") or ""))
+        if tag == "pre" and self.in_cell(): self.cells.append("")
+
+    def in_cell(self):
+        "Inside the code of a cell: one renderer marks the <pre>, the other the box around it."
+        tags = [t for t, _ in self.stack]
+        return "pre" in tags and any("cell-code" in c.split() for _, c in self.stack)
 
     def handle_endtag(self, tag):
         while self.stack and self.stack.pop()[0] != tag: pass
 
     def handle_data(self, data):
         tags = [t for t, _ in self.stack]
-        if any(t == "pre" and "cell-code" in c for t, c in self.stack): self.cells[-1] += data
+        if self.in_cell(): self.cells[-1] += data
         elif not {"script", "style", "pre", "code", "math"} & set(tags): self.prose.append(data)
-
-
-def build(out):
-    return subprocess.run([sys.executable, ROOT/"scripts/build_docs.py", "--renderer", "smalldocs", "--out", out], capture_output=True, text=True, cwd=out.parent)
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    out = tmp_path_factory.mktemp("docs")/"site"
-    done = build(out)
-    assert done.returncode == 0, done.stderr[-4000:]  # any warning of the renderer ends the build
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def pages(site): return {p.relative_to(site): Page(p.read_text(encoding="utf-8")
 
 
 def test_every_notebook_and_module_has_its_page_and_its_place(pages):
-    modules = {p.stem for p in (ROOT/get_config(path=ROOT).lib_name).glob("*.py") if not p.stem.startswith("_")}
+    modules = {p.stem for p in (ROOT/get_config(path=ROOT).lib_name).rglob("*.py") if not p.stem.startswith("_")}
     expected = {str(p) for p in NBS} | {f"reference/api/{m}.qmd" for m in modules}
     assert set(SIDEBAR) == expected
     assert set(pages) == {Path(p).with_suffix(".html") for p in expected}
@@ -99,27 +99,48 @@ def test_links_arrive(site, pages):
             if url.scheme or url.netloc or href in ("", "#"): continue
             target = (site/where).parent/unquote(url.path) if url.path else site/where
             if target.is_dir(): target = target/"index.html"
-            known = pages.get(target.resolve().relative_to(site.resolve())) if target.suffix == ".html" and target.exists() else None
-            if not target.exists() or (url.fragment and known and unquote(url.fragment) not in known.ids): broken.append(f"{where}: {href}")
+            there = target.suffix == ".html" and target.exists()
+            known = pages.get(target.resolve().relative_to(site.resolve())) if there else None
+            lost = url.fragment and known and unquote(url.fragment) not in known.ids
+            if not target.exists() or lost: broken.append(f"{where}: {href}")
     assert not broken
 
 
-def test_pages_need_no_network(pages):
-    assert not [f"{where}: {src}" for where, page in pages.items() for src in page.loads if urlsplit(src).scheme not in ("", "data")]
+def test_pages_need_no_network(site, pages):
+    "Neither do their styles and scripts: no font host, no library from elsewhere."
+    loads = [(where, src) for where, page in pages.items() for src in page.loads]
+    assert not [f"{where}: {src}" for where, src in loads if urlsplit(src).scheme not in ("", "data") or urlsplit(src).netloc]
+    for file in site.rglob("*.css"):
+        text = re.sub(r"/\*.*?\*/", "", file.read_text(encoding="utf-8"), flags=re.S)
+        asked = re.findall(r"""(?:@import\s+["']?|url\(\s*["']?)((?:https?:)?//[^"')]+)""", text)
+        assert not asked, (file.name, asked)
+    for file in [*site.rglob("*.js"), *site.rglob("*.html")]:
+        text = file.read_text(encoding="utf-8")
+        asked = re.findall(r"""(?:import\s*\(|importScripts\(|\.src\s*=|require\(\[?|fetch\()\s*["'](?:https?:)?//[^"']+""", text)
+        assert not asked, (file.name, asked)
+
+
+def test_formulas_have_a_font_that_stretches(site):
+    "It comes with the site, and holds what a renderer of mathematics needs to build brackets of any height."
+    from fontTools.ttLib import TTFont
+    face = re.search(r"@font-face \{[^}]*url\(\"(fonts/[^\"]+)\"\)", (site/"styles.css").read_text(encoding="utf-8"))
+    font = TTFont(site/face[1])
+    assert "MATH" in font and {ord(c) for c in "∑∫√⌈⌉⌊⌋⏟αβδημσ"} <= set(font.getBestCmap())
 
 
 def test_images_say_what_they_show(pages):
     assert not [f"{where}: {src} alt={alt!r}" for where, page in pages.items() for src, alt in page.images if len(alt) < 15]
     shown = sum(len(page.images) for page in pages.values())
-    stored = sum("image/png" in o.get("data", {}) for nb in NBS.values() for c in nb["cells"] for o in c.get("outputs", []) if "hide" not in c["source"][:1])
+    outputs = [o for nb in NBS.values() for c in nb["cells"] if "hide" not in c["source"][:1] for o in c.get("outputs", [])]
+    stored = sum("image/png" in o.get("data", {}) for o in outputs)
     assert shown >= stored
 
 
 def test_hidden_cells_and_directives_stay_out(pages):
     for path, nb in NBS.items():
         shown = {c.strip() for c in pages[path.with_suffix(".html")].cells}
-        hidden = {re.sub(r"^#\|.*\n?", "", c, flags=re.M).strip() for c in cells(nb, "code") if re.search(r"^#\|\s*hide\s*$", c, re.M)}
-        assert not shown & hidden - {""}, path
+        assert shown or not [c for c in cells(nb, "code") if not re.search(r"^#\|\s*(hide|echo: false|default_exp)", c, re.M)], path
+        assert not shown & marked(nb, r"hide\s*$") - {""}, path
         assert not [c for c in shown if re.search(r"^#\s*(\||NBVAL_)", c, re.M) or "show_doc" in c or "nbdev_export" in c], path
     assert not [where for where, page in pages.items() if "#|" in "".join(page.prose)]
 
@@ -128,13 +149,35 @@ def test_exported_code_can_be_read(pages):
     "A course in building it shows what is built: the code of each exported cell, not its signature alone."
     for path, nb in NBS.items():
         shown = {c.strip() for c in pages[path.with_suffix(".html")].cells}
-        exported = {re.sub(r"^#\|.*\n?", "", c, flags=re.M).strip() for c in cells(nb, "code") if re.search(r"^#\|\s*exports?\s*$", c, re.M)}
-        assert exported <= shown, path
+        assert marked(nb, r"exports?\s*$") <= shown, path
+
+
+def test_each_docstring_is_on_its_page(site):
+    "None is lost to a renderer that reads something else in its first words."
+    for symbol in api.inventory([get_config(path=ROOT).lib_name]):
+        page = site/f"reference/api/{symbol.module.rpartition('.')[2]}.html"
+        if not symbol.name or not symbol.summary: continue
+        words = re.findall(r"[A-Za-z]{4,}", symbol.summary)[:4]
+        text = re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8"))
+        assert re.search(r"[^A-Za-z]+(?:\w{1,3}[^A-Za-z]+)*".join(words), text), symbol
+
+
+def test_tables_of_the_api_say_something(site):
+    "No column without an entry, no private helper, no mark of a heading left as text."
+    for file in (site/"reference/api").glob("*.html"):
+        text = file.read_text(encoding="utf-8")
+        assert "{#" not in re.sub(r"<(script|style).*?</\1>", "", text, flags=re.S), file.name
+        assert not re.search(r"<h[23][^>]*>(?:class )?_\w", text), file.name
+        for table in re.findall(r"<table.*?</table>", text, re.S):
+            rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.S) for row in re.findall(r"<tr.*?</tr>", table, re.S)]
+            columns = list(zip(*rows[1:]))
+            assert all(any(re.sub(r"<[^>]+>", "", cell).strip() for cell in column) for column in columns), (file.name, rows[:2])
 
 
 def test_no_link_is_left_as_text(pages):
     "As one is where Markdown stands inside HTML."
-    assert not [f"{where}: {text[:80]}" for where, page in pages.items() for text in page.prose if re.search(r"\]\([\w./#-]+\)", text)]
+    prose = [(where, text) for where, page in pages.items() for text in page.prose]
+    assert not [f"{where}: {text[:80]}" for where, text in prose if re.search(r"\]\([\w./#-]+\)", text)]
 
 
 def test_formulas_are_drawn(pages):
@@ -154,11 +197,17 @@ def test_search_and_both_themes(site):
 
 def test_modules_lead_to_their_lessons_and_back(pages):
     for path, nb in NBS.items():
-        module = next((m[1] for c in cells(nb, "code") if (m := re.search(r"^#\|\s*default_exp\s+(\w+)", c, re.M)) and m[1] != "__init__"), None)
-        if not module: continue
-        api = Path(f"reference/api/{module}.html")
+        found = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(cells(nb, "code")), re.M)
+        if not found or found[1] == "__init__": continue
+        module = found[1].rpartition(".")[2]
+        page = Path(f"reference/api/{module}.html")
         assert [h for h in pages[path.with_suffix(".html")].body_links if h.endswith(f"api/{module}.html")], path
-        assert [h for h in pages[api].body_links if h.endswith(path.with_suffix(".html").name)], api
+        assert [h for h in pages[page].body_links if h.endswith(path.with_suffix(".html").name)], page
+
+
+def test_language_models_get_the_pages_in_course_order(site):
+    listed = re.findall(r"\]\(\S*?/(\d\d[a-z]?_\w+)\.llms\.md\)", (site/"llms.txt").read_text(encoding="utf-8"))
+    assert listed == [Path(p).stem for p in SIDEBAR if LESSON.match(p)]
 
 
 def test_bibliography_holds_what_is_cited():
@@ -167,7 +216,8 @@ def test_bibliography_holds_what_is_cited():
     cited = {m for nb in NBS.values() for c in cells(nb, "markdown") for m in re.findall(r"bibliography\.ipynb#([\w-]+)", c)}
     assert cited <= set(entries)
     for key, entry in entries.items():
-        assert re.search(rf"^@\w+\{{{key},$", entry, re.M) and entry.count("{") == entry.count("}"), key  # its BibTeX, under the same key
+        bibtex = re.search(rf"^@\w+\{{{key},$", entry, re.M)  # under the same key
+        assert bibtex and entry.count("{") == entry.count("}"), key
         assert re.search(r"\]\(https://", entry) and re.search(r"year +=", entry), key
 
 
@@ -188,5 +238,5 @@ def test_owner_and_host_stand_in_settings_alone():
 def test_build_refuses_a_folder_that_holds_something_else(tmp_path):
     (tmp_path/"mine").mkdir()
     (tmp_path/"mine/notes.txt").write_text("keep")
-    done = build(tmp_path/"mine")
+    done = build_site(tmp_path/"mine")
     assert done.returncode == 1 and "--out" in done.stderr and (tmp_path/"mine/notes.txt").read_text() == "keep"

@@ -1,0 +1,224 @@
+"""The site and JupyterLab as a person has them: in a browser (Debian's chromium, driven by Playwright).
+
+Skipped where there is none.
+"""
+import ast
+import http.server
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+playwright = pytest.importorskip("playwright.sync_api")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+
+CONTRAST = """() => {
+  const parse = c => { const m = c.match(/[\\d.]+/g).map(Number); return [m[0], m[1], m[2], m.length > 3 ? m[3] : 1]; };
+  const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3])).concat(1);
+  const lum = c => { const f = c.slice(0, 3).map(v => { v /= 255; return v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; });
+                     return .2126 * f[0] + .7152 * f[1] + .0722 * f[2]; };
+  const behind = e => { const stack = []; for (let n = e; n; n = n.parentElement) stack.push(parse(getComputedStyle(n).backgroundColor));
+                        return stack.reverse().reduce((b, a) => over(a, b), [255, 255, 255, 1]); };
+  const faint = [];
+  for (const e of document.querySelectorAll("body *")) {
+    const own = [...e.childNodes].filter(n => n.nodeType === 3 && n.textContent.trim()).map(n => n.textContent.trim()).join(" ");
+    const box = e.getBoundingClientRect();
+    if (!own || !box.width || !box.height || getComputedStyle(e).visibility === "hidden" || e.closest("math, svg, .visually-hidden")) continue;
+    let opacity = 1; for (let n = e; n; n = n.parentElement) opacity *= Number(getComputedStyle(n).opacity);
+    if (opacity < .05) continue;
+    const back = behind(e), ink = parse(getComputedStyle(e).color); ink[3] *= opacity;
+    const [a, b] = [lum(over(ink, back)), lum(back)].sort((x, y) => y - x), ratio = (a + .05) / (b + .05);
+    if (ratio < 4.5) faint.push(`${ratio.toFixed(2)} ${e.tagName}.${e.className} "${own.slice(0, 30)}"`);
+  }
+  return [...new Set(faint)];
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as p:
+        found = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    "The site, served on this machine."
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_): pass
+        def handle(self):
+            with suppress(ConnectionError): super().handle()  # a tab that was closed while it loaded
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def opened(browser, address, page, width=1280, scheme="light"):
+    "A page, and what it said or asked of the network while it opened."
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    tab, said = context.new_page(), []
+    tab.on("console", lambda m: said.append(m.text) if m.type == "error" else None)
+    tab.on("pageerror", lambda e: said.append(str(e)))
+    tab.on("request", lambda r: said.append(r.url) if not r.url.startswith((address, "data:", "blob:")) else None)
+    tab.goto(f"{address}/{page}")
+    return tab, said
+
+
+PAGES = ["index.html", "02_nf4.html", "04_paged.html", "10_train.html", "engine/dispatch.html", "reference/notation.html",
+         "reference/api/lora.html", "howto/command_line.html"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_can_be_read(browser, address, page, width, scheme):
+    "No request to the network, no failure, no scrolling sideways, a contrast of at least 4.5:1, the reader's own scheme."
+    tab, said = opened(browser, address, page, width, scheme)
+    tab.wait_for_timeout(200)
+    assert said == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    dark = tab.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).every(v => v < 80)")
+    assert dark == (scheme == "dark")
+    assert tab.evaluate(CONTRAST) == []
+    tab.evaluate("""document.querySelector("main").insertAdjacentHTML("afterbegin", "<p style='color: #888'>too faint</p>")""")
+    assert len(tab.evaluate(CONTRAST)) == 1  # what is too faint is found
+    tab.context.close()
+
+
+def test_printed_results_fit(browser, address, site):
+    "Results are printed for 80 characters: no line of them is cut at 1280 pixels."
+    cut = []
+    for page in sorted(p.relative_to(site).as_posix() for p in [*site.glob("[0-9i]*.html"), *site.glob("engine/*.html")]):
+        tab, _ = opened(browser, address, page)
+        found = tab.evaluate("""() => [...document.querySelectorAll("main .cell-output pre, main math[display=block]")]
+                                .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent.slice(0, 60))""")
+        cut += [(page, text) for text in found]
+        tab.context.close()
+    assert not cut
+
+
+def test_search_and_theme(browser, address):
+    tab, said = opened(browser, address, "index.html")
+    tab.locator("input[type=search]:visible, .smalldocs-search input:visible, #quarto-search input:visible").first.fill("absmax")
+    tab.wait_for_selector("a[href*='01_blockwise'] >> visible=true")
+    before = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    tab.keyboard.press("Escape")
+    tab.locator(".quarto-color-scheme-toggle:visible").first.click()
+    tab.wait_for_timeout(300)
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != before and said == []
+    tab.context.close()
+
+
+def test_the_theme_switch_is_found_on_a_phone(browser, address):
+    tab, _ = opened(browser, address, "index.html", 390)
+    tab.locator(".navbar-toggler:visible").first.click()
+    tab.wait_for_timeout(600)
+    switch = tab.locator(".quarto-color-scheme-toggle:visible").first
+    assert switch.bounding_box()["height"] >= 16
+    tab.context.close()
+
+
+def test_the_keyboard_alone_reaches_everything(browser, address):
+    "Tab walks through links in order, and what has the focus can be seen."
+    tab, _ = opened(browser, address, "index.html")
+    seen = []
+    for _ in range(25):
+        tab.keyboard.press("Tab")
+        seen.append(tab.evaluate("""() => { const e = document.activeElement, s = getComputedStyle(e);
+            return [e.tagName, e.textContent.trim().slice(0, 20), s.outlineStyle !== "none" || s.boxShadow !== "none"]; }"""))
+    links = [s for s in seen if s[0] == "A"]
+    assert len({tuple(s[:2]) for s in links}) > 5 and all(s[2] for s in links), seen
+    tab.context.close()
+
+
+# ---------------------------------------------------------------- JupyterLab
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "JupyterLab as `make lab` starts it, over a copy of the notebooks."
+    folder = tmp_path_factory.mktemp("lab")
+    for name in ("nbs", "benchmarks"): shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", f"--port={port}", "--no-browser", "--allow-root",
+               "--IdentityProvider.token=of-this-test", str(folder / "nbs")]
+    own = {"JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTER_DATA_DIR": str(folder / "data")}
+    env = os.environ | own | {"PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    base = f"http://127.0.0.1:{port}"
+    for _ in range(120):
+        try: urllib.request.urlopen(f"{base}/api?token=of-this-test", timeout=2).close()
+        except OSError: time.sleep(0.5)
+        else: break
+    else: raise AssertionError("JupyterLab did not start")
+    yield base
+    server.terminate()
+    server.wait(20)
+
+
+def in_the_lab(browser, lab, notebook):
+    tab, said = opened(browser, lab, f"lab/tree/{notebook}?token=of-this-test&reset")
+    tab.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+    return tab, said
+
+
+def test_the_index_opens_in_jupyterlab(browser, lab):
+    "Without boilerplate on top, without a question about news, without an error."
+    tab, said = in_the_lab(browser, lab, "index.ipynb")
+    tab.wait_for_timeout(3000)
+    assert tab.locator(".jp-MarkdownOutput h1").first.inner_text().startswith("QLoRA Lab")
+    assert tab.locator("text=official Jupyter news").count() == 0
+    assert not [s for s in said if not s.startswith("http") or "127.0.0.1" not in s], said
+    tab.context.close()
+
+
+def test_solutions_are_folded_in_jupyterlab(browser, lab):
+    cells = json.loads((ROOT / "nbs/02_nf4.ipynb").read_text(encoding="utf-8"))["cells"]
+    hidden = sum(bool(c["metadata"].get("jupyter", {}).get("source_hidden")) for c in cells)
+    assert hidden and all(c["metadata"]["jupyter"]["source_hidden"] for c in cells if "#| hide\n" in "".join(c["source"]))
+
+
+def test_lesson_02_runs_to_its_end_and_its_slider_moves_the_figure(browser, lab):
+    tab, said = in_the_lab(browser, lab, "02_nf4.ipynb")
+    cells = json.loads((ROOT / "nbs/02_nf4.ipynb").read_text(encoding="utf-8"))["cells"]
+    last = sum(c["cell_type"] == "code" and bool(ast.parse("".join(c["source"])).body) for c in cells)  # comments do not count
+    tab.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle], .jp-KernelStatus", timeout=60_000)
+    tab.click("text=Run >> nth=0")
+    tab.click("text=Run All Cells")
+    deadline = time.time() + 240
+    while time.time() < deadline:
+        counts = [int(n) for n in re.findall(r"\[(\d+)\]", " ".join(tab.locator(".jp-InputPrompt").all_inner_texts()))]
+        if counts and max(counts) >= last: break
+        tab.mouse.wheel(0, 1500)
+        tab.wait_for_timeout(500)
+    assert max(counts) >= last and tab.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    slider = tab.locator(".widget-slider .noUi-handle, .jupyter-widgets .noUi-handle").first
+    slider.scroll_into_view_if_needed()
+    figure = tab.locator(".jupyter-widgets-output-area img, .widget-output img").first
+    before = figure.get_attribute("src")
+    slider.focus()
+    for _ in range(5): tab.keyboard.press("ArrowLeft")
+    for _ in range(60):
+        tab.wait_for_timeout(500)
+        if tab.locator(".jupyter-widgets-output-area img, .widget-output img").first.get_attribute("src") != before: break
+    assert tab.locator(".jupyter-widgets-output-area img, .widget-output img").first.get_attribute("src") != before
+    assert not [s for s in said if not s.startswith("http")], said
+    tab.context.close()
