@@ -17,8 +17,8 @@ def pytest_configure(config):
 def pytest_itemcollected(item):
     """What nbval is told about a cell of a notebook.
 
-    Its number: nbdev_clean removes execution counts, and without one nbval refuses to compare a cell's output. And whether to
-    compare it: nbval knows its mark only alone on a line, here it may be followed by the reason, as in
+    Its number: nbdev_clean removes execution counts, and without one nbval refuses to compare a cell's output. And
+    whether to compare it: nbval knows its mark only alone on a line, here it may be followed by the reason, as in
     `# NBVAL_IGNORE_OUTPUT: why`.
     """
     cell = getattr(item, "cell", None)

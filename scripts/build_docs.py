@@ -24,7 +24,7 @@ from nbdev.quarto import _nbdev_yml
 from smalldocs import api
 from smalldocs.site import build as smalldocs_build
 
-IMPORT = re.compile(r"""@import\s+(?:url\(\s*["']?(?:https?:)?//[^)]*\)|["'](?:https?:)?//[^"']*["'])[^;]*;""")  # addresses hold ;
+IMPORT = re.compile(r"""@import\s+(?:url\(\s*["']?(?:https?:)?//[^)]*\)|["'](?:https?:)?//[^"']*["'])[^;]*;""")
 TAKEN_ALONG = {".css", ".png", ".svg", ".jpg", ".woff", ".txt"}  # kinds of files that pages use
 
 
@@ -95,7 +95,8 @@ def in_the_order_of_the_course(site: Path) -> None:
     "The list of pages for language models follows the sidebar, whatever order the renderer gave it."
     index = site/"llms.txt"
     if not index.exists(): return
-    order = [Path(p).with_suffix("").as_posix() for p in sidebar(yaml.safe_load((ROOT/"_quarto.yml").read_text("utf-8")))]
+    config = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))
+    order = [Path(p).with_suffix("").as_posix() for p in sidebar(config)]
     lines = index.read_text(encoding="utf-8").splitlines()
     base = f"{CFG.doc_host}{CFG.doc_baseurl}/"
     def place(line):

@@ -2,7 +2,7 @@
 """Set up this environment's JupyterLab for the course: `python scripts/jupyter.py`.
 
 Its kernel chooses how threads wait before it loads torch (see nbs/reference/threads.ipynb) and takes the place of the
-environment's own "python3", so notebooks name no other. And JupyterLab asks nobody on the network about news or updates.
+environment's own "python3", so notebooks name no other. JupyterLab asks nobody on the network for news or updates.
 """
 import json
 import sys

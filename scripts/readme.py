@@ -2,8 +2,8 @@
 """Make README.md from nbs/index.ipynb, running nothing: `python scripts/readme.py`; `--check` only compares.
 
 Text cells as they are, shown code with its stored text, pictures as files under nbs/images. Cells marked `#| hide` stay
-out, and so does everything from a text cell with `<!-- readme: end -->` on. Links are rewritten to start at the top
-folder.
+out, and so does what stands between `<!-- readme: pause -->` and `<!-- readme: resume -->` in text cells. Links are
+rewritten to start at the top folder.
 """
 import base64
 import json
@@ -26,13 +26,14 @@ def relink(text: str) -> str:
 
 def readme(root: Path = ROOT) -> tuple[str, dict[Path, bytes]]:
     "(the text, the pictures it shows: path from the top folder to PNG)"
-    parts, pictures = [], {}
+    parts, pictures, paused = [], {}, False
     for cell in json.loads((root / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            before, mark, _ = source.partition("<!-- readme: end -->")
-            if before.strip(): parts.append(relink(before.strip()))
-            if mark: break
+            for piece in re.split(r"(<!-- readme: (?:pause|resume) -->)", source):
+                if piece.startswith("<!-- readme:"): paused = "pause" in piece
+                elif piece.strip() and not paused: parts.append(relink(piece.strip()))
+        elif paused: continue
         elif cell["cell_type"] == "code" and not re.search(r"^#\| *(hide|export|default_exp)\b", source, re.M):
             notes = dict(re.findall(r'^#\| *([\w-]+): *"?(.*?)"?$', source, re.M))
             code = re.sub(r"^(#\||# NBVAL).*\n?", "", source, flags=re.M).strip()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""After a change to a notebook: `python scripts/tidy.py` exports modules, cleans notebooks and folds cells in JupyterLab.
+"""After a change to a notebook: `python scripts/tidy.py` exports modules, cleans notebooks, folds cells for JupyterLab.
 
 Folded (`jupyter.source_hidden`, a mark that nbdev_clean keeps, see settings.ini) is the source of a cell that the site
 does not show or shows folded too: set-up and figures marked `echo: false` or `code-fold: true`, cells marked `hide` (in

@@ -28,17 +28,20 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
          "--disable-component-update", "--disable-sync"]
 
 CONTRAST = """() => {
-  const parse = c => { const m = c.match(/[\\d.]+/g).map(Number); return [m[0], m[1], m[2], m.length > 3 ? m[3] : 1]; };
+  const parse = c => { const m = c.match(/[\\d.]+/g).map(Number);
+                       return [m[0], m[1], m[2], m.length > 3 ? m[3] : 1]; };
   const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3])).concat(1);
-  const lum = c => { const f = c.slice(0, 3).map(v => { v /= 255; return v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; });
+  const linear = v => v / 255 <= .03928 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
+  const lum = c => { const f = c.slice(0, 3).map(linear);
                      return .2126 * f[0] + .7152 * f[1] + .0722 * f[2]; };
-  const behind = e => { const stack = []; for (let n = e; n; n = n.parentElement) stack.push(parse(getComputedStyle(n).backgroundColor));
+  const behind = e => { const stack = [];
+                        for (let n = e; n; n = n.parentElement) stack.push(parse(getComputedStyle(n).backgroundColor));
                         return stack.reverse().reduce((b, a) => over(a, b), [255, 255, 255, 1]); };
   const faint = [];
   for (const e of document.querySelectorAll("body *")) {
-    const own = [...e.childNodes].filter(n => n.nodeType === 3 && n.textContent.trim()).map(n => n.textContent.trim()).join(" ");
-    const box = e.getBoundingClientRect();
-    if (!own || !box.width || !box.height || getComputedStyle(e).visibility === "hidden" || e.closest("math, svg, .visually-hidden")) continue;
+    const own = [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.textContent.trim()).join(" ").trim();
+    const box = e.getBoundingClientRect(), unseen = getComputedStyle(e).visibility === "hidden";
+    if (!own || !box.width || !box.height || unseen || e.closest("math, svg, .visually-hidden")) continue;
     let opacity = 1; for (let n = e; n; n = n.parentElement) opacity *= Number(getComputedStyle(n).opacity);
     if (opacity < .05) continue;
     const back = behind(e), ink = parse(getComputedStyle(e).color); ink[3] *= opacity;
@@ -81,15 +84,16 @@ def opened(browser, address, page, width=1280, scheme="light"):
     return tab, said
 
 
-PAGES = ["index.html", "02_nf4.html", "04_paged.html", "10_train.html", "engine/dispatch.html", "reference/notation.html",
-         "reference/api/lora.html", "howto/command_line.html"]
+PAGES = ["index.html", "02_nf4.html", "04_paged.html", "10_train.html", "engine/dispatch.html",
+         "reference/notation.html", "reference/api/lora.html", "howto/command_line.html"]
+FIGURE = ".jupyter-widgets-output-area img, .widget-output img"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_can_be_read(browser, address, page, width, scheme):
-    "No request to the network, no failure, no scrolling sideways, a contrast of at least 4.5:1, the reader's own scheme."
+    "No request to the network, no failure, no scrolling sideways, contrast at least 4.5:1, the reader's own scheme."
     tab, said = opened(browser, address, page, width, scheme)
     tab.wait_for_timeout(200)
     assert said == []
@@ -97,7 +101,8 @@ def test_a_page_can_be_read(browser, address, page, width, scheme):
     dark = tab.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).every(v => v < 80)")
     assert dark == (scheme == "dark")
     assert tab.evaluate(CONTRAST) == []
-    tab.evaluate("""document.querySelector("main").insertAdjacentHTML("afterbegin", "<p style='color: #888'>too faint</p>")""")
+    faint = "<p style='color: #888'>too faint</p>"
+    tab.evaluate(f'document.querySelector("main").insertAdjacentHTML("afterbegin", "{faint}")')
     assert len(tab.evaluate(CONTRAST)) == 1  # what is too faint is found
     tab.context.close()
 
@@ -105,18 +110,19 @@ def test_a_page_can_be_read(browser, address, page, width, scheme):
 def test_printed_results_fit(browser, address, site):
     "Results are printed for 80 characters: no line of them is cut at 1280 pixels."
     cut = []
-    for page in sorted(p.relative_to(site).as_posix() for p in [*site.glob("[0-9i]*.html"), *site.glob("engine/*.html")]):
-        tab, _ = opened(browser, address, page)
+    for page in sorted([*site.glob("[0-9i]*.html"), *site.glob("engine/*.html")]):
+        tab, _ = opened(browser, address, page.relative_to(site).as_posix())
         found = tab.evaluate("""() => [...document.querySelectorAll("main .cell-output pre, main math[display=block]")]
                                 .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent.slice(0, 60))""")
-        cut += [(page, text) for text in found]
+        cut += [(page.name, text) for text in found]
         tab.context.close()
     assert not cut
 
 
 def test_search_and_theme(browser, address):
     tab, said = opened(browser, address, "index.html")
-    tab.locator("input[type=search]:visible, .smalldocs-search input:visible, #quarto-search input:visible").first.fill("absmax")
+    box = tab.locator("input[type=search]:visible, .smalldocs-search input:visible, #quarto-search input:visible")
+    box.first.fill("absmax")
     tab.wait_for_selector("a[href*='01_blockwise'] >> visible=true")
     before = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     tab.keyboard.press("Escape")
@@ -142,7 +148,8 @@ def test_the_keyboard_alone_reaches_everything(browser, address):
     for _ in range(25):
         tab.keyboard.press("Tab")
         seen.append(tab.evaluate("""() => { const e = document.activeElement, s = getComputedStyle(e);
-            return [e.tagName, e.textContent.trim().slice(0, 20), s.outlineStyle !== "none" || s.boxShadow !== "none"]; }"""))
+            const marked = s.outlineStyle !== "none" || s.boxShadow !== "none";
+            return [e.tagName, e.textContent.trim().slice(0, 20), marked]; }"""))
     links = [s for s in seen if s[0] == "A"]
     assert len({tuple(s[:2]) for s in links}) > 5 and all(s[2] for s in links), seen
     tab.context.close()
@@ -154,7 +161,8 @@ def test_the_keyboard_alone_reaches_everything(browser, address):
 def lab(tmp_path_factory):
     "JupyterLab as `make lab` starts it, over a copy of the notebooks."
     folder = tmp_path_factory.mktemp("lab")
-    for name in ("nbs", "benchmarks"): shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("nbs", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -190,16 +198,17 @@ def test_the_index_opens_in_jupyterlab(browser, lab):
     tab.context.close()
 
 
-def test_solutions_are_folded_in_jupyterlab(browser, lab):
+def test_solutions_are_folded_in_jupyterlab():
     cells = json.loads((ROOT / "nbs/02_nf4.ipynb").read_text(encoding="utf-8"))["cells"]
-    hidden = sum(bool(c["metadata"].get("jupyter", {}).get("source_hidden")) for c in cells)
-    assert hidden and all(c["metadata"]["jupyter"]["source_hidden"] for c in cells if "#| hide\n" in "".join(c["source"]))
+    hidden = [c["metadata"]["jupyter"]["source_hidden"] for c in cells if "#| hide\n" in "".join(c["source"])]
+    assert hidden and all(hidden)
 
 
 def test_lesson_02_runs_to_its_end_and_its_slider_moves_the_figure(browser, lab):
     tab, said = in_the_lab(browser, lab, "02_nf4.ipynb")
     cells = json.loads((ROOT / "nbs/02_nf4.ipynb").read_text(encoding="utf-8"))["cells"]
-    last = sum(c["cell_type"] == "code" and bool(ast.parse("".join(c["source"])).body) for c in cells)  # comments do not count
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    last = sum(bool(ast.parse(source).body) for source in code)  # comments do not count
     tab.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle], .jp-KernelStatus", timeout=60_000)
     tab.click("text=Run >> nth=0")
     tab.click("text=Run All Cells")
@@ -212,13 +221,12 @@ def test_lesson_02_runs_to_its_end_and_its_slider_moves_the_figure(browser, lab)
     assert max(counts) >= last and tab.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
     slider = tab.locator(".widget-slider .noUi-handle, .jupyter-widgets .noUi-handle").first
     slider.scroll_into_view_if_needed()
-    figure = tab.locator(".jupyter-widgets-output-area img, .widget-output img").first
-    before = figure.get_attribute("src")
+    before = tab.locator(FIGURE).first.get_attribute("src")
     slider.focus()
     for _ in range(5): tab.keyboard.press("ArrowLeft")
     for _ in range(60):
         tab.wait_for_timeout(500)
-        if tab.locator(".jupyter-widgets-output-area img, .widget-output img").first.get_attribute("src") != before: break
-    assert tab.locator(".jupyter-widgets-output-area img, .widget-output img").first.get_attribute("src") != before
+        if tab.locator(FIGURE).first.get_attribute("src") != before: break
+    assert tab.locator(FIGURE).first.get_attribute("src") != before
     assert not [s for s in said if not s.startswith("http")], said
     tab.context.close()

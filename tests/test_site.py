@@ -1,6 +1,6 @@
-"""The documentation site: nothing broken, nothing missing, nothing that a reader should not see, and nothing that needs a network.
+"""The documentation site: nothing broken, nothing missing, nothing that needs a network or that no reader should see.
 
-Built by the pip-only renderer into a temporary folder; QLORA_LAB_SITE names a site that is there already, by either renderer.
+Built by the pip-only renderer into a temporary folder; QLORA_LAB_SITE names a site that is there, by either renderer.
 """
 import json
 import re
@@ -10,13 +10,15 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from conftest import build_site
 from nbdev.config import get_config
 from smalldocs import api
 from smalldocs.check import scan
 
+from conftest import build_site
+
 ROOT = Path(__file__).parent.parent
-NBS = {p.relative_to(ROOT/"nbs"): json.loads(p.read_text(encoding="utf-8")) for p in sorted((ROOT/"nbs").rglob("*.ipynb"))
+BOOKS = sorted((ROOT/"nbs").rglob("*.ipynb"))
+NBS = {p.relative_to(ROOT/"nbs"): json.loads(p.read_text(encoding="utf-8")) for p in BOOKS
        if not any(part[0] in "._" for part in p.relative_to(ROOT/"nbs").parts)}
 CONFIG = (ROOT/"_quarto.yml").read_text(encoding="utf-8")
 LESSON = re.compile(r"\d\d[a-z]?_\w+\.ipynb$")
@@ -45,7 +47,8 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.ids, self.formulas = set(), 0
-        self.links, self.body_links, self.loads, self.images, self.cells, self.prose, self.stack = [], [], [], [], [], [], []
+        self.links, self.body_links, self.loads, self.images = [], [], [], []
+        self.cells, self.prose, self.stack = [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -109,14 +112,16 @@ def test_links_arrive(site, pages):
 def test_pages_need_no_network(site, pages):
     "Neither do their styles and scripts: no font host, no library from elsewhere."
     loads = [(where, src) for where, page in pages.items() for src in page.loads]
-    assert not [f"{where}: {src}" for where, src in loads if urlsplit(src).scheme not in ("", "data") or urlsplit(src).netloc]
+    far = [(where, src) for where, src in loads if urlsplit(src).scheme not in ("", "data") or urlsplit(src).netloc]
+    assert not far
     for file in site.rglob("*.css"):
         text = re.sub(r"/\*.*?\*/", "", file.read_text(encoding="utf-8"), flags=re.S)
         asked = re.findall(r"""(?:@import\s+["']?|url\(\s*["']?)((?:https?:)?//[^"')]+)""", text)
         assert not asked, (file.name, asked)
     for file in [*site.rglob("*.js"), *site.rglob("*.html")]:
         text = file.read_text(encoding="utf-8")
-        asked = re.findall(r"""(?:import\s*\(|importScripts\(|\.src\s*=|require\(\[?|fetch\()\s*["'](?:https?:)?//[^"']+""", text)
+        calls = r"(?:import\s*\(|importScripts\(|\.src\s*=|require\(\[?|fetch\()"
+        asked = re.findall(calls + r"""\s*["'](?:https?:)?//[^"']+""", text)
         assert not asked, (file.name, asked)
 
 
@@ -129,9 +134,11 @@ def test_formulas_have_a_font_that_stretches(site):
 
 
 def test_images_say_what_they_show(pages):
-    assert not [f"{where}: {src} alt={alt!r}" for where, page in pages.items() for src, alt in page.images if len(alt) < 15]
+    images = [(where, src, alt) for where, page in pages.items() for src, alt in page.images]
+    assert not [image for image in images if len(image[2]) < 15]
     shown = sum(len(page.images) for page in pages.values())
-    outputs = [o for nb in NBS.values() for c in nb["cells"] if "hide" not in c["source"][:1] for o in c.get("outputs", [])]
+    seen = [c for nb in NBS.values() for c in nb["cells"] if "hide" not in c["source"][:1]]
+    outputs = [o for c in seen for o in c.get("outputs", [])]
     stored = sum("image/png" in o.get("data", {}) for o in outputs)
     assert shown >= stored
 
@@ -139,9 +146,10 @@ def test_images_say_what_they_show(pages):
 def test_hidden_cells_and_directives_stay_out(pages):
     for path, nb in NBS.items():
         shown = {c.strip() for c in pages[path.with_suffix(".html")].cells}
-        assert shown or not [c for c in cells(nb, "code") if not re.search(r"^#\|\s*(hide|echo: false|default_exp)", c, re.M)], path
+        unseen = re.compile(r"^#\|\s*(hide|echo: false|default_exp)", re.M)
+        assert shown or not [c for c in cells(nb, "code") if not unseen.search(c)], path
         assert not shown & marked(nb, r"hide\s*$") - {""}, path
-        assert not [c for c in shown if re.search(r"^#\s*(\||NBVAL_)", c, re.M) or "show_doc" in c or "nbdev_export" in c], path
+        assert not [c for c in shown if re.search(r"^#\s*(\||NBVAL_)|show_doc|nbdev_export", c, re.M)], path
     assert not [where for where, page in pages.items() if "#|" in "".join(page.prose)]
 
 
@@ -169,9 +177,10 @@ def test_tables_of_the_api_say_something(site):
         assert "{#" not in re.sub(r"<(script|style).*?</\1>", "", text, flags=re.S), file.name
         assert not re.search(r"<h[23][^>]*>(?:class )?_\w", text), file.name
         for table in re.findall(r"<table.*?</table>", text, re.S):
-            rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.S) for row in re.findall(r"<tr.*?</tr>", table, re.S)]
-            columns = list(zip(*rows[1:]))
-            assert all(any(re.sub(r"<[^>]+>", "", cell).strip() for cell in column) for column in columns), (file.name, rows[:2])
+            found = re.findall(r"<tr.*?</tr>", table, re.S)
+            split = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.S) for row in found]
+            rows = [[re.sub(r"<[^>]+>", "", cell).strip() for cell in row] for row in split]
+            assert all(any(column) for column in zip(*rows[1:])), (file.name, rows[:2])
 
 
 def test_no_link_is_left_as_text(pages):
@@ -213,7 +222,8 @@ def test_language_models_get_the_pages_in_course_order(site):
 def test_bibliography_holds_what_is_cited():
     page = "\n\n".join(cells(NBS[Path("reference/bibliography.ipynb")], "markdown"))
     entries = {m[1]: m[2] for m in re.finditer(r"^### (\S+)\n(.*?)(?=^##|\Z)", page, re.M | re.S)}
-    cited = {m for nb in NBS.values() for c in cells(nb, "markdown") for m in re.findall(r"bibliography\.ipynb#([\w-]+)", c)}
+    text = "\n".join(c for nb in NBS.values() for c in cells(nb, "markdown"))
+    cited = set(re.findall(r"bibliography\.ipynb#([\w-]+)", text))
     assert cited <= set(entries)
     for key, entry in entries.items():
         bibtex = re.search(rf"^@\w+\{{{key},$", entry, re.M)  # under the same key
@@ -232,7 +242,8 @@ def test_text_reads_alike_everywhere(path):
 def test_owner_and_host_stand_in_settings_alone():
     cfg = get_config(path=ROOT)
     texts = {"_quarto.yml": CONFIG, **{str(p): "".join(cells(nb, "markdown")) for p, nb in NBS.items()}}
-    for value in (cfg.git_url, cfg.doc_host): assert not [name for name, text in texts.items() if value.split("//")[1] in text]
+    for value in (cfg.git_url, cfg.doc_host):
+        assert not [name for name, text in texts.items() if value.split("//")[1] in text]
 
 
 def test_build_refuses_a_folder_that_holds_something_else(tmp_path):
