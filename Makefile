@@ -47,8 +47,9 @@ lab: $(STAMP)  ## open JupyterLab at the index, on this machine alone
 docs: $(STAMP)  ## build the documentation site into _site
 	@$(PY) scripts/build_docs.py $(ARGS)
 
-bench: $(STAMP)  ## the lab beside peft + bitsandbytes, on the same work
+bench: $(STAMP)  ## the lab beside peft + bitsandbytes, on the same work; alone, and beside busy processes
 	@$(PY) -m benchmarks.cpu $(ARGS)
+	@$(PY) -m benchmarks.shared_machine
 
 bench-gpu: $(STAMP)  ## the same on a GPU, decoding to training steps
 	@$(PY) -m benchmarks.gpu $(ARGS)
