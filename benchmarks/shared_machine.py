@@ -2,8 +2,8 @@
 
     make bench            # or python -m benchmarks.shared_machine; on two cores about six minutes
 
-Each time in a process of its own, started when the others are busy already, with the way in which OpenMP's threads wait chosen
-by `qlora_lab.threads`, or spinning, or asleep. Prints seconds a step and writes results/shared_machine.json.
+Each time in a process of its own, started when the others are busy already, with the way in which OpenMP's threads wait
+chosen by `qlora_lab.threads`, or spinning, or asleep. Prints seconds a step, writes results/shared_machine.json.
 """
 import argparse
 import json
@@ -51,8 +51,7 @@ def measured(side: str, others: int, way: str, steps: int) -> dict:
         env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | WAYS[way]
         out = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
     found = json.loads(out.stdout.splitlines()[-1])
-    return {"side": side, "others": others, "way": way, "policy": found["policy"], "median_s": statistics.median(found["seconds"]),
-            "seconds": found["seconds"]}
+    return {"side": side, "others": others, "way": way, **found, "median_s": statistics.median(found["seconds"])}
 
 
 def main() -> None:
