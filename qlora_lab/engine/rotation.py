@@ -68,6 +68,8 @@ if triton:
         b = tl.load(at_ptr + HALF, mask=inside, other=0.).to(tl.float32)
         return a, b
 
+# %% ../../nbs/engine/rotation.ipynb #89df4a92
+if triton:
     @triton.jit
     def _turned(
         a,                   # [heads, lanes], first halves
