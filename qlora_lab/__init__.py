@@ -36,7 +36,7 @@ _PUBLIC = {
     "data": ["docstring_pairs", "load_jsonl", "split"],
     "train": ["Run", "TrainConfig", "train"],
     "memory": ["MemoryPlan", "ledger", "plan"],
-    "fused": ["fuse_layers"],
+    "engine.fusing": ["fuse_layers"],
     "engine.dispatch": ["use_kernels"],
 }
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .engine.dispatch import FASTER, standing_in, twin, use_kernels
-from .fused import fused_part, is_fused
+from .engine.fusing import fused_part, is_fused
 from .kernels import on_device
 from .train import answer_places
 

@@ -1,4 +1,4 @@
-"""A layer by hand is the layer: values, gradients and memory of fused layers, on a CPU by plain operations, on a GPU by kernels.
+"""A layer by hand is the layer: values, gradients, memory of fused layers; on a CPU plain operations, on a GPU kernels.
 
 Protects: every product and sum of the hand-written backward pass, and what is left to the plain path.
 """
@@ -12,16 +12,19 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import devices
-from qlora_lab import fused, kernels
 from qlora_lab.checkpointing import MemoryTimeline, checkpoint_layers, decoder_layers
-from qlora_lab.fused import Group, adapter_gradients, fits, fuse_layers, group_backward, group_forward, is_fused
+from qlora_lab.engine import activation, decoder_layer, norms, rotation
+from qlora_lab.engine import group as groups
+from qlora_lab.engine.decoder_layer import FusedLayer
+from qlora_lab.engine.dispatch import use_kernels
+from qlora_lab.engine.fusing import FUSED, fits, fuse_layers, is_fused
+from qlora_lab.engine.group import Group, adapter_gradients, group_backward, group_forward
 from qlora_lab.linear4bit import Linear4bit, quantize_model, saved_for_backward
 from qlora_lab.lora import LoRALinear, add_lora, trainable
 from qlora_lab.records import LabError
-from qlora_lab.engine.dispatch import use_kernels
 
 there = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(norms.triton is None, reason="Triton is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +33,17 @@ def switched_on_again():
     use_kernels()
 
 
-def small(family="llama", targets="all-linear", device="cpu", dtype=torch.float32, dropout=0., compute=None, seed=0, rank=4, **more):
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 128}
+
+
+def unquantized(family, **more): return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE | more))
+
+
+def small(family="llama", targets="all-linear", device="cpu", dtype=torch.float32, dropout=0., compute=None, seed=0,
+          rank=4, **more):
     torch.manual_seed(seed)
-    config = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=128, sliding_window=None) | more
-    model = quantize_model(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config)), compute_dtype=compute)
+    config = {"num_hidden_layers": 3, "num_key_value_heads": 2, "sliding_window": None} | more
+    model = quantize_model(unquantized(family, **config), compute_dtype=compute)
     add_lora(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=dropout), seed=0)
     for name, p in model.named_parameters():
         if "lora_B" in name: nn.init.normal_(p, std=0.1)
@@ -47,18 +57,25 @@ def small(family="llama", targets="all-linear", device="cpu", dtype=torch.float3
 @pytest.fixture
 def rubbish(monkeypatch):
     "New memory is full of NaN, as it may be."
-    def filled(make): return lambda *args, **kwargs: t.fill_(torch.nan) if (t := make(*args, **kwargs)).is_floating_point() else t
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")): monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+    def filled(make):
+        def made(*args, **kwargs):
+            t = make(*args, **kwargs)
+            return t.fill_(torch.nan) if t.is_floating_point() else t
+        return made
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
 
 
-def ids(device, tokens=24): return torch.randint(0, 128, (2, tokens), generator=torch.Generator().manual_seed(1)).to(device)
+def ids(device, tokens=24):
+    return torch.randint(0, 128, (2, tokens), generator=torch.Generator().manual_seed(1)).to(device)
 
 
 def gradients(model, tokens=24, **kwargs):
     "Loss and all gradients in one vector."
     for p in model.parameters(): p.grad = None
     given = ids(next(model.parameters()).device, tokens)
-    loss = F.cross_entropy(model(input_ids=given, use_cache=False, **kwargs).logits[:, :-1].flatten(0, 1).float(), given[:, 1:].flatten())
+    logits = model(input_ids=given, use_cache=False, **kwargs).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), given[:, 1:].flatten())
     loss.backward()
     return torch.cat([loss.detach()[None], *(p.grad.float().flatten() for p in trainable(model))])
 
@@ -68,10 +85,15 @@ def off(a, b): return ((a - b).norm() / b.norm()).item()
 
 @pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("targets, rank", [("all-linear", 4), (["q_proj", "v_proj", "down_proj"], 4), (["k_proj", "up_proj", "o_proj"], 8), (["v_proj", "gate_proj"], 16)], ids=["all", "some", "others", "few"])
-@pytest.mark.parametrize("family, more", [("llama", {}), ("llama", dict(num_key_value_heads=4, intermediate_size=100, head_dim=8)), ("mistral", {}), ("qwen2", {})], ids=["llama", "odd", "mistral", "qwen2"])
+@pytest.mark.parametrize("targets, rank", [
+    ("all-linear", 4), (["q_proj", "v_proj", "down_proj"], 4), (["k_proj", "up_proj", "o_proj"], 8),
+    (["v_proj", "gate_proj"], 16)], ids=["all", "some", "others", "few"])
+@pytest.mark.parametrize("family, more", [
+    ("llama", {}), ("llama", {"num_key_value_heads": 4, "intermediate_size": 100, "head_dim": 8}), ("mistral", {}),
+    ("qwen2", {})], ids=["llama", "odd", "mistral", "qwen2"])
 def test_fused_layers_are_the_plain_ones(family, more, targets, rank, again, device, rubbish):
-    "Biases, shared keys, layers without adapters, ranks that fill the room and that do not, widths that no tile divides; kept or computed a second time."
+    """Biases, shared keys, layers without adapters, ranks that fill the room and that do not, widths that no tile
+    divides; kept or computed a second time."""
     use_kernels(False)
     plain = gradients(small(family, targets, device, rank=rank, **more))
     use_kernels()
@@ -83,11 +105,12 @@ def test_fused_layers_are_the_plain_ones(family, more, targets, rank, again, dev
 @pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("again", [False, True])
 def test_fused_layers_round_no_worse_than_plain_ones(again, device):
-    "Gradients in bfloat16 against float32, over several models: flash attention, the kernels, and sums inside products."
+    "Gradients in bfloat16 against float32, over several models: flash attention, kernels, sums inside products."
     ratios = []
     for seed in range(6):
         use_kernels(False)
-        exact, plain = (gradients(small(device=device, dtype=d, seed=seed))[1:] for d in (torch.float32, torch.bfloat16))
+        pair = [gradients(small(device=device, dtype=d, seed=seed)) for d in (torch.float32, torch.bfloat16)]
+        exact, plain = (found[1:] for found in pair)
         use_kernels()
         model = fuse_layers(checkpoint_layers(small(device=device, dtype=torch.bfloat16, seed=seed), again))
         ratios.append(off(gradients(model)[1:], exact) / off(plain, exact))
@@ -97,8 +120,8 @@ def test_fused_layers_round_no_worse_than_plain_ones(again, device):
 
 def test_a_fused_layer_is_used(monkeypatch):
     "Without this, every comparison above could be of the plain path with itself."
-    used, real = [], fused.attend
-    monkeypatch.setattr(fused, "attend", lambda *args: used.append(1) or real(*args))
+    used, real = [], decoder_layer.attend
+    monkeypatch.setattr(decoder_layer, "attend", lambda *args: used.append(1) or real(*args))
     gradients(fuse_layers(checkpoint_layers(small())))
     assert len(used) == 6  # three layers, each twice
 
@@ -111,17 +134,19 @@ def test_what_does_not_fit():
     trained = small("qwen2")
     decoder_layers(trained)[1].self_attn.q_proj.base_layer.bias.requires_grad_()
     assert fuse_layers(trained) is None and not any(map(is_fused, decoder_layers(trained)))
-    plain = add_lora(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=128)), LoraConfig(r=4, target_modules="all-linear"))
+    plain = add_lora(unquantized("llama", num_hidden_layers=1), LoraConfig(r=4, target_modules="all-linear"))
     assert fuse_layers(plain) is None and not fits(nn.Linear(2, 2))
     assert fuse_layers(small(attention_dropout=0.5)) is None
-    with pytest.warns(UserWarning, match="float16: decoder layers stay"): assert fuse_layers(small(dtype=torch.float16)) is None
+    half = small(dtype=torch.float16)
+    with pytest.warns(UserWarning, match="float16: decoder layers stay"): assert fuse_layers(half) is None
     wrapped = small()
     wrapped.model.layers[0].forward = wrapped.model.layers[0].forward  # another library's
     assert fuse_layers(wrapped) is None
 
 
-@pytest.mark.parametrize("family, more", [("granite", dict(residual_multiplier=0.3, attention_multiplier=0.2)), ("smollm3", dict(pad_token_id=0)), ("helium", dict(head_dim=16)), ("seed_oss", {}), ("ernie4_5", {})],
-                         ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("family, more", [
+    ("granite", {"residual_multiplier": 0.3, "attention_multiplier": 0.2}), ("smollm3", {"pad_token_id": 0}),
+    ("helium", {"head_dim": 16}), ("seed_oss", {}), ("ernie4_5", {})], ids=lambda v: v if isinstance(v, str) else "")
 def test_families_that_look_alike_stay_plain(family, more):
     "They scale, turn or drop something on the way."
     assert fuse_layers(small(family, **more)) is None
@@ -135,9 +160,11 @@ def test_what_goes_the_plain_way():
     assert torch.equal(gradients(model, attention_mask=mask), gradients(plain, attention_mask=mask))
     with torch.autocast("cpu", torch.bfloat16): assert torch.equal(gradients(model), gradients(plain))
     window = [f(small("mistral", sliding_window=8)) for f in (fuse_layers, lambda m: m)]
-    assert torch.equal(*map(gradients, window)) and not decoder_layers(window[0])[0]._fused.takes(9, torch.float32, torch.device("cpu"))
+    part = decoder_layers(window[0])[0]._fused
+    assert torch.equal(*map(gradients, window)) and not part.takes(9, torch.float32, torch.device("cpu"))
     with torch.no_grad():
-        whole = [m.eval().generate(ids("cpu")[:, :6], max_new_tokens=8, do_sample=False, pad_token_id=0) for m in (model, plain)]
+        how = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        whole = [m.eval().generate(ids("cpu")[:, :6], **how) for m in (model, plain)]
     assert torch.equal(*whole)
 
 
@@ -152,7 +179,7 @@ def test_a_fused_layer_can_be_taken_back():
 
 def test_what_changes_after_fusing_counts():
     "Adapters added later, another scaling, another dtype: the plain way or the new value, never the old one."
-    model = quantize_model(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=128)))
+    model = quantize_model(unquantized("llama", num_hidden_layers=1))
     fuse_layers(model.requires_grad_(False))
     add_lora(model, LoraConfig(r=4, target_modules="all-linear"), seed=0)
     assert gradients(model)[1:].any() and fuse_layers(model) is model and gradients(model)[1:].any()
@@ -178,7 +205,8 @@ def test_a_gradient_without_memory_of_its_own():
     for make in (fuse_layers, lambda m: m):
         model, x = make(small()), torch.randn(2, 24, 64, generator=torch.Generator().manual_seed(2)).requires_grad_()
         cos = model.model.rotary_emb(x, torch.arange(24)[None])
-        decoder_layers(model)[0](x.transpose(0, 1).contiguous().transpose(0, 1), position_embeddings=cos).sum().backward()
+        across = x.transpose(0, 1).contiguous().transpose(0, 1)
+        decoder_layers(model)[0](across, position_embeddings=cos).sum().backward()
         found.append(x.grad)
     assert off(*found) < 1e-5
 
@@ -188,7 +216,7 @@ def test_large_weights_are_decoded_a_layer_at_a_time(again, monkeypatch):
     "Values and gradients stay; the peak is lower."
     found, peaks = [], []
     for piece in (1 << 30, 0):
-        monkeypatch.setattr(fused, "PIECE", piece)
+        monkeypatch.setattr(groups, "PIECE", piece)
         model = fuse_layers(checkpoint_layers(small(hidden_size=256, intermediate_size=1024), again))
         gradients(model, 4)
         with MemoryTimeline() as timeline: found.append(gradients(model, 4))
@@ -210,7 +238,9 @@ def test_backward_twice(again):
 def test_saved_tensors_may_be_kept_elsewhere(again):
     "Hooks that copy them cut attention's graph off; it is run again."
     model, plain = fuse_layers(checkpoint_layers(small(), again)), gradients(small())
-    with torch.autograd.graph.save_on_cpu(): loss = F.cross_entropy(model(input_ids=ids("cpu"), use_cache=False).logits[:, :-1].flatten(0, 1).float(), ids("cpu")[:, 1:].flatten())
+    with torch.autograd.graph.save_on_cpu():
+        logits = model(input_ids=ids("cpu"), use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids("cpu")[:, 1:].flatten())
     loss.backward()
     assert off(torch.cat([loss.detach()[None], *(p.grad.flatten() for p in trainable(model))]), plain) < 1e-5
 
@@ -232,7 +262,7 @@ def test_a_checkpointed_layer_keeps_its_input():
 @pytest.mark.parametrize("piece", [0, 1 << 30], ids=["pieces", "whole"])
 def test_a_group_without_adapters_and_onto_something(piece, monkeypatch):
     "A frozen layer passes the gradient on; a residual and a bias are summed in."
-    monkeypatch.setattr(fused, "PIECE", piece)
+    monkeypatch.setattr(groups, "PIECE", piece)
     torch.manual_seed(0)
     layers = [Linear4bit.from_linear(nn.Linear(64, n)) for n in (32, 96)]
     group, x, onto, g = Group(*layers), torch.randn(5, 64, requires_grad=True), torch.randn(5, 128), torch.randn(5, 128)
@@ -247,21 +277,24 @@ def test_a_group_without_adapters_and_onto_something(piece, monkeypatch):
 
 
 @pytest.mark.parametrize("piece", [0, 1 << 30], ids=["pieces", "whole"])
-@pytest.mark.parametrize("ranks, room", [((8, 0, 16), 24), ((1, 2, 0), 8), ((0, 0, 5), 8), ((8, 0, 0), 8), ((0, 16, 0), 16), ((8, 8, 8), 24)], ids=str)
+@pytest.mark.parametrize("ranks, room", [
+    ((8, 0, 16), 24), ((1, 2, 0), 8), ((0, 0, 5), 8), ((8, 0, 0), 8), ((0, 16, 0), 16), ((8, 8, 8), 24)], ids=str)
 def test_room_is_for_adapters_alone(ranks, room, piece, monkeypatch, rubbish):
     "Some layers adapted, others not, one bias among them; nothing of what lay in the room before reaches a result."
-    monkeypatch.setattr(fused, "PIECE", piece)
+    monkeypatch.setattr(groups, "PIECE", piece)
     torch.manual_seed(0)
     layers = [Linear4bit.from_linear(nn.Linear(64, n, bias=n == 40)) for n in (32, 96, 40)]
     layers = [LoRALinear(layer, r=r, alpha=2 * r) if r else layer for layer, r in zip(layers, ranks)]
     for layer in layers:
-        if isinstance(layer, LoRALinear): nn.init.normal_(layer.lora_B.weight); layer.scaling = 2.
+        if not isinstance(layer, LoRALinear): continue
+        nn.init.normal_(layer.lora_B.weight)
+        layer.scaling = 2.
     group, x, g = Group(*layers), torch.randn(5, 64, requires_grad=True), torch.randn(5, 168)
     expected = torch.cat([layer(x) for layer in layers], 1)
     wanted = torch.autograd.grad(expected, [x, *group.params], g)
-    def rubbish(t): return torch.cat([t.detach(), torch.full((5, group.room), torch.nan)], 1)
+    def with_rubbish(t): return torch.cat([t.detach(), torch.full((5, group.room), torch.nan)], 1)
     with torch.no_grad():
-        read, grad = rubbish(x), rubbish(g)
+        read, grad = with_rubbish(x), with_rubbish(g)
         y = group_forward(group, read)
         group.fill_back(grad)
         found = group_backward(group, grad, torch.full((5, 64), torch.nan)), *adapter_gradients(group, grad, read)
@@ -269,43 +302,117 @@ def test_room_is_for_adapters_alone(ranks, room, piece, monkeypatch, rubbish):
     assert all(torch.allclose(mine, theirs, atol=1e-4) for mine, theirs in zip(found, wanted, strict=True))
 
 
-def normal(*shape, seed=0, dtype=torch.float32): return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(there, dtype)
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(there, dtype)
+
+
+def wider(t, more=8): return torch.cat([t, torch.full((len(t), more), 7., device=there)], 1)[:, :t.shape[1]]
+
+
+WIDTHS = [(1, 8), (5, 64), (3, 1000), (2, 1025)]
 
 
 @needs_triton
-@pytest.mark.parametrize("rows, width", [(1, 8), (5, 64), (3, 1000), (2, 1025)])
-def test_kernels_between_the_products(rows, width):
-    "Rows and tiles that no power of two fills; by Triton's interpreter without a GPU."
-    x, g, around, w = normal(rows, width), normal(rows, width, seed=1), normal(rows, width, seed=2), normal(width, seed=3)
-    def wider(t, more=8): return torch.cat([t, torch.full((rows, more), 7., device=there)], 1)[:, :t.shape[1]]
-    for room in (0, 8):
-        (y, rstd), (plain, r) = (f(x, w, 1e-5, room) for f in (fused.rms_norm_kernel, fused.rms_norm_plain))
-        assert y.shape == plain.shape == (rows, width + room) and torch.allclose(y[:, :width], plain[:, :width], atol=1e-5) and torch.allclose(rstd, r)
-        grads = [f(g, x, w, rstd, wider(around), room) for f in (fused.rms_norm_backward_kernel, fused.rms_norm_backward_plain)]
-        assert torch.allclose(*(t[:, :width] for t in grads), atol=1e-4) and grads[0].shape == (rows, width + room)
-        gate_up, outs, grads = wider(normal(rows, 2 * width), room), [torch.full((rows, 2 * width), 7., device=there) for _ in range(2)], [wider(g, room).clone() for _ in range(3)]
-        assert torch.allclose(fused.swiglu_kernel(gate_up, room)[:, :width], fused.swiglu_plain(gate_up), atol=1e-5)
-        for f, grad, out in zip((fused.swiglu_backward_kernel, fused.swiglu_backward_plain), grads, outs): f(grad, gate_up, out)
-        assert torch.allclose(*outs, atol=1e-5) and torch.allclose(*grads[:2], atol=1e-5) and torch.allclose(grads[0], fused.swiglu_plain(gate_up), atol=1e-5)
-        whole = torch.cat([gate_up, torch.full((rows, 8), 7., device=there)], 1)
-        fused.swiglu_backward_kernel(grads[2], whole[:, :2 * width], whole[:, :2 * width])
-        assert torch.equal(whole[:, :2 * width], outs[0]) and (whole[:, 2 * width:] == 7).all()  # written over what it read, and not over the rest
+@pytest.mark.parametrize("room", [0, 8])
+@pytest.mark.parametrize("rows, width", WIDTHS)
+def test_norms_by_kernels(rows, width, room):
+    "Rows that no power of two fills; by Triton's interpreter without a GPU."
+    x, g, around, w = (normal(*shape, seed=i) for i, shape in enumerate([(rows, width)] * 3 + [(width,)]))
+    (y, rstd), (plain, r) = (f(x, w, 1e-5, room) for f in (norms.rms_norm_kernel, norms.rms_norm_plain))
+    assert y.shape == plain.shape == (rows, width + room) and torch.allclose(rstd, r)
+    assert torch.allclose(y[:, :width], plain[:, :width], atol=1e-5)
+    both = norms.rms_norm_backward_kernel, norms.rms_norm_backward_plain
+    grads = [f(g, x, w, rstd, wider(around), room) for f in both]
+    assert torch.allclose(*(t[:, :width] for t in grads), atol=1e-4) and grads[0].shape == (rows, width + room)
+
+
+@needs_triton
+@pytest.mark.parametrize("room", [0, 8])
+@pytest.mark.parametrize("rows, width", WIDTHS)
+def test_the_gate_by_kernels(rows, width, room):
+    "Tiles that no power of two fills, parts of wider rows; gradients written over what was read, not over the rest."
+    gate_up, g = wider(normal(rows, 2 * width), room), normal(rows, width, seed=1)
+    outs = [torch.full((rows, 2 * width), 7., device=there) for _ in range(2)]
+    grads = [wider(g, room).clone() for _ in range(3)]
+    y, kernel = activation.swiglu_plain(gate_up), activation.swiglu_backward_kernel
+    assert torch.allclose(activation.swiglu_kernel(gate_up, room)[:, :width], y, atol=1e-5)
+    for f, grad, out in zip((kernel, activation.swiglu_backward_plain), grads, outs): f(grad, gate_up, out)
+    assert torch.allclose(*outs, atol=1e-5) and all(torch.allclose(grad, y, atol=1e-5) for grad in grads[:2])
+    whole = torch.cat([gate_up, torch.full((rows, 8), 7., device=there)], 1)
+    kernel(grads[2], whole[:, :2 * width], whole[:, :2 * width])
+    assert torch.equal(whole[:, :2 * width], outs[0]) and (whole[:, 2 * width:] == 7).all()
 
 
 @needs_triton
 @pytest.mark.parametrize("heads, size, positions, rows", [(1, 8, 4, 4), (3, 16, 5, 10), (4, 24, 6, 6)])
 def test_rotation_and_back(heads, size, positions, rows):
     "In place and out of place, a part of wider rows, angles shared by a batch; and turning back undoes it."
-    wide, turn = normal(rows, heads * size + 8), normal(1, positions, size // 2)
+    width = heads * size
+    wide, turn = normal(rows, width + 8), normal(1, positions, size // 2)
     cos, sin = (torch.cat([f(turn)] * 2, -1) for f in (torch.cos, torch.sin))
-    part, out, plain = wide[:, :heads * size], torch.zeros(rows, heads * size + 3, device=there)[:, :heads * size], torch.zeros(rows, heads * size, device=there)
-    fused.rotate_kernel(part, out, cos, sin, heads, 1)
-    fused.rotate_plain(part, plain, cos, sin, heads, 1)
+    part, plain = wide[:, :width], torch.zeros(rows, width, device=there)
+    out = torch.zeros(rows, width + 3, device=there)[:, :width]
+    rotation.rotate_kernel(part, out, cos, sin, heads, 1)
+    rotation.rotate_plain(part, plain, cos, sin, heads, 1)
     assert torch.allclose(out, plain, atol=1e-6)
     strange = part.clone()
     strange[0, 0], strange[-1, -1] = torch.inf, -torch.inf
-    fused.rotate_kernel(strange, out, cos, sin, heads, 0)
+    rotation.rotate_kernel(strange, out, cos, sin, heads, 0)
     assert torch.equal(strange, out)
     before = wide.clone()
-    for sign in (1, -1): fused.rotate_kernel(part, part, cos, sin, heads, sign)
-    assert torch.allclose(wide, before, atol=1e-6) and torch.equal(wide[:, heads * size:], before[:, heads * size:])
+    for sign in (1, -1): rotation.rotate_kernel(part, part, cos, sin, heads, sign)
+    assert torch.allclose(wide, before, atol=1e-6) and torch.equal(wide[:, width:], before[:, width:])
+
+
+large = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 40 << 30
+
+
+@pytest.mark.skipif(not large, reason="no GPU with 40 GiB")
+@pytest.mark.parametrize("what", ["norm", "gate", "rotation"])
+def test_more_than_two_to_the_31_numbers(what):
+    "The last rows of arrays beyond 32-bit places are what the same rows give alone; the angles' array is as long."
+    rows, width = 2 ** 19 + 2, 4096
+    x = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_()
+    last, w = x[-2:].clone(), normal(width, dtype=torch.bfloat16)
+    if what == "norm":
+        (y, rstd), (alone, _) = (norms.rms_norm(t, w, 1e-5) for t in (x, last))
+        grads = [norms.rms_norm_backward(t, t, w, r, t) for t, r in ((x, rstd), (last, rstd[-2:]))]
+        assert torch.equal(y[-2:], alone) and torch.equal(grads[0][-2:], grads[1])
+    elif what == "gate":
+        y, alone = activation.swiglu(x), activation.swiglu(last)
+        assert torch.equal(y[-2:], alone)
+        for grad, gate_up in ((y, x), (alone, last)): activation.swiglu_backward(grad, gate_up, gate_up)
+        assert torch.equal(x[-2:], last) and torch.equal(y[-2:], alone)
+    else:
+        angles, alone = x[None], last.clone()
+        out = torch.empty_like(x)
+        rotation.rotate(x, out, angles, angles, 1, 1)
+        rotation.rotate(last, alone, angles[:, -2:].contiguous(), angles[:, -2:].contiguous(), 1, 1)
+        assert torch.equal(out[-2:], alone)
+
+
+def test_a_family_is_a_short_description(monkeypatch):
+    "A subclass says what differs: here one that turns nothing, as the plain layer at place 0, where angles are 0."
+    class Unturned(FusedLayer):
+        def turn(self, qkv, cos, sin): return [cos]
+
+        def turn_back(self, grads, out, cos, sin, saved):
+            assert saved[0].shape == cos.shape
+            for grad, place in zip(grads, out[:, :self.qkv.outputs].split(self.qkv.sizes, 1)):
+                place.copy_(grad.transpose(1, 2).reshape(len(out), -1))
+    monkeypatch.setitem(FUSED, "LlamaDecoderLayer", Unturned)
+    places = torch.zeros(1, 24, dtype=torch.long)
+    plain = gradients(small(), position_ids=places)
+    for again in (False, True):
+        model = fuse_layers(checkpoint_layers(small(), again))
+        assert type(decoder_layers(model)[0]._fused) is Unturned
+        assert off(gradients(model, position_ids=places), plain) < 1e-5 < off(gradients(model), gradients(small()))
+
+
+@pytest.mark.parametrize("name", ["norms.rms_norm", "norms.rms_norm_backward", "rotation.rotate", "activation.swiglu",
+                                  "activation.swiglu_backward"])
+def test_each_operation_has_a_name(name):
+    "A function with its own entry in the documentation, which a lambda is not."
+    module, _, what = name.partition(".")
+    found = getattr({"norms": norms, "rotation": rotation, "activation": activation}[module], what)
+    assert found.__name__ == what and found.__doc__

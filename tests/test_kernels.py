@@ -16,7 +16,7 @@ from torch import nn
 from qlora_lab import kernels
 from qlora_lab.blockwise import dequantize_packed, midpoints
 from qlora_lab.double_quant import BLOCKSIZES, DYNAMIC8, _quantize_blocks, levels_by_code, quantize_4bit, reciprocal
-from qlora_lab.fused import adapted_linear
+from qlora_lab.engine.adapted_linear import adapted_linear
 from qlora_lab.kernels import compiled, dequantize_c, dequantize_triton, quantize_absmax_triton, quantize_c, quantize_triton
 from qlora_lab.linear4bit import Linear4bit
 from qlora_lab.lora import LoRALinear

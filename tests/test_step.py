@@ -19,7 +19,7 @@ from qlora_lab import step
 from qlora_lab.checkpointing import checkpoint_layers
 from qlora_lab.engine import dispatch
 from qlora_lab.engine.dispatch import AT_WORK, FASTER, places, twin, use_kernels
-from qlora_lab.fused import fuse_layers
+from qlora_lab.engine.fusing import fuse_layers
 from qlora_lab.lora import trainable
 from qlora_lab.paged import PagedAdamW, adamw
 from qlora_lab.step import LinearCrossEntropy, StepGraph, forget, forward_backward, fused_loss, padded
