@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KNOWN', 'FAMILIES', 'ROUNDED', 'LIBRARY_BYTES', 'CONTEXT_GIB', 'FRAGMENTS', 'CARDS', 'model_config', 'Settings',
            'empty_quantized', 'empty_model', 'empty_batch', 'watch_step', 'Moment', 'cuda_block', 'held_bytes',
-           'decode_empty', 'rehearsing', 'rehearse', 'MemoryPlan', 'plan', 'cards', 'largest', 'advice', 'ledger']
+           'decode_empty', 'rehearsing', 'rehearse', 'gradient_bytes', 'MemoryPlan', 'plan', 'cards', 'largest',
+           'advice', 'ledger']
 
 # %% ../nbs/12_memory.ipynb #8b402d41
 import json
@@ -300,15 +301,24 @@ def rehearse(config: "PretrainedConfig", s: Settings, layers: int, kernels: tupl
             for p in trainable(model): p.grad = torch.empty_like(p)
         return model, watch_step(model, empty_batch(s), ROUNDED[s.device]), fused
 
+def gradient_bytes(
+    parameters: list[nn.Parameter],
+    rounded: Callable[[int], int] = int,  # bytes asked for to bytes taken
+) -> int:
+    "What the gradients of these take: adapters that read the same input may have theirs side by side in one piece of memory."
+    pieces = {p.grad.untyped_storage()._cdata: p.grad.untyped_storage().nbytes() for p in parameters}
+    return sum(map(rounded, pieces.values()))
+
 @lru_cache(maxsize=256)
-def _rehearse(config_json: str, s: Settings, kernels: tuple) -> tuple[dict[str, Moment], dict[str, int], int, bool]:
-    "Moments, bytes held all the time, trainable parameters, and whether steps are recorded: from a rehearsal of at most three layers."
+def _rehearse(config_json: str, s: Settings, kernels: tuple) -> tuple[dict[str, Moment], dict[str, int], int, bool, int]:
+    "Moments, bytes held all the time, trainable parameters, whether steps are recorded, gradients: from a rehearsal of at most three layers."
     config = model_config(json.loads(config_json))
     layers, few = config.num_hidden_layers, min(3, config.num_hidden_layers)
     model, timeline, fused = rehearse(config, s, few, kernels)
     adapters = trainable(decoder_layers(model)[0])
-    moments = _moments(timeline, layers, few, sum(ROUNDED[s.device](p.nbytes) for p in adapters), s.accumulation > 1)
-    return moments, held_bytes(model, layers, ROUNDED[s.device]), layers * sum(ceil(p.numel() / BLOCK) * BLOCK for p in adapters), fused
+    gradient = gradient_bytes(adapters, ROUNDED[s.device])
+    moments, held = _moments(timeline, layers, few, gradient, s.accumulation > 1), held_bytes(model, layers, ROUNDED[s.device])
+    return moments, held, layers * sum(ceil(p.numel() / BLOCK) * BLOCK for p in adapters), fused, layers * gradient
 
 # %% ../nbs/12_memory.ipynb #b1c56801
 def _update_bytes(parameters: int, s: Settings, kernels: tuple) -> int:
@@ -390,10 +400,10 @@ def plan(
     if gpu_gib is not None and not gpu_gib > 0: raise LabError(f"gpu_gib={gpu_gib}: expected a positive number")
     text = json.dumps(config.to_dict(), default=str)
     kernels = tuple(twin(name, s.device) if s.kernels else None for name in REHEARSED)
-    moments, held, padded, fused = _rehearse(text, replace(s, optimizer_bits=32, device_budget=None), kernels)
+    alike, early = replace(s, optimizer_bits=32, device_budget=None), s.accumulation > 1
+    moments, held, padded, fused, gradients = _rehearse(text, alike, kernels)
     state, host, work = _optimizer(padded, s, kernels)
-    gradients, early = held["adapters"], s.accumulation > 1
-    if early: held = held | {"gradients from the start": gradients}
+    if early: held = held | {"gradients from the start": _rehearse(text, replace(alike, accumulation=1), kernels)[-1]}  # made by a first pass
     moments = moments | {"update": Moment(0 if early else gradients, 0, 0, work)}
     late = LIBRARY_BYTES[s.device] // 2 if fused else 0  # autograd's thread records too
     moments = {name: m if name in ("forward", "loss") else replace(m, in_flight=m.in_flight + late) for name, m in moments.items()}

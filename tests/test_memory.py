@@ -104,6 +104,7 @@ def rehearse(config, s, layers):
 @example(7, True, 2, 32, "nf4", 1, "float32")  # gradients outgrow what a layer lets go of: the highest middle layer is visited late
 @example(7, True, 200, 2, "nf4", 1, "float32")  # the other way round
 @example(7, True, 64, 32, "nf4", 2, "float32")  # gradients that are there from the start do not grow
+@example(4, False, 2, 2, "nf4", 1, "bfloat16")  # gradients so small that several share one piece of memory
 @given(st.integers(1, 7), st.booleans(), st.sampled_from([2, 64, 200]), st.sampled_from([2, 32]), st.sampled_from(["nf4", None]), st.integers(1, 2), st.sampled_from(["float32", "bfloat16"]))
 def test_three_layers_speak_for_all(layers, checkpointing, sequence, rank, quantize, accumulation, adapter_dtype):
     "Rehearsing every layer gives the same moments as three of them with the middle one repeated, and their highest is the peak."
@@ -113,6 +114,16 @@ def test_three_layers_speak_for_all(layers, checkpointing, sequence, rank, quant
     told = {k: m.total - recording * ("backward" in k) for k, m in plan(tiny(layers=layers), **asdict(s)).moments.items() if k != "update"}
     assert max(told.values()) == peak
     assert told == {k: m.total for k, m in whole.items() if k in told}
+
+
+@pytest.mark.parametrize("settings", [dict(rank=2, adapter_dtype="bfloat16"), dict(rank=2), dict(rank=32), dict(rank=2, adapter_dtype="bfloat16", quantize=None)])
+def test_gradients_of_the_update_are_what_the_step_leaves(settings):
+    "Pieces of memory that adapters share count once, at the update and, with accumulation, from the start."
+    s, kernels = Settings(sequence=2, **settings), [twin(name, "cuda") for name in REHEARSED]
+    _, timeline, _ = memory.rehearse(model_config(tiny()), s, 4, kernels)
+    left, p = timeline.live[-1] - cuda_block(4), plan(tiny(), **asdict(s))  # all but the loss
+    assert p.moments["update"].gradients == left
+    assert p.again(accumulation=2).held["gradients from the start"] == left
 
 
 def test_optimizer_state_is_what_the_optimizer_allocates():
