@@ -29,7 +29,8 @@ _PUBLIC = {
     "model": ["answer", "load_model", "memory_bill", "perplexity", "save_quantized"],
     "data": ["docstring_pairs", "load_jsonl", "split"],
     "train": ["Run", "TrainConfig", "train"],
-    "memory": ["MemoryPlan", "ledger", "plan"],
+    "memory": ["ledger"],
+    "engine.planner": ["MemoryPlan", "plan"],
     "fused": ["fuse_layers"],
     "engine.dispatch": ["use_kernels"],
 }
