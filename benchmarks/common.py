@@ -32,11 +32,11 @@ def spread_of(seconds: list[float]) -> dict[str, float]:
 
 
 def random_model(config, settings, device: str = "cuda", seed: int = 0):
-    "The model of a `memory.Settings` with random weights, live on a device and ready to train: the shapes are real, the words are not."
+    "The model of a `rehearsal.Settings` with random weights, live on a device and ready to train: the shapes are real, the words are not."
     import torch
     from torch import nn
     from qlora_lab.double_quant import faster
-    from qlora_lab.memory import empty_model
+    from qlora_lab.engine.rehearsal import empty_model
     model = empty_model(config, settings, attention="sdpa")
     generator = torch.Generator(device).manual_seed(seed)
     for module in model.modules():

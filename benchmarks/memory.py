@@ -5,6 +5,7 @@
 
 Writes results/memory_cuda.json or results/memory_cpu.json.
 """
+# ruff: noqa: E402  (a setting of torch has to stand before torch)
 import argparse
 import gc
 import json
@@ -15,13 +16,17 @@ import sys
 import time
 from dataclasses import asdict
 
-if "claims" in sys.argv: os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before torch starts
+if "claims" in sys.argv: os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
 from benchmarks.common import RESULTS, random_batch, random_model, random_peer, save_result
+from qlora_lab import plan
+from qlora_lab.engine.allocator import CONTEXT_GIB
+from qlora_lab.engine.fitting import largest
+from qlora_lab.engine.known_models import model_config
+from qlora_lab.engine.rehearsal import Settings
 from qlora_lab.lora import trainable
-from qlora_lab.memory import CONTEXT_GIB, Settings, largest, model_config, plan
 from qlora_lab.paged import PagedAdamW
 from qlora_lab.records import peak_memory_gib, release_memory
 from qlora_lab.train import train_step
@@ -54,9 +59,10 @@ CONFIGURATIONS = [  # name, settings
     ("llama-65b", dict(**PAPER, **PAGED)),
     ("llama-2-70b", dict(**PAPER, **PAGED)),
 ]
-CPU = [dict(batch_size=4, sequence=128), dict(batch_size=4, sequence=128, compute_dtype="float32"), dict(batch_size=8, sequence=128, learned=128),
+CPU = [dict(batch_size=4, sequence=128), dict(batch_size=4, sequence=128, compute_dtype="float32"),
+       dict(batch_size=8, sequence=128, learned=128),
        dict(batch_size=4, sequence=256, checkpointing=True), dict(batch_size=1, sequence=512, rank=64)]
-CLAIMS = [("llama-7b", 8), ("llama-13b", 24), ("llama-33b", 24), ("llama-65b", 48), ("llama-2-70b", 48)]  # model, GiB of the card
+CLAIMS = [("llama-7b", 8), ("llama-13b", 24), ("llama-33b", 24), ("llama-65b", 48), ("llama-2-70b", 48)]  # and GiB
 
 
 def peer_optimizer(params, settings: Settings):
@@ -65,16 +71,18 @@ def peer_optimizer(params, settings: Settings):
 
 
 def one(name: str, settings: Settings, steps: int = 3, peer: bool = False) -> dict:
-    "Peak of torch's allocator over whole training steps, the first one aside, and the time of a step; by the lab, or by peft and bitsandbytes."
+    "Peak of torch's allocator over whole training steps, the first aside, and a step's time; by the lab or its peer."
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()  # those of a recording would be counted with the next configuration too
     torch.cuda.empty_cache()
     model = (random_peer if peer else random_model)(model_config(name), settings)
-    optimizer = peer_optimizer(trainable(model), settings) if peer else \
-        PagedAdamW(trainable(model), lr=1e-4, bits=settings.optimizer_bits, device_budget=settings.device_budget)
+    if peer: optimizer = peer_optimizer(trainable(model), settings)
+    else:
+        bits, budget = settings.optimizer_bits, settings.device_budget
+        optimizer = PagedAdamW(trainable(model), lr=1e-4, bits=bits, device_budget=budget)
     batches = [random_batch(settings.batch_size, settings.sequence, settings.learned)] * settings.accumulation
     train_step(model, optimizer, batches, 1e-4, 0.3)
-    if "_graph" in model.__dict__: model._graph.clear()  # recorded anew: a replay takes its memory without asking the allocator
+    if "_graph" in model.__dict__: model._graph.clear()  # a replay takes memory without asking
     torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(steps):
@@ -84,16 +92,20 @@ def one(name: str, settings: Settings, steps: int = 3, peer: bool = False) -> di
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     free, total = torch.cuda.mem_get_info()
-    return {"measured_gib": torch.cuda.max_memory_allocated() / 2 ** 30, "reserved_gib": torch.cuda.max_memory_reserved() / 2 ** 30,
-            "outside_gib": (total - free - torch.cuda.memory_reserved()) / 2 ** 30, "step_s": statistics.median(seconds)}
+    return {"measured_gib": torch.cuda.max_memory_allocated() / 2 ** 30,
+            "reserved_gib": torch.cuda.max_memory_reserved() / 2 ** 30,
+            "outside_gib": (total - free - torch.cuda.memory_reserved()) / 2 ** 30,
+            "step_s": statistics.median(seconds)}
 
 
 def row(name: str, **settings) -> dict:
     p = plan(name, **settings)
-    found = one(name, p.settings)
-    found = {"model": name, "settings": asdict(p.settings), "planned_gib": p.total_gib, "moment": p.peak, "parts": p.parts, **found,
-             "error": p.total_gib / found["measured_gib"] - 1, "tokens_per_s": p.settings.batch_size * p.settings.sequence * p.settings.accumulation / found["step_s"]}
-    print(f"{name:14} {found['planned_gib']:7.3f} {found['measured_gib']:7.3f} GiB {found['error']:+8.3%} {found['step_s']:7.3f} s  {settings}", flush=True)
+    found, tokens = one(name, p.settings), p.settings.batch_size * p.settings.sequence * p.settings.accumulation
+    found = {"model": name, "settings": asdict(p.settings), "planned_gib": p.total_gib, "moment": p.peak,
+             "parts": p.parts, **found, "error": p.total_gib / found["measured_gib"] - 1,
+             "tokens_per_s": tokens / found["step_s"]}
+    print(f"{name:14} {found['planned_gib']:7.3f} {found['measured_gib']:7.3f} GiB {found['error']:+8.3%} "
+          f"{found['step_s']:7.3f} s  {settings}", flush=True)
     return found
 
 
@@ -103,13 +115,14 @@ def peers() -> list[dict]:
     for name, settings in (("llama-7b", PAPER), ("llama-65b", PAPER), ("llama-65b", PAPER | PAGED)):
         for who in ("lab", "peft + bitsandbytes"):
             found = one(name, Settings(**settings), 5, who != "lab")
-            rows.append({"model": name, "paged": "device_budget" in settings, "who": who, **found, "tokens_per_s": 512 / found["step_s"]})
+            rows.append({"model": name, "paged": "device_budget" in settings, "who": who, **found,
+                         "tokens_per_s": 512 / found["step_s"]})
             print(rows[-1], flush=True)
     return rows
 
 
 def claim(name: str, card: int) -> dict:
-    "The longest sequence that the plan says fits, taken under a cap of the card's size; and one a tenth longer, which must not fit."
+    "The longest sequence that fits by plan, under a cap of the card's size; and one a tenth longer, which must not."
     p = plan(name, card, **PAPER, **PAGED)
     longest, tried = largest(p), []
     total = torch.cuda.mem_get_info()[1]
@@ -118,8 +131,9 @@ def claim(name: str, card: int) -> dict:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction((card - CONTEXT_GIB) * 2 ** 30 / total)
-        try: tried.append({"sequence": sequence, "planned_gib": q.total_gib, "fits_by_plan": q.fits, "outcome": "finished", **one(name, q.settings, 1)})
-        except torch.OutOfMemoryError: tried.append({"sequence": sequence, "planned_gib": q.total_gib, "fits_by_plan": q.fits, "outcome": "out of memory"})
+        said = {"sequence": sequence, "planned_gib": q.total_gib, "fits_by_plan": q.fits}
+        try: tried.append(said | {"outcome": "finished"} | one(name, q.settings, 1))
+        except torch.OutOfMemoryError: tried.append(said | {"outcome": "out of memory"})
         finally: torch.cuda.set_per_process_memory_fraction(1.)
         print(name, card, tried[-1], flush=True)
     return {"model": name, "card_gib": card, "longest": longest, "tried": tried}
@@ -129,22 +143,28 @@ def cpu_one(settings: dict) -> None:
     "A process of its own: load SmolLM2, take three steps, print what was planned and the peak."
     import psutil
     from transformers import AutoTokenizer
+    from transformers.models.llama import modeling_llama  # noqa: F401  what a run imports anyway
+
+    from qlora_lab import cli  # noqa: F401
     from qlora_lab.assets import smollm2_folder
     from qlora_lab.model import load_model
     from qlora_lab.train import TrainConfig, attach_adapters
-    import qlora_lab.cli, transformers.models.llama.modeling_llama, peft  # noqa: F401  what a run imports anyway
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())  # noqa: F841  and reads before it plans
-    dtype, before, handed_back = settings.pop("compute_dtype"), psutil.Process().memory_info().rss, settings.pop("handed_back")
+    before = psutil.Process().memory_info().rss
+    dtype, handed_back = settings.pop("compute_dtype"), settings.pop("handed_back")
     if not handed_back: sys.modules["qlora_lab.train"].release_memory = lambda: None
-    p = plan("smollm2-135m", device="cpu", dtype="float32", compute_dtype=dtype, process_bytes=before, **settings)
+    on_cpu = dict(device="cpu", dtype="float32", compute_dtype=dtype, process_bytes=before)
+    p = plan("smollm2-135m", **on_cpu, **settings)
     model, _ = load_model(compute_dtype=getattr(torch, dtype), dtype=torch.float32, device="cpu")
-    model = attach_adapters(model, TrainConfig(rank=p.settings.rank, checkpointing=p.settings.checkpointing)).train()
+    config = TrainConfig(rank=p.settings.rank, checkpointing=p.settings.checkpointing)
+    model = attach_adapters(model, config).train()
     optimizer = PagedAdamW(trainable(model), lr=1e-4)
     batches = [random_batch(p.settings.batch_size, p.settings.sequence, p.settings.learned)] * p.settings.accumulation
     for _ in range(3):
         train_step(model, optimizer, batches, 1e-4, 0.3)
         if handed_back: release_memory()
-    print(json.dumps({"planned_gib": p.total_gib, "measured_gib": peak_memory_gib(), "handed_back": handed_back, "settings": asdict(p.settings), "parts": p.parts}))
+    print(json.dumps({"planned_gib": p.total_gib, "measured_gib": peak_memory_gib(), "handed_back": handed_back,
+                      "settings": asdict(p.settings), "parts": p.parts}))
 
 
 def main() -> None:
@@ -159,18 +179,21 @@ def main() -> None:
         for settings in CPU:
             for handed_back in (True, False):
                 asked = json.dumps({"compute_dtype": "bfloat16", "handed_back": handed_back} | settings)
-                out = subprocess.run([sys.executable, "-m", "benchmarks.memory", "--one", asked], check=True, capture_output=True, text=True)
+                command = [sys.executable, "-m", "benchmarks.memory", "--one", asked]
+                out = subprocess.run(command, check=True, capture_output=True, text=True)
                 found = json.loads(out.stdout.splitlines()[-1])
                 rows.append(found | {"error": found["planned_gib"] / found["measured_gib"] - 1})
-                print(f"{found['planned_gib']:6.2f} {found['measured_gib']:6.2f} GiB {rows[-1]['error']:+7.1%}  {asked}", flush=True)
+                planned, measured = found["planned_gib"], found["measured_gib"]
+                print(f"{planned:6.2f} {measured:6.2f} GiB {rows[-1]['error']:+7.1%}  {asked}", flush=True)
         return print(save_result("memory_cpu", {"rows": rows}))
     parts = ("configurations", "claims", "peers")
-    if args.only is None:  # each in a process of its own: bitsandbytes' managed memory stays with the process that asked for it
+    if args.only is None:  # each in a process of its own: bitsandbytes' managed memory stays with the process
         result = {}
         for part in parts:
             subprocess.run([sys.executable, "-m", "benchmarks.memory", "--only", part], check=True)
-            result |= {k: v for k, v in json.loads((RESULTS / f"memory_{part}.json").read_text()).items() if k != "provenance"}
-            (RESULTS / f"memory_{part}.json").unlink()
+            path = RESULTS / f"memory_{part}.json"
+            result |= {k: v for k, v in json.loads(path.read_text()).items() if k != "provenance"}
+            path.unlink()
         return print(save_result("memory_cuda", result))
     result = {}
     if args.only == "peers": result["peers"] = peers()
@@ -178,7 +201,8 @@ def main() -> None:
         rows = [row(name, **settings) for name, settings in CONFIGURATIONS]
         errors = [abs(r["error"]) for r in rows]
         result |= {"median_error": statistics.median(errors), "largest_error": max(errors), "rows": rows}
-        print(f"{len(rows)} configurations: median error {result['median_error']:.3%}, largest {result['largest_error']:.3%}", flush=True)
+        print(f"{len(rows)} configurations: median error {result['median_error']:.3%}, "
+              f"largest {result['largest_error']:.3%}", flush=True)
     if args.only == "claims": result["claims"] = [claim(*c) for c in CLAIMS]
     save_result(f"memory_{args.only}", result)
 

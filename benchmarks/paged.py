@@ -15,7 +15,8 @@ from torch import nn
 
 from benchmarks.common import interleaved, random_batch, random_model, save_result, spread_of
 from qlora_lab.lora import trainable
-from qlora_lab.memory import Settings, model_config
+from qlora_lab.engine.known_models import model_config
+from qlora_lab.engine.rehearsal import Settings
 from qlora_lab.paged import PagedAdamW, state_bytes
 from qlora_lab.train import train_step
 

@@ -35,7 +35,8 @@ _PUBLIC = {
     "model": ["answer", "load_model", "memory_bill", "perplexity", "save_quantized"],
     "data": ["docstring_pairs", "load_jsonl", "split"],
     "train": ["Run", "TrainConfig", "train"],
-    "memory": ["MemoryPlan", "ledger", "plan"],
+    "memory": ["ledger"],
+    "engine.planner": ["MemoryPlan", "plan"],
     "engine.fusing": ["fuse_layers"],
     "engine.dispatch": ["use_kernels"],
 }

@@ -339,7 +339,7 @@ def test_a_model_without_layers_is_left_alone():
 def test_a_plan_needs_no_triton():
     "The kernels that a plan rehearses are named, not run."
     code = "import sys; sys.modules['triton'] = None; from qlora_lab import plan; print(plan('smollm2-135m').total_gib)"
-    from qlora_lab.memory import plan
+    from qlora_lab import plan
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}).stdout
     assert float(out) == plan("smollm2-135m").total_gib < plan("smollm2-135m", kernels=False).total_gib
 

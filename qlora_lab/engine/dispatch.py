@@ -53,7 +53,7 @@ FASTER: dict[Key, str | Callable] = {
 }
 
 ALWAYS: dict[Key, str | Callable] = {
-    ("dequantize", "meta"): "memory.decode_empty",
+    ("dequantize", "meta"): "engine.rehearsal.decode_empty",
 }
 
 # %% ../../nbs/engine/dispatch.ipynb #4f329919
