@@ -32,10 +32,12 @@ def spread_of(seconds: list[float]) -> dict[str, float]:
 
 
 def random_model(config, settings, device: str = "cuda", seed: int = 0):
-    "The model of a `rehearsal.Settings` with random weights, live on a device and ready to train: the shapes are real, the words are not."
+    """The model of a `rehearsal.Settings` with random weights, live on a device and ready to train: the shapes are real,
+    the words are not."""
     import torch
     from torch import nn
-    from qlora_lab.double_quant import faster
+
+    from qlora_lab.engine.dispatch import faster
     from qlora_lab.engine.rehearsal import empty_model
     model = empty_model(config, settings, attention="sdpa")
     generator = torch.Generator(device).manual_seed(seed)
@@ -74,6 +76,7 @@ def random_peer(config, settings, device: str = "cuda", seed: int = 0):
     from peft import LoraConfig, get_peft_model
     from torch import nn
     from transformers import AutoModelForCausalLM
+
     from qlora_lab.linear4bit import set_submodule
     dtype = getattr(torch, settings.dtype)
     with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -81,18 +84,25 @@ def random_peer(config, settings, device: str = "cuda", seed: int = 0):
     def random(p): return torch.empty(p.shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
     for name, m in list(model.named_modules()):
         if type(m) is not nn.Linear or name.endswith("lm_head"): continue
-        layer = bnb.nn.Linear4bit(m.in_features, m.out_features, bias=m.bias is not None, compute_dtype=dtype, quant_type="nf4", compress_statistics=settings.double_quant, device="meta")
-        layer.weight = bnb.nn.Params4bit(random(m.weight), requires_grad=False, quant_type="nf4", compress_statistics=settings.double_quant)._quantize(device)
+        layer = bnb.nn.Linear4bit(m.in_features, m.out_features, bias=m.bias is not None, compute_dtype=dtype,
+                                  quant_type="nf4", compress_statistics=settings.double_quant, device="meta")
+        layer.weight = bnb.nn.Params4bit(random(m.weight), requires_grad=False, quant_type="nf4",
+                                         compress_statistics=settings.double_quant)._quantize(device)
         set_submodule(model, name, layer)
     for module in model.modules():
         for name, p in module._parameters.items():
-            if p is not None and p.is_meta: module._parameters[name] = nn.Parameter(torch.ones(p.shape, dtype=dtype, device=device) if "Norm" in type(module).__name__ else random(p), requires_grad=False)
+            if p is not None and p.is_meta:
+                norm = "Norm" in type(module).__name__
+                value = torch.ones(p.shape, dtype=dtype, device=device) if norm else random(p)
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
     if config.tie_word_embeddings: model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
     model.config.use_cache = False
-    if settings.checkpointing: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
-    model = get_peft_model(model, LoraConfig(r=settings.rank, target_modules="all-linear" if settings.targets == "all-linear" else list(settings.targets), task_type="CAUSAL_LM"))
+    targets = "all-linear" if settings.targets == "all-linear" else list(settings.targets)
+    model = get_peft_model(model, LoraConfig(r=settings.rank, target_modules=targets, task_type="CAUSAL_LM"))
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.to(getattr(torch, settings.adapter_dtype))
     return model.train()

@@ -2,8 +2,8 @@
 
     make bench            # or python -m benchmarks.cpu
 
-Prints a table of medians and ratios (above 1: the lab is faster) and writes results/cpu.json. Timed work takes turns in one
-process; loading, and the peak memory of a training step, are those of processes of their own.
+Prints a table of medians and ratios (above 1: the lab is faster) and writes results/cpu.json. Timed work takes turns in
+one process; loading, and the peak memory of a training step, are those of processes of their own.
 """
 import argparse
 import json
@@ -20,23 +20,27 @@ from qlora_lab.records import peak_memory_gib
 def quantize_and_back(n: int = 4096) -> dict[str, dict]:
     "16.8 M weights to nested NF4 and back, in float32 and bfloat16."
     import bitsandbytes.functional as bnb
+
     from qlora_lab.double_quant import quantize_4bit
     weight = torch.randn(n, n, generator=torch.Generator().manual_seed(0)) * 0.02
     ours, (packed, state) = quantize_4bit(weight), bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     assert torch.equal(ours.packed, packed)
-    rows = {"quantize 16.8 M weights": {"lab": lambda: quantize_4bit(weight), "bnb": lambda: bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)}}
+    def quantize_theirs(): return bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    rows = {"quantize 16.8 M weights": {"lab": lambda: quantize_4bit(weight), "bnb": quantize_theirs}}
     for dtype in (torch.float32, torch.bfloat16):
         def theirs(dtype=dtype):
             state.dtype = dtype
             return bnb.dequantize_4bit(packed, state)
         assert torch.equal(ours.dequantize(dtype), theirs())
-        rows[f"dequantize 16.8 M weights to {str(dtype)[6:]}"] = {"lab": lambda dtype=dtype: ours.dequantize(dtype), "bnb": theirs}
+        rows[f"dequantize 16.8 M weights to {str(dtype)[6:]}"] = {"lab": lambda dtype=dtype: ours.dequantize(dtype),
+                                                                  "bnb": theirs}
     return rows
 
 
 def one_layer(tokens: int = 512) -> dict[str, dict]:
     "A 576 x 1536 layer of SmolLM2, forward and backward to the input."
     import bitsandbytes as bnb
+
     from qlora_lab.linear4bit import Linear4bit
     linear = torch.nn.Linear(576, 1536, bias=False)
     lab = Linear4bit.from_linear(linear)
@@ -45,18 +49,23 @@ def one_layer(tokens: int = 512) -> dict[str, dict]:
     peer = peer.to("cpu").train()
     x, g = torch.randn(tokens, 576, requires_grad=True), torch.randn(tokens, 1536)
     assert torch.equal(lab(x), peer(x))
-    return {"one layer 576 to 1536, 512 tokens, both passes": {"lab": lambda: lab(x).backward(g), "bnb": lambda: peer(x).backward(g)}}
+    return {"one layer 576 to 1536, 512 tokens, both passes": {"lab": lambda: lab(x).backward(g),
+                                                               "bnb": lambda: peer(x).backward(g)}}
 
 
 def training_step(side: str, dtype: torch.dtype | None = None):
-    "A callable that takes one step of SmolLM2 on 4 x 128 tokens: QLoRA by the lab or by peft + bitsandbytes, or peft's LoRA on the float32 model."
+    """A callable that takes one step of SmolLM2 on 4 x 128 tokens: QLoRA by the lab or by peft + bitsandbytes, or
+    peft's LoRA on the float32 model."""
     from peft import LoraConfig, get_peft_model
+
     from qlora_lab.lora import trainable
     from qlora_lab.model import load_model
     from qlora_lab.train import TrainConfig, attach_adapters, train_step
     if side == "unquantized":
         model, _ = load_model(quantize=None)
-        model = get_peft_model(model, LoraConfig(r=TrainConfig.rank, lora_alpha=TrainConfig.alpha, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+        lora = LoraConfig(r=TrainConfig.rank, lora_alpha=TrainConfig.alpha, target_modules="all-linear",
+                          task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora).train()
     else:
         model, _ = load_model(backend=side, compute_dtype=dtype)
         model = attach_adapters(model, TrainConfig()).train()
@@ -68,25 +77,34 @@ def training_step(side: str, dtype: torch.dtype | None = None):
 
 
 def steps() -> dict[str, dict]:
-    "Steps with the same kind of products on both sides, and as each side does them unless told otherwise, beside LoRA without quantization."
-    rows = {f"training step, 4 x 128 tokens, {str(d)[6:]} products": {side: training_step(side, d) for side in ("lab", "bnb")} for d in (torch.float32, torch.bfloat16)}
-    defaults = {"lab": training_step("lab"), "bnb": training_step("bnb", torch.float32), "unquantized": training_step("unquantized")}
-    return rows | {"training step, 4 x 128 tokens, by default": defaults}
+    """Steps with the same kind of products on both sides, and as each side does them unless told otherwise, beside LoRA
+    without quantization."""
+    name = "training step, 4 x 128 tokens, "
+    rows = {f"{name}{str(d)[6:]} products": {side: training_step(side, d) for side in ("lab", "bnb")}
+            for d in (torch.float32, torch.bfloat16)}
+    defaults = {"lab": training_step("lab"), "bnb": training_step("bnb", torch.float32),
+                "unquantized": training_step("unquantized")}
+    return rows | {f"{name}by default": defaults}
 
 
 def peak_of_a_step(side: str, dtype: str) -> float:
     "Peak resident memory in GiB of a process that loads the model and takes three steps."
-    out = subprocess.run([sys.executable, "-m", "benchmarks.cpu", "--peak", side, dtype], check=True, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-m", "benchmarks.cpu", "--peak", side, dtype], check=True,
+                         capture_output=True, text=True)
     return float(out.stdout.split()[-1])
 
 
-LOADING = {"import torch and transformers": "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM",
-           "lab": "import qlora_lab; qlora_lab.load_model()", "bnb": "import qlora_lab; qlora_lab.load_model(backend='bnb')"}
+IMPORTS = "import torch and transformers"
+LOADING = {IMPORTS: "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM",
+           "lab": "import qlora_lab; qlora_lab.load_model()",
+           "bnb": "import qlora_lab; qlora_lab.load_model(backend='bnb')"}
 
 
 def loading() -> dict[str, dict]:
-    "From nothing to a loaded 4-bit SmolLM2, its weights converted before: whole processes, and of that what importing the libraries takes."
-    sides = {name: lambda code=code: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True) for name, code in LOADING.items()}
+    """From nothing to a loaded 4-bit SmolLM2, its weights converted before: whole processes, and of that what importing
+    the libraries takes."""
+    sides = {name: lambda code=code: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+             for name, code in LOADING.items()}
     return {name: spread_of(s) for name, s in interleaved(sides, 5, 1).items()}
 
 
@@ -100,14 +118,18 @@ def main() -> None:
         for _ in range(3): step()
         return print(peak_memory_gib())
     rows = quantize_and_back() | one_layer() | steps()
-    timed = {name: {side: spread_of(s) for side, s in interleaved(sides, args.rounds).items()} for name, sides in rows.items()}
+    timed = {name: {side: spread_of(s) for side, s in interleaved(sides, args.rounds).items()}
+             for name, sides in rows.items()}
     peaks = {b: {d: peak_of_a_step(b, d) for d in ("float32", "bfloat16")} for b in ("lab", "bnb")}
     timed["from nothing to a loaded model"] = loading()
     save_result("cpu", {"timings": timed, "peak_memory_gib": peaks})
-    table = pd.DataFrame({name: {"lab (ms)": t["lab"]["median_ms"], "bitsandbytes (ms)": t["bnb"]["median_ms"], "ratio": t["bnb"]["median_ms"] / t["lab"]["median_ms"],
-                                 "unquantized (ms)": t.get("unquantized", {}).get("median_ms")} for name, t in timed.items()}).T
+    table = pd.DataFrame({name: {"lab (ms)": t["lab"]["median_ms"], "bitsandbytes (ms)": t["bnb"]["median_ms"],
+                                 "ratio": t["bnb"]["median_ms"] / t["lab"]["median_ms"],
+                                 "unquantized (ms)": t.get("unquantized", {}).get("median_ms")}
+                          for name, t in timed.items()}).T
     print(table.astype(float).round(2).to_string(na_rep=""))
-    print(f"of loading, imports of torch and transformers: {timed['from nothing to a loaded model']['import torch and transformers']['median_ms']:.0f} ms")
+    imports = timed["from nothing to a loaded model"][IMPORTS]["median_ms"]
+    print(f"of loading, imports of torch and transformers: {imports:.0f} ms")
     print("peak memory of three training steps (GiB):", json.dumps(peaks))
 
 

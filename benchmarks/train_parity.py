@@ -2,8 +2,8 @@
 
     python -m benchmarks.train_parity            # about ten minutes on two cores
 
-Writes benchmarks/results/train_parity.json: the loss of every step of both, held-out scores before and after, seconds and
-peak memory. Each side runs in a process of its own, so that neither warms up or crowds the other.
+Writes benchmarks/results/train_parity.json: the loss of every step of both, held-out scores before and after, seconds
+and peak memory. Each side runs in a process of its own, so that neither warms up or crowds the other.
 """
 import argparse
 import json
@@ -36,14 +36,18 @@ def main() -> None:
     from qlora_lab.train import Run
     sides = {}
     for side in ("lab", "bnb"):
-        subprocess.run([sys.executable, "-m", "benchmarks.train_parity", "--side", side, "--steps", str(args.steps), "--folder", str(args.folder)], check=True)
+        subprocess.run([sys.executable, "-m", "benchmarks.train_parity", "--side", side, "--steps", str(args.steps),
+                        "--folder", str(args.folder)], check=True)
         run = Run.load(args.folder / side)
-        sides[side] = {"losses": run.losses, "seconds": sum(m["seconds"] for m in run.metrics), "peak_memory_gib": run.record["peak_memory_gib"],
-                       "held_out": {k: {"loss": s.loss, "stderr": s.stderr} for k, s in (("before", run.before), ("after", run.after))},
+        sides[side] = {"losses": run.losses, "seconds": sum(m["seconds"] for m in run.metrics),
+                       "peak_memory_gib": run.record["peak_memory_gib"],
+                       "held_out": {k: {"loss": s.loss, "stderr": s.stderr}
+                                    for k, s in (("before", run.before), ("after", run.after))},
                        "config": run.record["config"], "memory": run.record["memory"]}
     apart = [abs(a - b) for a, b in zip(sides["lab"]["losses"], sides["bnb"]["losses"])]
+    ends = [sides[side]["held_out"]["after"]["loss"] for side in ("lab", "bnb")]
     result = {"sides": sides, "largest_difference_first_20_steps": max(apart[:20]), "largest_difference": max(apart),
-              "held_out_difference": abs(sides["lab"]["held_out"]["after"]["loss"] - sides["bnb"]["held_out"]["after"]["loss"])}
+              "held_out_difference": abs(ends[0] - ends[1])}
     print(save_result("train_parity", result))
     print(json.dumps({k: v for k, v in result.items() if k != "sides"}, indent=1))
 

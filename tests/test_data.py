@@ -3,15 +3,27 @@ import json
 
 import pytest
 import torch
-from conftest import WORDS
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from qlora_lab.data import Example, batch_indices, collate, data_hash, default_split, docstring_pairs, load_jsonl, pair, split, tokenize
+from qlora_lab.batches import batch_indices
+from qlora_lab.data import (
+    Example,
+    collate,
+    data_hash,
+    default_split,
+    docstring_pairs,
+    load_jsonl,
+    pair,
+    split,
+    tokenize,
+)
 from qlora_lab.records import LabError
 
 
 def write(path, *rows):
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)) + "\n" for r in rows), encoding="utf-8")
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)) + "\n" for r in rows),
+                    encoding="utf-8")
     return path
 
 
@@ -19,7 +31,8 @@ GOOD = {"prompt": "2 + 2?", "completion": "4"}
 
 
 def test_docstring_pairs_from_sources(tmp_path):
-    "Public functions and methods with a one-line docstring, in order, each with its module as group; nothing private, nothing unfinished."
+    """Public functions and methods with a one-line docstring, in order, each with its module as group; nothing private,
+    nothing unfinished."""
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / "till.py").write_text('''
 def pay(amount, *, tip=0):
@@ -36,8 +49,9 @@ class _Safe:
 ''')
     (tmp_path / "broken.py").write_text("def broken(:\n")
     got = docstring_pairs(tmp_path)
-    assert [(e.prompt.split("\n\n")[1], e.answer) for e in got] == [("shop.till.pay(amount, *, tip=0)", "Take the money and give change."),
-                                                                    ("shop.till.Till.open(self)", "Open the drawer with a bell.")]
+    assert [(e.prompt.split("\n\n")[1], e.answer) for e in got] == [
+        ("shop.till.pay(amount, *, tip=0)", "Take the money and give change."),
+        ("shop.till.Till.open(self)", "Open the drawer with a bell.")]
     assert {e.group for e in got} == {"shop"} and got[0].source == "shop/till.py:2"
 
 
@@ -50,15 +64,17 @@ def test_no_module_of_the_standard_library_is_on_both_sides():
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.sampled_from("abcdefghij"), st.sampled_from(["", "g1", "g2", "g3", "g4"])), min_size=8, max_size=60), st.integers(0, 5))
+@given(st.lists(st.tuples(st.sampled_from("abcdefghij"), st.sampled_from(["", "g1", "g2", "g3", "g4"])),
+                min_size=8, max_size=60), st.integers(0, 5))
 def test_split_keeps_groups_together(rows, seed):
-    "Any data, any seed: nothing lost, nothing twice, no group on both sides; examples without a group go by their prompt. More data moves no one."
+    """Any data, any seed: nothing lost, nothing twice, no group on both sides; examples without a group go by their
+    prompt. More data moves no one."""
     examples = [pair(p, "yes", g) for p, g in rows]
     try: data = split(examples, 0.3, seed)
     except LabError as e:
         assert "one side of the split empty" in str(e)
         return
-    key = lambda e: e.group or e.prompt
+    def key(e): return e.group or e.prompt
     assert not set(map(key, data.train)) & set(map(key, data.held_out))
     assert sorted(map(repr, data.train + data.held_out)) == sorted(map(repr, examples))
     more = split(examples + [pair("new", "yes", f"new{i}") for i in range(20)], 0.3, seed)
@@ -71,22 +87,33 @@ def test_a_share_outside_0_to_1(share):
 
 
 def test_jsonl_in_both_forms(tmp_path):
-    "Prompt and completion, or messages; blank lines, a byte order mark and Unicode's own line separators are no mistakes."
+    """Prompt and completion, or messages; blank lines, a byte order mark and Unicode's own line separators are no
+    mistakes."""
     odd = "one\u2028two\x85three"
     path = write(tmp_path / "a.jsonl", "\ufeff" + json.dumps(GOOD), "", {"prompt": odd, "completion": "ok", "group": 7},
-                 {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]})
+                 {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+                               {"role": "assistant", "content": "Hello"}]})
     a, b, c = load_jsonl(path)
-    assert (a.prompt, a.answer) == ("2 + 2?", "4") and b.prompt == odd and b.group == "7" and c.messages[0]["role"] == "system"
+    assert (a.prompt, a.answer) == ("2 + 2?", "4") and b.prompt == odd and b.group == "7"
+    assert c.messages[0]["role"] == "system"
     assert b.source.endswith("a.jsonl:3")
 
 
-BAD = {"not JSON": ("{oops", "not valid JSON"), "not an object": ("[1]", "expected an object, got list"), "no completion": ({"prompt": "a"}, "'completion'"),
-       "no prompt": ({"completion": "a"}, "'prompt'"), "empty answer": (GOOD | {"completion": "  "}, "completion is an empty answer"),
-       "number for text": (GOOD | {"completion": 4}, "completion should be text, got int"), "null": (GOOD | {"prompt": None}, "prompt should be text, got NoneType"),
-       "empty turn": ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}, r"messages\[1\].content is an empty answer"),
-       "no turns": ({"messages": []}, "at least one turn"), "messages of text": ({"messages": "hi"}, "should be a list"),
-       "odd role": ({"messages": [{"role": "bot", "content": "x"}]}, r"messages\[0\].role"), "turn without content": ({"messages": [{"role": "user"}]}, r"messages\[0\].content"),
-       "last by user": ({"messages": [{"role": "user", "content": "x"}]}, "expected 'assistant'")}
+BAD = {
+    "not JSON": ("{oops", "not valid JSON"),
+    "not an object": ("[1]", "expected an object, got list"),
+    "no completion": ({"prompt": "a"}, "'completion'"),
+    "no prompt": ({"completion": "a"}, "'prompt'"),
+    "empty answer": (GOOD | {"completion": "  "}, "completion is an empty answer"),
+    "number for text": (GOOD | {"completion": 4}, "completion should be text, got int"),
+    "null": (GOOD | {"prompt": None}, "prompt should be text, got NoneType"),
+    "empty turn": ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]},
+                   r"messages\[1\].content is an empty answer"),
+    "no turns": ({"messages": []}, "at least one turn"),
+    "messages of text": ({"messages": "hi"}, "should be a list"),
+    "odd role": ({"messages": [{"role": "bot", "content": "x"}]}, r"messages\[0\].role"),
+    "turn without content": ({"messages": [{"role": "user"}]}, r"messages\[0\].content"),
+    "last by user": ({"messages": [{"role": "user", "content": "x"}]}, "expected 'assistant'")}
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -108,7 +135,8 @@ def test_bad_files(tmp_path):
 
 def test_the_mask_covers_the_answers_and_what_ends_them(tokenizer):
     "The model learns the answers and when to stop, and none of the questions, in every turn by the assistant."
-    e = Example(({"role": "system", "content": "Be brief."}, {"role": "user", "content": "read the file"}, {"role": "assistant", "content": "Return it."},
+    e = Example(({"role": "system", "content": "Be brief."}, {"role": "user", "content": "read the file"},
+                 {"role": "assistant", "content": "Return it."},
                  {"role": "user", "content": "sort"}, {"role": "assistant", "content": "Sorted."}))
     t = tokenize(tokenizer, e)
     assert tokenizer.decode(t.ids) == tokenizer.apply_chat_template(list(e.messages), tokenize=False)
@@ -133,7 +161,8 @@ def test_collate_masks_what_it_adds(tokenizer):
     batch = collate([a, b])
     n = len(a.ids)
     assert batch["input_ids"].shape == (2, len(b.ids)) and batch["attention_mask"].sum(1).tolist() == [n, len(b.ids)]
-    assert (batch["labels"][0, n:] == -100).all() and torch.equal(batch["labels"][0, :n][a.mask], a.ids[a.mask]) and (batch["labels"][0, :n][~a.mask] == -100).all()
+    assert (batch["labels"][0, n:] == -100).all() and torch.equal(batch["labels"][0, :n][a.mask], a.ids[a.mask])
+    assert (batch["labels"][0, :n][~a.mask] == -100).all()
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

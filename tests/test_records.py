@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qlora_lab import records
-from qlora_lab.records import LabError, peak_memory_gib, provenance, read_json, release_memory, versions, whole_folder, write_whole
+from qlora_lab.records import LabError, peak_memory_gib, read_json, release_memory, versions, whole_folder, write_whole
 
 WRITE = "import sys; from qlora_lab.records import *; "
 
@@ -61,7 +62,8 @@ def test_others_may_read_what_is_written(tmp_path):
 def test_a_reader_never_sees_half_a_file(tmp_path):
     "One process writes megabytes over and over; every read in between finds one whole content."
     path = write_whole(tmp_path / "a", "0" * 2_000_000)
-    writer = subprocess.Popen([sys.executable, "-c", WRITE + "[write_whole(sys.argv[1], str(i % 10) * 2_000_000) for i in range(100_000)]", str(path)])
+    code = WRITE + "[write_whole(sys.argv[1], str(i % 10) * 2_000_000) for i in range(100_000)]"
+    writer = subprocess.Popen([sys.executable, "-c", code, str(path)])
     try:
         seen, end = set(), time.monotonic() + 20
         while len(seen) < 4 and time.monotonic() < end:
@@ -79,10 +81,12 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_the_next_writer_removes_what_a_killed_one_left(kind, tmp_path):
-    "Killed before the name is taken: the old content is there, beside it the hidden rest, which goes with the next write of the same name and no other."
+    """Killed before the name is taken: the old content is there, beside it the hidden rest, which goes with the next
+    write of the same name and no other."""
     write_whole(tmp_path / "a", "old")
     killed = WRITE + "import os, signal; os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
-    killed += "write_whole(sys.argv[1], 'lost')" if kind == "file" else "\nwith whole_folder(sys.argv[1]) as made: write_whole(made / 'x', 'lost')"
+    if kind == "file": killed += "write_whole(sys.argv[1], 'lost')"
+    else: killed += "\nwith whole_folder(sys.argv[1]) as made: write_whole(made / 'x', 'lost')"
     path = tmp_path / ("a" if kind == "file" else "m")
     assert python(killed, path).returncode == -signal.SIGKILL
     assert len(names(tmp_path)) == 2 and (tmp_path / "a").read_text() == "old"
@@ -106,7 +110,8 @@ def gone():
 def test_what_may_be_in_use_is_left_alone(tmp_path, gone, monkeypatch):
     "A process that runs, another machine, user or container, a name of some other make: none of our business."
     ours = records._whose()
-    stay = [f".a.{ours}-{os.getpid()}.x", f".a.{ours}-{os.getppid()}.x", f".a.{int(ours, 16) ^ 1:08x}-{gone}.x", f".a.{ours}-.x", f".a.{ours}-{gone}0000000000.x",
+    stay = [f".a.{ours}-{os.getpid()}.x", f".a.{ours}-{os.getppid()}.x", f".a.{int(ours, 16) ^ 1:08x}-{gone}.x",
+            f".a.{ours}-.x", f".a.{ours}-{gone}0000000000.x",
             f".a.{ours}-mine.x", ".a.x7f2", f".b.{ours}-{gone}.x", f"a.{ours}-{gone}.x", f".a.json.{ours}-{gone}.x"]
     for name in (*stay, f".a.{ours}-{gone}.x"): (tmp_path / name).write_text("")
     write_whole(tmp_path / "a", "new")
@@ -135,11 +140,14 @@ def test_a_folder_takes_its_name_when_it_is_full(tmp_path):
 @pytest.mark.parametrize("there", ["folder", "file"])
 def test_a_name_in_use_is_refused(there, tmp_path):
     "What is there stays, the half-made folder goes, and the message names what is in the way."
-    if there == "folder": (tmp_path / "m").mkdir(); (tmp_path / "m" / "mine").write_text("mine")
+    if there == "folder":
+        (tmp_path / "m").mkdir()
+        (tmp_path / "m" / "mine").write_text("mine")
     else: (tmp_path / "m").write_text("mine")
     with pytest.raises(LabError, match="m: already holds something"):
         with whole_folder(tmp_path / "m") as made: (made / "a").write_text("1")
-    assert names(tmp_path) == ["m"] and (tmp_path / "m" / "mine" if there == "folder" else tmp_path / "m").read_text() == "mine"
+    assert names(tmp_path) == ["m"]
+    assert (tmp_path / "m" / "mine" if there == "folder" else tmp_path / "m").read_text() == "mine"
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -154,8 +162,9 @@ def test_an_error_in_the_block_leaves_no_folder(error, tmp_path):
 # read_json
 
 @pytest.mark.parametrize("content, message", [
-    (b"[1, 2]", "expected a JSON object in braces, got list"), (b"null", ".*got NoneType"), (b'"text"', ".*got str"), (b"3.5", ".*got float"), (b"true", ".*got bool"),
-    (b"", "not valid JSON.*cut short"), (b'{\n "a": 1,\n "b"', "not valid JSON.*line 3"), (b"\xff\xfe{", "not valid JSON.*cut short")])
+    (b"[1, 2]", "expected a JSON object in braces, got list"), (b"null", ".*got NoneType"), (b'"text"', ".*got str"),
+    (b"3.5", ".*got float"), (b"true", ".*got bool"), (b"", "not valid JSON.*cut short"),
+    (b'{\n "a": 1,\n "b"', "not valid JSON.*line 3"), (b"\xff\xfe{", "not valid JSON.*cut short")])
 def test_what_is_not_a_json_object(content, message, tmp_path):
     "The file is named, whatever it holds; a list is as wrong as half an object."
     (tmp_path / "config.json").write_bytes(content)
@@ -171,24 +180,29 @@ def test_a_json_object(tmp_path):
 # provenance
 
 def test_provenance_has_what_is_needed_and_no_folder(tmp_path):
-    "In a process of its own with absolute paths on its command line: the command keeps their last parts, nothing else names a folder."
+    """In a process of its own with absolute paths on its command line: the command keeps their last parts, nothing else
+    names a folder."""
     script = tmp_path / "measure.py"
     script.write_text("import json; from qlora_lab.records import provenance; print(json.dumps(provenance()))")
-    done = subprocess.run([sys.executable, script, tmp_path / "data.jsonl", "--steps", "3"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, tmp_path / "data.jsonl", "--steps", "3"],
+                          capture_output=True, text=True)
     told = json.loads(done.stdout)
     assert told["command"].endswith("measure.py data.jsonl --steps 3")
     assert not any(str(p) in done.stdout for p in (tmp_path, Path(sys.executable).parent, Path.home(), Path.cwd()))
     assert told["cores"] == os.cpu_count() and told["threads"] >= 1 and told["cpu"] and told["date"].endswith("+00:00")
-    assert told["versions"] == versions() and told["versions"]["python"] == platform.python_version() and all(told["versions"].values())
+    assert told["versions"] == versions() and told["versions"]["python"] == platform.python_version()
+    assert all(told["versions"].values())
     assert versions(("torch", "no-such-package"))["no-such-package"] is None
 
 
 # memory
 
 def test_the_peak_rises_with_what_is_held_and_stays():
-    "Of a process of its own: neither an earlier test sets the peak, nor this process, which has held 0.5 GiB more when it starts the other."
+    """Of a process of its own: neither an earlier test sets the peak, nor this process, which has held 0.5 GiB more
+    when it starts the other."""
     assert len(b"1" * 2 ** 29)
-    code = "import torch; from qlora_lab.records import peak_memory_gib as peak\nd = 'cuda' if torch.cuda.is_available() else 'cpu'\n" \
+    code = "import torch; from qlora_lab.records import peak_memory_gib as peak\n" \
+           "d = 'cuda' if torch.cuda.is_available() else 'cpu'\n" \
            "a = peak(); x = torch.ones(2 ** 27, device=d); b = peak(); del x; print(a, b, peak())"
     a, b, c = map(float, python(code).stdout.split())
     assert 0.4 < b - a < 0.6 and c > b - 0.01
@@ -210,7 +224,8 @@ print(full, held())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed pieces, and has malloc_trim")
 def test_release_memory_hands_freed_pieces_back():
-    "Pieces below the size that is mapped on its own, of many lengths, a few left in between. Control: without the call nearly all stays with the process."
+    """Pieces below the size that is mapped on its own, of many lengths, a few left in between. Control: without the
+    call nearly all stays with the process."""
     (full, kept), (also_full, left) = (map(float, python(PIECES, how).stdout.split()) for how in ("keep", "release"))
     assert min(full, also_full) > 120 and kept > 0.9 * full and left < 0.1 * also_full
 

@@ -1,6 +1,6 @@
 """Killed at any moment, the same command goes on and ends with the very adapter that an uninterrupted run makes.
 
-The runs are the console script's own `main`, in processes that are killed with SIGKILL: nothing gets a chance to tidy up.
+The runs are the console script's own `main`, in processes that are killed with SIGKILL: nothing can tidy up.
 """
 import json
 import multiprocessing
@@ -15,20 +15,25 @@ import pytest
 from safetensors import safe_open
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["qlora_lab.cli", "qlora_lab.train", "qlora_lab.model", "peft", "transformers.models.llama.modeling_llama"])
+CONTEXT.set_forkserver_preload(["qlora_lab.cli", "qlora_lab.train", "qlora_lab.model", "peft",
+                                "transformers.models.llama.modeling_llama"])
 STEPS = 24
 
 
 def command(jsonl, tiny, out):
-    return ["train", "--data", str(jsonl), "--model", str(tiny), "--out", str(out), "--steps", str(STEPS), "--checkpoint-every", "3", "--rank", "4",
-            "--dropout", "0.1", "--eval-examples", "4", "--eval-prompts", "1", "--compute-dtype", "float32", "--held-out", "0.2"]
+    return ["train", "--data", str(jsonl), "--model", str(tiny), "--out", str(out), "--steps", str(STEPS),
+            "--checkpoint-every", "3", "--rank", "4", "--dropout", "0.1", "--eval-examples", "4", "--eval-prompts", "1",
+            "--compute-dtype", "float32", "--held-out", "0.2"]
 
 
 def process(argv, log, kill_at=None):
-    "Run the console script; `kill_at` (n, when) ends it for good at its n-th file, before or after the file takes its name."
-    with open(log, "w") as f: os.dup2(f.fileno(), 1); os.dup2(f.fileno(), 2)
+    """Run the console script; `kill_at` (n, when) ends it for good at its n-th file, before or after the file takes its
+    name."""
+    with open(log, "w") as f:
+        for stream in (1, 2): os.dup2(f.fileno(), stream)
     sys.argv = ["qlora-lab", *argv]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores Ctrl-C, and so do its children
+    # what is started in the background ignores Ctrl-C, and so do its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if kill_at:
         replace, n = os.replace, [0]
         def deadly(*args):
@@ -73,21 +78,24 @@ def whole_run(tmp_path_factory, tiny, jsonl):
 
 
 def adapter(folder):
-    return {p.name: p.read_bytes() for p in sorted((folder / "adapter").iterdir()) if p.suffix in (".json", ".safetensors")}
+    return {p.name: p.read_bytes() for p in sorted((folder / "adapter").iterdir())
+            if p.suffix in (".json", ".safetensors")}
 
 
 def assert_same_end(folder, whole):
     assert adapter(folder) == adapter(whole)
     a, b = (json.loads((f / "run.json").read_text()) for f in (folder, whole))
-    assert a["state"] == "done" and a["before"] == b["before"] and a["after"] == b["after"] and a["answers"] == b["answers"]
-    a, b = ([json.loads(l) for l in (f / "metrics.jsonl").read_text().splitlines()] for f in (folder, whole))
-    timeless = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+    assert a["state"] == "done" and a["before"] == b["before"] and a["after"] == b["after"]
+    assert a["answers"] == b["answers"]
+    a, b = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (folder, whole))
+    def timeless(rows): return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
     assert timeless(a) == timeless(b) and len(a) == STEPS
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_random_moments(seed, whole_run, tiny, jsonl, tmp_path):
-    "At a seeded step and a moment after it, again and again until a run gets through; one time in four within the first moments."
+    """At a seeded step and a moment after it, again and again until a run gets through; one time in four within the
+    first moments."""
     (whole, seconds), folder = whole_run, tmp_path / "run"
     r, kills, metrics = random.Random(seed), 0, folder / "metrics.jsonl"
     while True:
@@ -95,10 +103,12 @@ def test_killed_at_random_moments(seed, whole_run, tiny, jsonl, tmp_path):
         target = min((len(metrics.read_text().splitlines()) if metrics.exists() else 0) + more, STEPS)
         if kills % 4 == 3: p.join(r.uniform(0, 0.3) * seconds)
         else:
-            while p.exitcode is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= target): time.sleep(0.002)
+            while p.exitcode is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= target):
+                time.sleep(0.002)
             p.join(r.uniform(0, 0.1))
         if p.exitcode is not None or kills == 12: break
-        p.kill(); p.join()
+        p.kill()
+        p.join()
         kills += 1
         assert_whole(folder)
     p.join()
@@ -109,7 +119,8 @@ def test_killed_at_random_moments(seed, whole_run, tiny, jsonl, tmp_path):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_at_each_file(when, whole_run, tiny, jsonl, tmp_path):
-    "At each file that a run writes in turn, just before or just after it takes its name; the next run is killed two files further on."
+    """At each file that a run writes in turn, just before or just after it takes its name; the next run is killed two
+    files further on."""
     whole, _ = whole_run
     folder, kills = tmp_path / "run", 0
     for n in (1, 2, 3, 2, 4, 3, 3, 4, 5, 4, 3, 2, 99):
@@ -124,7 +135,8 @@ def test_killed_at_each_file(when, whole_run, tiny, jsonl, tmp_path):
 
 
 def test_the_command_says_where_it_goes_on(whole_run, tiny, jsonl, tmp_path):
-    "Killed after its fourth file, the second checkpoint, a run says 'from step 6'; finished, it shows its report again and changes nothing."
+    """Killed after its fourth file, the second checkpoint, a run says 'from step 6'; finished, it shows its report
+    again and changes nothing."""
     folder = tmp_path / "run"
     start(command(jsonl, tiny, folder), tmp_path / "log", (4, "after")).join()
     start(command(jsonl, tiny, folder), tmp_path / "log").join()

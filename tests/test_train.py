@@ -7,12 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qlora_lab.bnb_files import save_quantized
 from qlora_lab.data import collate, tokenize
 from qlora_lab.linear4bit import Linear4bit, quantize_model
 from qlora_lab.lora import load_adapter
-from qlora_lab.model import answer, load_model, memory_bill, save_quantized
+from qlora_lab.model import answer, load_model, memory_bill
 from qlora_lab.records import LabError
-from qlora_lab.train import Run, Score, TrainConfig, answer_losses, attach_adapters, improvement, score, train, trim_between_layers
+from qlora_lab.runs import Run, TrainConfig
+from qlora_lab.scoring import Score, improvement
+from qlora_lab.train import answer_losses, attach_adapters, score, train, trim_between_layers
 
 SHORT = dict(steps=20, batch_size=4, accumulation=2, rank=4, eval_examples=8, eval_prompts=2, lr=2e-3)
 
@@ -46,10 +49,12 @@ def test_the_run_folder_tells_all(lab):
     "Configuration, versions, machine, data, a line a step, answers before and after, memory by component."
     record = json.loads((lab.folder / "run.json").read_text())
     assert record["state"] == "done" and record["config"]["rank"] == 4 and record["identity"]["data"]
-    assert {"date", "command", "cpu", "versions"} <= record["provenance"].keys() and record["provenance"]["versions"]["torch"]
+    assert {"date", "command", "cpu", "versions"} <= record["provenance"].keys()
+    assert record["provenance"]["versions"]["torch"]
     assert [m["step"] for m in lab.metrics] == list(range(1, 21))
     assert len(lab.answers) == 2 and set(lab.answers.columns) == {"prompt", "reference", "before", "after"}
-    assert {"4-bit codes", "quantization statistics", "adapters", "gradients", "optimizer", "activations"} <= set(lab.memory.index)
+    assert {"4-bit codes", "quantization statistics", "adapters", "gradients", "optimizer",
+            "activations"} <= set(lab.memory.index)
     assert (lab.memory["QLoRA"] >= 0).all() and lab.memory["QLoRA"].sum() < lab.memory["16-bit full"].sum()
 
 
@@ -84,7 +89,8 @@ def test_accumulation_is_one_big_batch(tiny, data):
         loss, _ = train_step(model, optimizer, [collate(tokens[a:b]) for a, b in zip(cut, cut[1:])], 1., 1e9)
         grads.append((loss, {n: p.detach() - before[n] for n, p in model.named_parameters() if p.requires_grad}))
     (la, a), (lb, b) = grads
-    assert abs(la - lb) < 1e-6 and all(torch.allclose(a[k], b[k], atol=1e-6) for k in a) and any(v.abs().max() > 1e-4 for v in a.values())
+    assert abs(la - lb) < 1e-6 and all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
+    assert any(v.abs().max() > 1e-4 for v in a.values())
 
 
 def test_answer_losses_are_cross_entropy_of_the_shifted_answers(tiny, data):
@@ -118,7 +124,8 @@ def test_answers_after_training_leave_dropout_out(tiny, data, tmp_path):
 
 
 def test_standard_errors():
-    "Groups, not examples, are the sample: two modules with one thing to say each are two, however many functions they have."
+    """Groups, not examples, are the sample: two modules with one thing to say each are two, however many functions they
+    have."""
     one = Score((2., 4.), (1, 1), ("a", "b"))
     assert one.loss == 3 and math.isclose(one.stderr, 1)  # sd of (2, 4) over sqrt(2)
     many = Score((2., 2., 4., 4.), (1,) * 4, ("a", "a", "b", "b"))
@@ -127,7 +134,9 @@ def test_standard_errors():
     assert improvement(one, replace(one, sums=(1., 3.))) == (1., 0.)  # paired: each fell by the same
 
 
-@pytest.mark.parametrize("bad", [dict(steps=0), dict(rank=0), dict(batch_size=-1), dict(dropout=1.), dict(dropout=-.1), dict(lr=0.), dict(lr=-1.), dict(max_length=0)])
+@pytest.mark.parametrize("bad", [
+    dict(steps=0), dict(rank=0), dict(batch_size=-1), dict(dropout=1.), dict(dropout=-.1), dict(lr=0.), dict(lr=-1.),
+    dict(max_length=0)])
 def test_settings_that_make_no_sense(bad):
     with pytest.raises(LabError, match=f"{next(iter(bad))}="): TrainConfig(**bad)
 
@@ -140,7 +149,8 @@ def test_4bit_checkpoints_go_both_ways(quant_type, double_quant, tiny, tmp_path)
     save_quantized(ours, tmp_path / "ours", tokenizer)
     theirs, _ = load_model(tmp_path / "ours", None, "bnb", compute_dtype=torch.float32)
     quantized_by_them, _ = load_model(tiny, quant_type, "bnb", compute_dtype=torch.float32, double_quant=double_quant)
-    quantized_by_them.save_pretrained(tmp_path / "theirs"); tokenizer.save_pretrained(tmp_path / "theirs")
+    quantized_by_them.save_pretrained(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
     back, _ = load_model(tmp_path / "theirs", compute_dtype=torch.float32)
     ids = torch.arange(20)[None] + 5
     with torch.no_grad(): a, b, c = (m(input_ids=ids).logits.float() for m in (ours, theirs, back))
@@ -149,8 +159,10 @@ def test_4bit_checkpoints_go_both_ways(quant_type, double_quant, tiny, tmp_path)
 
 
 def test_freed_memory_is_handed_back_between_layers(monkeypatch):
-    "Twice for each fifth layer of a training step, never while answers are made; and a model without layers is left alone."
+    """Twice for each fifth layer of a training step, never while answers are made; and a model without layers is left
+    alone."""
     import sys
+
     from conftest import make_llama
     calls = []
     monkeypatch.setattr(sys.modules["qlora_lab.train"], "release_memory", lambda: calls.append(1))
