@@ -6,21 +6,39 @@
 __all__ = ['register_codebook', 'codebook', 'midpoints', 'nearest_code', 'to_blocks', 'quantize_blockwise',
            'dequantize_blockwise', 'pack_4bit', 'unpack_4bit', 'dequantize_packed']
 
+# %% ../nbs/01_blockwise.ipynb #fbef6b0f
+# One scale for a block of numbers, one small code for each of them.
+#
+# A code book is a list of levels in [-1, 1], ascending: int8, int4 and three kinds of FP4 here, NF4 and others in later
+# lessons. `quantize_blockwise` divides each block of neighbouring numbers by its largest magnitude (absmax) and takes
+# the nearest level; a tie goes to the lower one. Rows play no part: blocks run over the numbers in row-major order, the
+# last one may be short.
+#
+# Layout: codes [n] uint8, absmax [ceil(n / blocksize)] float32; packed [ceil(n / 2), 1] uint8, two 4-bit codes a byte,
+# the first in the high nibble, an odd length filled up with code 0.
+#
+# As in bitsandbytes a number is multiplied by 1 / absmax and not divided, since equal bytes need equal rounding. Unlike
+# there, codes count the levels upwards in every type, any list of levels is a type, and NaN and infinity are refused by
+# their index.
+#
+# Built in nbs/01_blockwise.ipynb. Two functions have twins that use tables (nbs/engine/tables.ipynb), to the same bits.
+
 # %% ../nbs/01_blockwise.ipynb #028f99be
-from functools import lru_cache
+from collections.abc import Iterable
 from math import isfinite
-from typing import Iterable
 
 import torch
 from torch import Tensor
+
+from .engine.dispatch import faster
 
 # %% ../nbs/01_blockwise.ipynb #de276ad7
 _codebooks: dict[str, Tensor] = {}
 
 def register_codebook(
-    name: str,                      # the name that `codebook` will know it by
+    name: str,                        # the name that `codebook` will know it by
     values: Iterable[float] | Tensor, # levels in [-1, 1], ascending
-) -> Tensor:                        # the levels, float32
+) -> Tensor:                          # the levels, float32
     "Make a list of levels known by name; raises ValueError unless they ascend within [-1, 1]."
     levels = torch.as_tensor(values, dtype=torch.float32).clone()
     if levels.ndim != 1 or len(levels) < 2 or (levels.diff() < 0).any() or levels.abs().max() > 1:
@@ -36,19 +54,20 @@ def codebook(
         raise ValueError(f"unknown code book {name!r}; known: {', '.join(sorted(_codebooks))}")
     return _codebooks[name].clone()
 
-register_codebook("int8", torch.arange(-127, 128, dtype=torch.float64) / 127)
-register_codebook("int4", torch.arange(-7, 8, dtype=torch.float64) / 7)
-
 # %% ../nbs/01_blockwise.ipynb #5ace800b
 def _signed(magnitudes: list[float]) -> Tensor:
-    "Levels of a sign-and-magnitude format, scaled to a maximum of 1: both zeros are kept, so eight magnitudes give sixteen codes."
+    "Levels of a sign-and-magnitude format, scaled to at most 1: with both zeros eight magnitudes give sixteen codes."
     m = torch.tensor(sorted(magnitudes), dtype=torch.float32)
     m = m / m.max()
     return torch.cat([-m.flip(0), m]) + 0.  # + 0. turns -0 into 0
 
-register_codebook("fp4", _signed([0, 0.0625, 2, 3, 4, 6, 8, 12]))      # bitsandbytes' own
-register_codebook("fp4_e2m1", _signed([0, 0.5, 1, 1.5, 2, 3, 4, 6]))   # OCP MX, NVIDIA FP4
-register_codebook("fp4_e3m0", _signed([0, 0.25, 0.5, 1, 2, 4, 8, 16])) # powers of two
+register_codebook("int8", torch.arange(-127, 128, dtype=torch.float64) / 127)
+register_codebook("int4", torch.arange(-7, 8, dtype=torch.float64) / 7)
+for _name, _magnitudes in {
+    "fp4": [0, 0.0625, 2, 3, 4, 6, 8, 12],       # bitsandbytes' own
+    "fp4_e2m1": [0, 0.5, 1, 1.5, 2, 3, 4, 6],    # OCP MX, NVIDIA FP4
+    "fp4_e3m0": [0, 0.25, 0.5, 1, 2, 4, 8, 16],  # powers of two
+}.items(): register_codebook(_name, _signed(_magnitudes))
 
 # %% ../nbs/01_blockwise.ipynb #175261a5
 def midpoints(
@@ -62,35 +81,11 @@ def nearest_code(
     code: Tensor,  # [levels] float32 ascending, at most 256
 ) -> Tensor:       # the shape of `x`, uint8
     "Index of the nearest level; a tie goes to the lower one."
-    if x.numel() < 1 << 18 or x.device.type != "cpu":
-        return torch.bucketize(x, midpoints(code).to(x.device), out_int32=True).to(torch.uint8)
-    return _nearest_by_table(x, code)
+    found = faster("nearest_code", x.device, x, code)
+    if found is not None: return found
+    return torch.bucketize(x, midpoints(code).to(x.device), out_int32=True).to(torch.uint8)
 
 # %% ../nbs/01_blockwise.ipynb #f3ec0b03
-@lru_cache(maxsize=16)
-def _bit_table(levels: tuple) -> tuple[Tensor, Tensor]:
-    "For each upper half of a float32's bits: the lowest code a number with these bits can have, and the midpoint above it."
-    mid = midpoints(torch.tensor(levels))
-    upper = torch.arange(1 << 16, dtype=torch.int32) << 16
-    ends = torch.stack([upper.view(torch.float32), (upper | 0xFFFF).view(torch.float32)])
-    lo, hi = torch.bucketize(ends.amin(0), mid), torch.bucketize(ends.amax(0), mid)
-    above = torch.cat([mid, torch.tensor([torch.inf])])[lo.clamp(max=len(mid))]
-    simple = hi - lo <= 1                     # at most one midpoint among the numbers that share these bits
-    return torch.where(simple, lo, 255).to(torch.uint8), torch.where(simple, above, torch.inf)
-
-def _nearest_by_table(x: Tensor, code: Tensor, chunk: int = 1 << 17) -> Tensor:
-    "`nearest_code` by two look-ups in tables of 65,536 entries, in chunks that fit the cache."
-    base, above = _bit_table(tuple(code.tolist()))
-    if (base == 255).any():  # levels closer together than the upper 16 bits can tell
-        return torch.bucketize(x, midpoints(code), out_int32=True).to(torch.uint8)
-    flat, out = x.reshape(-1), torch.empty(x.numel(), dtype=torch.uint8)
-    for i in range(0, len(flat), chunk):
-        part = flat[i:i + chunk]
-        bits = (part.view(torch.int32) >> 16) & 0xFFFF
-        out[i:i + chunk] = base.index_select(0, bits) + (part > above.index_select(0, bits))
-    return out.view(x.shape)
-
-# %% ../nbs/01_blockwise.ipynb #5ea95a80
 def to_blocks(
     x: Tensor,       # any shape
     blocksize: int,  # numbers a block
@@ -101,7 +96,6 @@ def to_blocks(
     if missing: flat = torch.cat([flat, flat.new_zeros(missing)])
     return flat.view(-1, blocksize)
 
-# %% ../nbs/01_blockwise.ipynb #e1fb7f0a
 def _check_input(x: Tensor, blocksize: int) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise ValueError(f"expected a floating point tensor to quantize, got {getattr(x, 'dtype', type(x).__name__)}")
@@ -114,16 +108,16 @@ def _check_finite(x: Tensor, absmax: Tensor, mean: Tensor | None = None) -> None
     "A NaN or an infinity anywhere in a block shows in its absmax, so the check costs one pass over the statistics."
     if isfinite((absmax.sum() if mean is None else mean).item()) or absmax.isfinite().all(): return
     at = (~x.float().isfinite()).nonzero()[0].tolist()
-    raise ValueError(f"expected finite numbers to quantize, got {x[tuple(at)].item()} at index {at} of shape {tuple(x.shape)}; "
-                     "mend or drop that weight first, since one such number spoils its whole block")
+    raise ValueError(f"expected finite numbers to quantize, got {x[tuple(at)].item()} at index {at} of shape "
+                     f"{tuple(x.shape)}; mend or drop that weight first, since one such number spoils its whole block")
 
-# %% ../nbs/01_blockwise.ipynb #4fa8ab58
+# %% ../nbs/01_blockwise.ipynb #3289f7f1
 def quantize_blockwise(
     x: Tensor,           # any shape, floating point
     code: str | Tensor,  # name of a code book, or its levels
     blocksize: int = 64, # numbers that share one scale
 ) -> tuple[Tensor, Tensor]:  # codes [n] uint8; absmax [ceil(n / blocksize)] float32
-    "Scale each block by its largest magnitude, then take the nearest level; raises ValueError for input that is not finite, float or empty."
+    "Scale each block by its largest magnitude, then take the nearest level; raises ValueError for what it cannot take."
     _check_input(x, blocksize)
     code = codebook(code) if isinstance(code, str) else code
     blocks = to_blocks(x.float(), blocksize)
@@ -159,14 +153,7 @@ def unpack_4bit(
     flat = packed.reshape(-1)
     return torch.stack([flat >> 4, flat & 15], 1).view(-1)[:n]
 
-# %% ../nbs/01_blockwise.ipynb #1fa46fe0
-@lru_cache(maxsize=32)
-def _pair_table(levels: tuple, device: torch.device) -> Tensor:
-    "[256] float64: for each byte the float32 levels of its two nibbles, side by side in eight bytes."
-    code = torch.tensor(levels, dtype=torch.float32, device=device)
-    code = torch.cat([code, code.new_zeros(16 - len(code))])
-    return torch.stack([code.repeat_interleave(16), code.repeat(16)], 1).view(torch.float64).view(-1)
-
+# %% ../nbs/01_blockwise.ipynb #605da022
 def dequantize_packed(
     packed: Tensor,      # [ceil(n / 2), 1] uint8
     absmax: Tensor,      # [ceil(n / blocksize)] float32
@@ -175,17 +162,7 @@ def dequantize_packed(
     n: int,              # how many numbers
     dtype: torch.dtype = torch.float32,  # of the result; the product is float32, rounded once
 ) -> Tensor:             # [n] `dtype`
-    "Two levels a look-up: the byte indexes a table of 256 pairs, then one multiplication a block; in chunks that keep the work space small."
-    pairs, codes = _pair_table(levels, packed.device), packed.reshape(-1)
-    out = torch.empty(2 * len(codes), dtype=dtype, device=packed.device)
-    chunk = max(1, (1 << (20 if packed.device.type == "cpu" else 24)) // (2 * blocksize)) * 2 * blocksize
-    work = out if dtype == torch.float32 else torch.empty(min(chunk, len(out)), device=packed.device)
-    for i in range(0, len(out), chunk):
-        part = out[i:i + chunk]
-        flat = part if work is out else work[:len(part)]
-        torch.index_select(pairs, 0, codes[i // 2:(i + chunk) // 2].int(), out=flat.view(torch.float64))
-        scale, whole = absmax[i // blocksize:], len(flat) // blocksize * blocksize
-        flat[:whole].view(-1, blocksize).mul_(scale[:whole // blocksize, None])
-        if whole < len(flat) and len(scale) > whole // blocksize: flat[whole:].mul_(scale[whole // blocksize])
-        if flat is not part: part.copy_(flat)
-    return out[:n]
+    "The numbers again from packed codes: unpack, look up, multiply, round."
+    found = faster("dequantize_packed", packed.device, packed, absmax, levels, blocksize, n, dtype)
+    if found is not None: return found
+    return dequantize_blockwise(unpack_4bit(packed, n), absmax, torch.tensor(levels), blocksize).to(dtype)

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .assets import cache_folder
 from .blockwise import codebook, midpoints
-from .double_quant import DYNAMIC8, FP4_NIBBLES, FP4_PIVOTS, QuantizedTensor, levels_by_code, nf4_pivots
+from .double_quant import DYNAMIC8, FP4_NIBBLES, QuantizedTensor, levels_by_code
+from .engine.rounding import FP4_PIVOTS, nf4_pivots
 from .records import write_whole
 
 try:

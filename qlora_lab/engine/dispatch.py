@@ -54,6 +54,13 @@ FASTER: dict[Key, str | Callable] = {
 
 ALWAYS: dict[Key, str | Callable] = {
     ("dequantize", "meta"): "engine.rehearsal.decode_empty",
+    ("nearest_code", "cpu"): "engine.tables.nearest_by_table",
+    ("dequantize_packed", "cpu"): "engine.tables.dequantize_by_table",
+    ("dequantize_packed", "cuda"): "engine.tables.dequantize_by_table",
+    ("quantize_exactly", "cpu"): "engine.rounding.quantize_blocks",
+    ("quantize_exactly", "cuda"): "engine.rounding.quantize_blocks",
+    ("quantize_absmax_exactly", "cpu"): "engine.rounding.quantize_absmax",
+    ("quantize_absmax_exactly", "cuda"): "engine.rounding.quantize_absmax",
 }
 
 # %% ../../nbs/engine/dispatch.ipynb #4f329919
