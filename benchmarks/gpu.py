@@ -22,11 +22,11 @@ from benchmarks.memory import PAPER, peer_optimizer
 from qlora_lab.blockwise import dequantize_blockwise
 from qlora_lab.checkpointing import decoder_layers
 from qlora_lab.double_quant import DYNAMIC8, quantize_4bit
+from qlora_lab.engine.paged_adamw import PagedAdamW
 from qlora_lab.kernels import dequantize_triton
 from qlora_lab.linear4bit import Linear4bit
 from qlora_lab.lora import trainable
 from qlora_lab.memory import Settings, model_config
-from qlora_lab.paged import PagedAdamW
 from qlora_lab.engine.dispatch import AT_WORK, use_kernels
 from qlora_lab.train import train_step
 

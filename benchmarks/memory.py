@@ -20,9 +20,9 @@ if "claims" in sys.argv: os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expan
 import torch
 
 from benchmarks.common import RESULTS, random_batch, random_model, random_peer, save_result
+from qlora_lab.engine.paged_adamw import PagedAdamW
 from qlora_lab.lora import trainable
 from qlora_lab.memory import CONTEXT_GIB, Settings, largest, model_config, plan
-from qlora_lab.paged import PagedAdamW
 from qlora_lab.records import peak_memory_gib, release_memory
 from qlora_lab.train import train_step
 

@@ -26,7 +26,8 @@ from .engine.dispatch import REHEARSED, faster, standing_in, twin
 from .linear4bit import Linear4bit, set_submodule
 from .lora import add_lora, trainable
 from .model import held_tensors
-from .paged import BLOCK, FORMATS, adamw, page_parameters, read_moments, state_bytes, write_moments
+from .engine.state_formats import BLOCK, FORMATS, page_parameters, read_moments, state_bytes, write_moments
+from .paged import adamw
 from .records import LabError, read_json
 from .train import summed_loss
 

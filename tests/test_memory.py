@@ -16,10 +16,10 @@ from benchmarks.common import random_batch
 from qlora_lab import memory
 from qlora_lab.checkpointing import checkpoint_layers, decoder_layers
 from qlora_lab.engine.dispatch import AT_WORK, REHEARSED, twin, use_kernels
+from qlora_lab.engine.paged_adamw import PagedAdamW
 from qlora_lab.linear4bit import quantize_model
 from qlora_lab.lora import add_lora, trainable
 from qlora_lab.memory import CARDS, Settings, advice, cards, cuda_block, empty_batch, empty_model, largest, ledger, model_config, plan, watch_step
-from qlora_lab.paged import PagedAdamW
 from qlora_lab.records import LabError
 
 RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "memory_cuda.json"

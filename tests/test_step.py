@@ -21,7 +21,8 @@ from qlora_lab.engine import dispatch
 from qlora_lab.engine.dispatch import AT_WORK, FASTER, places, twin, use_kernels
 from qlora_lab.fused import fuse_layers
 from qlora_lab.lora import trainable
-from qlora_lab.paged import PagedAdamW, adamw
+from qlora_lab.engine.paged_adamw import PagedAdamW
+from qlora_lab.paged import adamw
 from qlora_lab.step import LinearCrossEntropy, StepGraph, forget, forward_backward, fused_loss, padded
 from qlora_lab.train import answer_losses, train_step
 from test_fused import small

@@ -54,6 +54,9 @@ FASTER: dict[Key, str | Callable] = {
 
 ALWAYS: dict[Key, str | Callable] = {
     ("dequantize", "meta"): "memory.decode_empty",
+    ("move_pages", "cuda"): "engine.copy_lanes.LaneMover",
+    ("optimizer", "cpu"): "engine.paged_adamw.optimizer",
+    ("optimizer", "cuda"): "engine.paged_adamw.optimizer",
 }
 
 # %% ../../nbs/engine/dispatch.ipynb #4f329919
