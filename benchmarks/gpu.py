@@ -22,13 +22,13 @@ from benchmarks.memory import PAPER, peer_optimizer
 from qlora_lab.blockwise import dequantize_blockwise
 from qlora_lab.checkpointing import decoder_layers
 from qlora_lab.double_quant import DYNAMIC8, quantize_4bit
+from qlora_lab.engine.dispatch import AT_WORK, use_kernels
+from qlora_lab.engine.known_models import model_config
+from qlora_lab.engine.paged_adamw import PagedAdamW
+from qlora_lab.engine.rehearsal import Settings
 from qlora_lab.kernels import dequantize_triton
 from qlora_lab.linear4bit import Linear4bit
 from qlora_lab.lora import trainable
-from qlora_lab.engine.known_models import model_config
-from qlora_lab.engine.rehearsal import Settings
-from qlora_lab.paged import PagedAdamW
-from qlora_lab.engine.dispatch import AT_WORK, use_kernels
 from qlora_lab.train import train_step
 
 SHAPES = (4096, 4096), (11008, 4096), (22016, 8192)

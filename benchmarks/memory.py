@@ -25,9 +25,9 @@ from qlora_lab import plan
 from qlora_lab.engine.allocator import CONTEXT_GIB
 from qlora_lab.engine.fitting import largest
 from qlora_lab.engine.known_models import model_config
+from qlora_lab.engine.paged_adamw import PagedAdamW
 from qlora_lab.engine.rehearsal import Settings
 from qlora_lab.lora import trainable
-from qlora_lab.paged import PagedAdamW
 from qlora_lab.records import peak_memory_gib, release_memory
 from qlora_lab.train import train_step
 

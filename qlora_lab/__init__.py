@@ -28,7 +28,7 @@ _PUBLIC = {
     "blockwise": ["codebook", "register_codebook"],
     "nf4": ["create_normal_map"],
     "double_quant": ["QuantizedTensor", "quantize_4bit"],
-    "paged": ["PagedAdamW"],
+    "engine.paged_adamw": ["PagedAdamW"],
     "linear4bit": ["Linear4bit", "quantize_model"],
     "lora": ["add_lora", "load_adapter", "save_adapter"],
     "checkpointing": ["checkpoint_layers"],

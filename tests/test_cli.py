@@ -91,7 +91,9 @@ def test_a_plan_says_whether_it_fits(capsys):
 
 def test_a_run_is_planned_before_it_starts(capsys, monkeypatch, jsonl, tiny):
     "With a warning, and what would help, where the machine has too little."
-    import psutil, torch
+    import psutil
+    import torch
+
     from qlora_lab.data import load_jsonl, split
     args = cli.make_parser("train").parse_args(["train", "--model", str(tiny), "--data", str(jsonl)])
     config, data = cli._config(args, "runs/x"), split(load_jsonl(jsonl), 0.2)
@@ -106,6 +108,7 @@ def test_a_run_is_planned_as_it_will_be(options, fused, monkeypatch, jsonl, tiny
     "On a GPU layers are fused, which changes what they take; with dropout, or by another library, they are not."
     import torch
     from transformers import AutoConfig, AutoTokenizer
+
     from qlora_lab.data import load_jsonl, split
     from qlora_lab.memory import LIBRARY_BYTES
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 << 30, 24 << 30))

@@ -10,18 +10,26 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from qlora_lab import kernels
 from qlora_lab.blockwise import dequantize_packed, midpoints
 from qlora_lab.double_quant import BLOCKSIZES, DYNAMIC8, levels_by_code, quantize_4bit
 from qlora_lab.engine.adapted_linear import adapted_linear
-from qlora_lab.kernels import compiled, dequantize_c, dequantize_triton, quantize_absmax_triton, quantize_c, quantize_triton
-from qlora_lab.linear4bit import Linear4bit
-from qlora_lab.lora import LoRALinear
 from qlora_lab.engine.dispatch import AT_WORK, faster, twin, use_kernels
 from qlora_lab.engine.rounding import quantize_blocks, reciprocal
+from qlora_lab.kernels import (
+    compiled,
+    dequantize_c,
+    dequantize_triton,
+    quantize_absmax_triton,
+    quantize_c,
+    quantize_triton,
+)
+from qlora_lab.linear4bit import Linear4bit
+from qlora_lab.lora import LoRALinear
 
 needs_compiler = pytest.mark.skipif(compiled() is None, reason="no C compiler")
 

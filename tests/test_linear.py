@@ -4,12 +4,19 @@ import weakref
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import devices, make_llama
 from torch import nn
 
+from conftest import devices, make_llama
 from qlora_lab.double_quant import quantize_4bit
-from qlora_lab.linear4bit import (Linear4bit, bnb_tensors, from_bnb_tensors, logical_numel, matmul_4bit, quantize_model,
-                                  saved_for_backward)
+from qlora_lab.linear4bit import (
+    Linear4bit,
+    bnb_tensors,
+    from_bnb_tensors,
+    logical_numel,
+    matmul_4bit,
+    quantize_model,
+    saved_for_backward,
+)
 
 
 def layer(out=96, into=128, bias=True, dtype=torch.float32, device="cpu", **kw):

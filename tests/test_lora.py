@@ -3,10 +3,10 @@ import json
 
 import pytest
 import torch
-from conftest import make_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from conftest import make_llama
 from qlora_lab.linear4bit import quantize_model
 from qlora_lab.lora import LoRALinear, add_lora, load_adapter, lora_state, reset_lora, save_adapter, trainable
 from qlora_lab.records import LabError

@@ -22,11 +22,11 @@ from qlora_lab.engine.allocator import CONTEXT_GIB, LIBRARY_BYTES, cuda_block
 from qlora_lab.engine.dispatch import AT_WORK, REHEARSED, twin, use_kernels
 from qlora_lab.engine.fitting import CARDS, advice, cards, largest
 from qlora_lab.engine.known_models import model_config
+from qlora_lab.engine.paged_adamw import PagedAdamW
 from qlora_lab.engine.rehearsal import Settings, empty_batch, empty_model, moments_of_all
 from qlora_lab.linear4bit import quantize_model
 from qlora_lab.lora import add_lora, trainable
 from qlora_lab.memory import watch_step
-from qlora_lab.paged import PagedAdamW
 from qlora_lab.records import LabError
 
 RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "memory_cuda.json"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
+from test_fused import small
 from torch import nn
 
 from benchmarks.common import random_batch
@@ -20,11 +21,11 @@ from qlora_lab.checkpointing import checkpoint_layers
 from qlora_lab.engine import dispatch
 from qlora_lab.engine.dispatch import AT_WORK, FASTER, places, twin, use_kernels
 from qlora_lab.engine.fusing import fuse_layers
+from qlora_lab.engine.paged_adamw import PagedAdamW
 from qlora_lab.lora import trainable
-from qlora_lab.paged import PagedAdamW, adamw
+from qlora_lab.paged import adamw
 from qlora_lab.step import LinearCrossEntropy, StepGraph, forget, forward_backward, fused_loss, padded
 from qlora_lab.train import answer_losses, train_step
-from test_fused import small
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

@@ -61,6 +61,9 @@ ALWAYS: dict[Key, str | Callable] = {
     ("quantize_exactly", "cuda"): "engine.rounding.quantize_blocks",
     ("quantize_absmax_exactly", "cpu"): "engine.rounding.quantize_absmax",
     ("quantize_absmax_exactly", "cuda"): "engine.rounding.quantize_absmax",
+    ("move_pages", "cuda"): "engine.copy_lanes.LaneMover",
+    ("optimizer", "cpu"): "engine.paged_adamw.optimizer",
+    ("optimizer", "cuda"): "engine.paged_adamw.optimizer",
 }
 
 # %% ../../nbs/engine/dispatch.ipynb #4f329919

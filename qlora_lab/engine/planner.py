@@ -36,8 +36,9 @@ from .allocator import CONTEXT_GIB, FRAGMENTS, LIBRARY_BYTES, ROUNDED
 from .dispatch import REHEARSED, twin
 from .known_models import model_config
 from .rehearsal import Rehearsal, Settings, dtype_named, rehearsed, rehearsing
+from .state_formats import FORMATS, page_parameters, read_moments, state_bytes, write_moments
 from ..memory import Moment
-from ..paged import FORMATS, adamw, page_parameters, read_moments, state_bytes, write_moments
+from ..paged import adamw
 from ..records import LabError
 
 if TYPE_CHECKING:

@@ -41,11 +41,11 @@ from ..double_quant import BLOCKSIZES, QuantizedTensor, levels_by_code
 from .allocator import ROUNDED
 from .dispatch import REHEARSED, faster, standing_in
 from .known_models import model_config
+from .state_formats import BLOCK
 from ..linear4bit import Linear4bit, set_submodule
 from ..lora import add_lora, trainable
 from ..memory import Moment, moments, watch_step
 from ..model import held_tensors
-from ..paged import BLOCK
 from ..records import LabError
 
 if TYPE_CHECKING:
