@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpointing import MemoryTimeline, checkpoint_layers, decoder_layers
+from .checkpointing import checkpoint_layers, decoder_layers
 from .double_quant import BLOCKSIZES, QuantizedTensor, levels_by_code
 from .engine.dispatch import REHEARSED, faster, standing_in, twin
 from .linear4bit import Linear4bit, set_submodule
@@ -28,6 +28,7 @@ from .lora import add_lora, trainable
 from .model import held_tensors
 from .paged import BLOCK, FORMATS, adamw, page_parameters, read_moments, state_bytes, write_moments
 from .records import LabError, read_json
+from .timeline import MemoryTimeline
 from .train import summed_loss
 
 # %% ../nbs/12_memory.ipynb #355b1e2a

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .assets import SMOLLM2, quiet, smollm2_folder
 from .blockwise import codebook
-from .linear4bit import Linear4bit, from_bnb_tensors, logical_numel, quantize_model, set_submodule
+from .bnb_format import from_bnb_tensors
+from .linear4bit import Linear4bit, logical_numel, quantize_model, set_submodule
 from .records import LabError, read_json, whole_folder, write_whole
 
 # %% ../nbs/08_model.ipynb #600ec4a9

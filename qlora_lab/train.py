@@ -26,7 +26,7 @@ from .checkpointing import checkpoint_layers, decoder_layers
 from .data import Example, Split, batch_indices, collate, data_hash, tokenize
 from .engine.dispatch import faster
 from .linear4bit import Linear4bit, saved_for_backward
-from .lora import ADAPTER_FILES, add_lora, lora_state, reset_lora, save_adapter, trainable
+from .lora import add_lora, lora_state, reset_lora, save_adapter, trainable
 from .model import answer, memory_bill
 from .paged import PagedAdamW
 from .records import LabError, peak_memory_gib, provenance, read_json, release_memory, write_whole
