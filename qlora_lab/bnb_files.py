@@ -30,7 +30,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from .linear4bit import Linear4bit, from_bnb_tensors, set_submodule
+from .bnb_format import from_bnb_tensors
+from .linear4bit import Linear4bit, set_submodule
 from .records import LabError, read_json, whole_folder, write_whole
 
 # %% ../nbs/reference/bnb_files.ipynb #6f7ab61b

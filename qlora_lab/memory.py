@@ -33,10 +33,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checkpointing import MemoryTimeline, decoder_layers
+from .checkpointing import decoder_layers
 from .lora import trainable
 from .model import held_tensors
 from .records import LabError
+from .timeline import MemoryTimeline
 from .train import summed_loss
 
 if TYPE_CHECKING:

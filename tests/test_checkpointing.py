@@ -1,4 +1,4 @@
-"Checkpointing: the same bits as without and as torch's, gradients where the classic form has none, and bytes counted exactly."
+"Checkpointing: the same bits as without and as torch's, gradients where the classic form has none, exact bytes."
 import copy
 import gc
 
@@ -11,10 +11,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from conftest import devices, make_llama
-from qlora_lab.checkpointing import MemoryTimeline, checkpoint, checkpoint_layers, decoder_layers
+from qlora_lab.checkpointing import checkpoint, checkpoint_layers, decoder_layers
 from qlora_lab.linear4bit import Linear4bit, quantize_model
 from qlora_lab.lora import LoRALinear, add_lora, trainable
 from qlora_lab.records import LabError
+from qlora_lab.timeline import MemoryTimeline
 
 IDS = torch.arange(24).view(2, 12) % 300
 FORMS = {"none": lambda f, *a: f(*a), "re-entrant": lambda f, *a: torchs.checkpoint(f, *a, use_reentrant=True),
@@ -28,18 +29,21 @@ def same(a, b):
 
 def make_layer(width, hidden, dropout, dtype, device):
     torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(width, hidden), nn.Dropout(dropout), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, width), nn.Dropout(dropout))
+    layer = nn.Sequential(nn.Linear(width, hidden), nn.Dropout(dropout), nn.GELU(), nn.LayerNorm(hidden),
+                          nn.Linear(hidden, width), nn.Dropout(dropout))
     return layer.to(device, dtype)
 
 
 def step(form, layer, x, needs=True, device="cpu"):
     "Output, gradients of input and parameters, and the random numbers that follow."
-    torch.manual_seed(1); layer.zero_grad()
+    torch.manual_seed(1)
+    layer.zero_grad()
     x = x.clone().requires_grad_(needs)
     y = FORMS[form](layer, x)
     after_forward = torch.rand(1, device=device)
     (y.float().square().sum() + y.float().sum()).backward()
-    return [y.detach(), after_forward, torch.rand(1), torch.rand(1, device=device), x.grad, *(p.grad for p in layer.parameters())]
+    following = torch.rand(1), torch.rand(1, device=device)
+    return [y.detach(), after_forward, *following, x.grad, *(p.grad for p in layer.parameters())]
 
 
 def llama(kind, **other):
@@ -51,7 +55,8 @@ def llama(kind, **other):
         import bitsandbytes as bnb
         for name, m in list(model.named_modules()):
             if type(m) is nn.Linear and name != "lm_head":
-                new = bnb.nn.Linear4bit(m.in_features, m.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+                new = bnb.nn.Linear4bit(m.in_features, m.out_features, bias=False, compute_dtype=torch.float32,
+                                        quant_type="nf4")
                 new.load_state_dict(m.state_dict())
                 model.set_submodule(name, new.to("cpu"))
         model = get_peft_model(model, config)
@@ -62,7 +67,8 @@ def llama(kind, **other):
 
 
 def loss_and_grads(model, **kw):
-    torch.manual_seed(2); model.zero_grad()
+    torch.manual_seed(2)
+    model.zero_grad()
     ids = IDS.to(next(model.parameters()).device)
     loss = model(input_ids=ids, labels=ids, **kw).loss
     loss.backward()
@@ -70,7 +76,8 @@ def loss_and_grads(model, **kw):
 
 
 @settings(max_examples=25, deadline=None)
-@given(rows=st.integers(0, 5), width=st.integers(1, 9), hidden=st.integers(1, 17), dropout=st.sampled_from([0., 0.1, 0.5, 1.]),
+@given(rows=st.integers(0, 5), width=st.integers(1, 9), hidden=st.integers(1, 17),
+       dropout=st.sampled_from([0., 0.1, 0.5, 1.]),
        dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), lead=st.sampled_from([(), (2,), (1, 3)]))
 def test_the_bits_of_torch_and_of_no_checkpoint(rows, width, hidden, dropout, dtype, lead):
     "Values, gradients and every random number drawn afterwards, for both of torch's forms and for none."
@@ -90,17 +97,20 @@ def test_dropout_on_each_device(device):
 @pytest.mark.parametrize("device", devices())
 def test_no_input_requires_grad(device):
     "As above frozen embeddings: the classic form gives parameters nothing, the lab's what no checkpoint gives."
-    layers = nn.Sequential(*(LoRALinear(Linear4bit.from_linear(nn.Linear(32, 32)), r=2, alpha=2, dropout=0.5) for _ in range(3))).to(device)
+    def made(): return LoRALinear(Linear4bit.from_linear(nn.Linear(32, 32)), r=2, alpha=2, dropout=0.5)
+    layers = nn.Sequential(*(made() for _ in range(3))).to(device)
     head, x = torch.randn(32, device=device, requires_grad=True), torch.randn(4, 32, device=device)
     def grads(form):
-        torch.manual_seed(4); layers.zero_grad()
+        torch.manual_seed(4)
+        layers.zero_grad()
         h = x
         for layer in layers: h = FORMS[form](layer, h)
         (h @ head).square().sum().backward()
         return [p.grad for p in trainable(layers)]
     with pytest.warns(UserWarning, match="None of the inputs"): classic = grads("re-entrant")
     assert all(g is None for g in classic)
-    assert None not in grads("none") and same(grads("ours"), grads("none")) and same(grads("non-re-entrant"), grads("none"))
+    plain = grads("none")
+    assert None not in plain and same(grads("ours"), plain) and same(grads("non-re-entrant"), plain)
 
 
 def test_autograd_grad():
@@ -109,41 +119,45 @@ def test_autograd_grad():
     def grad(form, wanted):
         torch.manual_seed(5)
         return torch.autograd.grad(FORMS[form](layer, x).square().sum(), wanted)
-    for wanted in ([x], [layer[0].weight], [x, *layer.parameters()]): assert same(grad("ours", wanted), grad("none", wanted))
+    for wanted in ([x], [layer[0].weight], [x, *layer.parameters()]):
+        assert same(grad("ours", wanted), grad("none", wanted))
     with pytest.raises(RuntimeError): grad("re-entrant", [x])
 
 
-def test_hooks_act_once():
-    "A hook that doubles a gradient doubles it once, on parameters and inputs, before or after the pass was run; it stays where it was."
+@pytest.mark.parametrize("hooked", ["parameter", "late", "input"])
+def test_hooks_act_once(hooked):
+    "A hook that doubles a gradient doubles it once, on parameters and inputs, before or after the pass."
     layer = make_layer(8, 8, 0., torch.float32, "cpu")
-    for hooked in ("parameter", "late", "input"):
-        def grads(form):
-            layer.zero_grad()
-            x = torch.ones(4, 8, requires_grad=True)
-            double = lambda g: 2 * g
-            hooks = [x.register_hook(double)] if hooked == "input" else [layer[0].weight.register_hook(double)] if hooked == "parameter" else []
-            y = FORMS[form](layer, x)
-            if hooked == "late": hooks = [layer[0].weight.register_hook(double)]
-            y.square().sum().backward()
-            assert all(len(t._backward_hooks) == 1 for t in (x if hooked == "input" else layer[0].weight,))
-            for h in hooks: h.remove()
-            return [x.grad, *(p.grad for p in layer.parameters())]
-        assert same(grads("ours"), grads("none"))
+    def grads(form):
+        layer.zero_grad()
+        x = torch.ones(4, 8, requires_grad=True)
+        target = x if hooked == "input" else layer[0].weight
+        def hook(): return target.register_hook(lambda g: 2 * g)
+        if hooked != "late": handle = hook()
+        y = FORMS[form](layer, x)
+        if hooked == "late": handle = hook()
+        y.square().sum().backward()
+        assert len(target._backward_hooks) == 1
+        handle.remove()
+        return [x.grad, *(p.grad for p in layer.parameters())]
+    assert same(grads("ours"), grads("none"))
 
 
 def test_a_shared_parameter_and_two_backwards():
     "One layer used twice sums its gradients; a graph that is kept can be gone through again."
     layer, x = make_layer(8, 8, 0.5, torch.float32, "cpu"), torch.randn(4, 8)
     def grads(form):
-        torch.manual_seed(6); layer.zero_grad()
+        torch.manual_seed(6)
+        layer.zero_grad()
         y = FORMS[form](layer, FORMS[form](layer, x.clone().requires_grad_())).sum()
-        y.backward(retain_graph=True); y.backward()
+        y.backward(retain_graph=True)
+        y.backward()
         return [p.grad for p in layer.parameters()]
     assert same(grads("ours"), grads("none"))
 
 
 def test_what_goes_in_and_out():
-    "Keywords, nested containers, None, numbers, integer tensors, outputs in a dict; an input that requires no gradient gets none."
+    "Keywords, nested containers, None, numbers, integer tensors, outputs in a dict; inputs without a gradient."
     w = nn.Parameter(torch.randn(5))
     def f(x, pair, *, scale, index=None, nothing=None):
         a, (b, n) = x * w, pair
@@ -151,12 +165,14 @@ def test_what_goes_in_and_out():
     x, b = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
     args, kwargs = (x, (b, 3)), dict(scale=2., index=torch.arange(3))
     ours, plain = checkpoint(f, *args, params=[w], **kwargs), f(*args, **kwargs)
-    assert torch.equal(ours["sum"], plain["sum"]) and ours["parts"][1] is None and ours["n"] == 4 and torch.equal(ours["parts"][2], kwargs["index"])
+    assert torch.equal(ours["sum"], plain["sum"]) and ours["parts"][1] is None and ours["n"] == 4
+    assert torch.equal(ours["parts"][2], kwargs["index"])
     assert not ours["parts"][2].requires_grad
-    total = lambda out: out["sum"].sum() + out["parts"][0].square().sum()
+    def total(out): return out["sum"].sum() + out["parts"][0].square().sum()
     assert same(torch.autograd.grad(total(ours), [x, w]), torch.autograd.grad(total(plain), [x, w])) and b.grad is None
-    one = lambda out: out["parts"][0].sum()  # one output of several used
-    assert same(torch.autograd.grad(one(checkpoint(f, *args, params=[w], **kwargs)), [x, w]), torch.autograd.grad(one(f(*args, **kwargs)), [x, w]))
+    def one(out): return out["parts"][0].sum()  # one output of several used
+    again = checkpoint(f, *args, params=[w], **kwargs)
+    assert same(torch.autograd.grad(one(again), [x, w]), torch.autograd.grad(one(f(*args, **kwargs)), [x, w]))
 
 
 def test_an_output_that_depends_on_nothing():
@@ -168,14 +184,16 @@ def test_an_output_that_depends_on_nothing():
     used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     checkpoint(lambda x: x * used, x, params=[used, unused]).sum().backward()
     assert torch.equal(used.grad, x.detach()) and unused.grad is None
-    assert torch.equal(torch.autograd.grad(checkpoint(lambda x: (torch.ones(2), x * 2), x)[1].sum(), x)[0], torch.full((3,), 2.))
+    _, doubled = checkpoint(lambda x: (torch.ones(2), x * 2), x)
+    assert torch.equal(torch.autograd.grad(doubled.sum(), x)[0], torch.full((3,), 2.))
 
 
 def test_a_parameter_that_was_not_named():
     "An error, not a gradient that is missing in silence; frozen ones need no mention."
     layer, x = nn.Linear(4, 6), torch.randn(2, 4, requires_grad=True)
     y = checkpoint(lambda x: layer(x), x)
-    with pytest.raises(LabError, match=r"trainable tensor of shape \(6, 4\)|trainable tensor of shape \(6,\)"): y.sum().backward()
+    with pytest.raises(LabError, match=r"trainable tensor of shape \(6, 4\)|trainable tensor of shape \(6,\)"):
+        y.sum().backward()
     outside = (torch.ones(4, requires_grad=True) * 2)
     with pytest.raises(LabError, match=r"shape \(4,\)"): checkpoint(lambda x: x * outside, x).sum().backward()
     layer.requires_grad_(False)
@@ -193,7 +211,8 @@ def test_a_parameter_changed_between_the_passes():
 def test_double_backward_is_refused():
     "A gradient penalty would be a constant; nested checkpoints, which differentiate inside, are none of that."
     x = torch.randn(3, requires_grad=True)
-    with pytest.raises(LabError, match="create_graph"): torch.autograd.grad(checkpoint(torch.sin, x).sum(), x, create_graph=True)
+    with pytest.raises(LabError, match="create_graph"):
+        torch.autograd.grad(checkpoint(torch.sin, x).sum(), x, create_graph=True)
 
 
 def test_nested():
@@ -204,7 +223,8 @@ def test_nested():
         for p in (part[:len(part) // 2], part[len(part) // 2:]): h = checkpoint(halves, h, p, params=p.parameters())
         return h
     def grads(f):
-        torch.manual_seed(7); layers.zero_grad()
+        torch.manual_seed(7)
+        layers.zero_grad()
         f(x, layers).sum().backward()
         return [torch.rand(1), *(p.grad for p in layers.parameters())]
     assert same(grads(halves), grads(lambda h, part: part(h)))
@@ -212,7 +232,7 @@ def test_nested():
 
 @pytest.mark.parametrize("device", devices())
 def test_autocast(device):
-    "The second run has the dtypes of the first, wherever the backward pass is called; hypothesis would see float32 only."
+    "The second run has the dtypes of the first, wherever the backward pass is called."
     layer, x = nn.Linear(8, 8).to(device), torch.randn(4, 8, device=device)
     def grads(form, inside):
         layer.zero_grad()
@@ -231,7 +251,7 @@ def test_autocast(device):
 
 @pytest.mark.parametrize("kind", ["lab", "bnb"])
 def test_a_whole_model(kind):
-    "Loss, gradients and the random state that follows: the same bits with and without, and off again; names stay, on twice is on once."
+    "Loss, gradients and the random state that follows: the same bits with, without and off again; names stay."
     model = llama(kind)
     names, modules = list(model.state_dict()), [n for n, _ in model.named_modules()]
     plain = loss_and_grads(model, use_cache=False)
@@ -267,7 +287,7 @@ def test_as_transformers_does():
 
 @pytest.mark.parametrize("kind", ["lab", "bnb"])
 def test_generation_is_untouched(kind):
-    "With the cache, without autograd, in train and eval mode (bitsandbytes repacks in eval mode on CPUs, so it stays in train)."
+    "With the cache, without autograd, in train and eval mode (bitsandbytes, which repacks in eval, in train)."
     model = llama(kind)
     for m in model.modules():
         if isinstance(m, nn.Dropout): m.p = 0.
@@ -301,7 +321,9 @@ def test_another_wrapper_stays():
     model, calls = llama("lab"), []
     layer = decoder_layers(model)[0]
     own = layer.forward
-    def theirs(*a, **k): calls.append(1); return own(*a, **k)
+    def theirs(*a, **k):
+        calls.append(1)
+        return own(*a, **k)
     layer.forward = theirs
     loss_and_grads(checkpoint_layers(model), use_cache=False)
     assert len(calls) == 2 and checkpoint_layers(model, on=False) and layer.__dict__["forward"] is theirs
@@ -311,12 +333,14 @@ def test_all_weights_trained_and_other_families():
     "Not adapters alone, and layers that are called otherwise."
     from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
     torch.manual_seed(0)
-    models = [make_llama(), GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=320, n_positions=32, bos_token_id=1, eos_token_id=1)),
-              GPTNeoXForCausalLM(GPTNeoXConfig(num_hidden_layers=2, num_attention_heads=2, hidden_size=16, intermediate_size=32, vocab_size=320))]
+    gpt2 = GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=320, n_positions=32, bos_token_id=1, eos_token_id=1)
+    neox = GPTNeoXConfig(num_hidden_layers=2, num_attention_heads=2, hidden_size=16, intermediate_size=32, vocab_size=320)
+    models = [make_llama(), GPT2LMHeadModel(gpt2), GPTNeoXForCausalLM(neox)]
     for model in models:
         model.train()
         plain = loss_and_grads(model, use_cache=False)
-        assert len(decoder_layers(model)) == 2 and same(loss_and_grads(checkpoint_layers(model), use_cache=False), plain)
+        assert len(decoder_layers(model)) == 2
+        assert same(loss_and_grads(checkpoint_layers(model), use_cache=False), plain)
 
 
 def test_the_list_with_the_weights():
@@ -330,10 +354,12 @@ def test_the_list_with_the_weights():
 
 
 def test_weights_are_decoded_once_more(monkeypatch):
-    "Twice a step, three times when checkpointed; the queries, keys and values of the first layer have no gradient to pass on."
+    "Twice a step, three times when checkpointed; the first layer's queries, keys, values pass none on."
     from qlora_lab.double_quant import QuantizedTensor
     model, count, decode = llama("lab"), [0], QuantizedTensor.dequantize
-    def counted(self, *args): count[0] += 1; return decode(self, *args)
+    def counted(self, *args):
+        count[0] += 1
+        return decode(self, *args)
     monkeypatch.setattr(QuantizedTensor, "dequantize", counted)
     loss_and_grads(model, use_cache=False)
     assert count[0] == 2 * 3 * 7 - 3
@@ -343,7 +369,8 @@ def test_weights_are_decoded_once_more(monkeypatch):
 
 def test_no_layers():
     "What was expected, and what to do instead."
-    with pytest.raises(LabError, match="Linear: expected layers in an nn.ModuleList"): checkpoint_layers(nn.Linear(2, 2))
+    with pytest.raises(LabError, match="Linear: expected layers in an nn.ModuleList"):
+        checkpoint_layers(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("device", [*devices(), "meta"])
@@ -391,13 +418,16 @@ def test_timeline_of_an_allocator_that_rounds():
 
 @pytest.mark.parametrize("device", devices())
 def test_timeline_of_a_backward_pass(device):
-    "By hand: sin keeps its input; the backward pass, on a GPU in a thread of its own, makes cos and the gradients. At the end nothing is left."
+    "By hand: sin keeps its input; the backward pass, on a GPU in its own thread, makes cos and the gradients."
     x = torch.randn(1000, device=device, requires_grad=True)
     with MemoryTimeline() as t:
-        y = x.sin().exp().sum()  # exp keeps its output (once more seen by a detach); sin its input, which was there before
+        # exp keeps its output (once more seen by a detach); sin its input, which was there before
+        y = x.sin().exp().sum()
         t.mark("backward")
-        y.backward()             # 1 and its expanded view; times exp's output, which then goes; cos(x); their product, which stays
-    assert t.live == [0, 4000, 8000, 8000, 4004, 4004, 4008, 4008, 4008, 8008, 8008, 12008, 4008] and t.marks == [(5, "backward")]
+        # 1 and its expanded view; times exp's output, which then goes; cos(x); their product, which stays
+        y.backward()
+    assert t.live == [0, 4000, 8000, 8000, 4004, 4004, 4008, 4008, 4008, 8008, 8008, 12008, 4008]
+    assert t.marks == [(5, "backward")]
     assert t.peak == 12008 and t.now == 4004  # the gradient of x, and y
     del y
     x.grad = None
@@ -421,9 +451,13 @@ def test_timeline_against_the_allocator():
     "On a GPU the peak is torch's own, but for rounding to 512 bytes and workspace."
     layers = nn.Sequential(*(make_layer(512, 2048, 0.1, torch.float32, "cuda") for _ in range(4)))
     x = torch.randn(256, 512, device="cuda")
-    layers(x).sum().backward(); layers.zero_grad(); torch.cuda.synchronize()
+    layers(x).sum().backward()
+    layers.zero_grad()
+    torch.cuda.synchronize()
     for form in ("none", "ours"):
-        layers.zero_grad(); gc.collect(); torch.cuda.reset_peak_memory_stats()
+        layers.zero_grad()
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
         with MemoryTimeline() as t:
             h = x
@@ -442,7 +476,8 @@ def test_a_checkpoint_keeps_inputs_alone():
         for layer in layers: h = checkpoint(layer, h)
     assert t.now == 5 * x.nbytes
     with t: h.sum().backward()
-    assert t.now == x.nbytes + sum(p.grad.nbytes for p in layers.parameters())  # the inputs are gone, while the output is still held
+    # the inputs are gone, while the output is still held
+    assert t.now == x.nbytes + sum(p.grad.nbytes for p in layers.parameters())
     layers.zero_grad()
     del h
     assert t.now == 0

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import devices
-from qlora_lab.checkpointing import MemoryTimeline, checkpoint_layers, decoder_layers
+from qlora_lab.checkpointing import checkpoint_layers, decoder_layers
 from qlora_lab.engine import activation, decoder_layer, norms, rotation
 from qlora_lab.engine import group as groups
 from qlora_lab.engine.decoder_layer import FusedLayer
@@ -22,6 +22,7 @@ from qlora_lab.engine.group import Group, adapter_gradients, group_backward, gro
 from qlora_lab.linear4bit import Linear4bit, quantize_model, saved_for_backward
 from qlora_lab.lora import LoRALinear, add_lora, trainable
 from qlora_lab.records import LabError
+from qlora_lab.timeline import MemoryTimeline
 
 there = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_triton = pytest.mark.skipif(norms.triton is None, reason="Triton is not installed")

@@ -7,16 +7,9 @@ import torch
 from torch import nn
 
 from conftest import devices, make_llama
+from qlora_lab.bnb_format import bnb_tensors, from_bnb_tensors
 from qlora_lab.double_quant import quantize_4bit
-from qlora_lab.linear4bit import (
-    Linear4bit,
-    bnb_tensors,
-    from_bnb_tensors,
-    logical_numel,
-    matmul_4bit,
-    quantize_model,
-    saved_for_backward,
-)
+from qlora_lab.linear4bit import Linear4bit, logical_numel, matmul_4bit, quantize_model, saved_for_backward
 
 
 def layer(out=96, into=128, bias=True, dtype=torch.float32, device="cpu", **kw):
@@ -38,7 +31,8 @@ def test_equals_a_dense_layer_with_the_dequantized_weight(bias, dtype, device):
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     ya, yb = q(a), dense(b)
     g = torch.randn_like(ya)
-    ya.backward(g); yb.backward(g)
+    ya.backward(g)
+    yb.backward(g)
     assert torch.equal(ya, yb) and torch.equal(a.grad, b.grad)
     assert q.weight.grad is None and not q.weight.requires_grad
 
@@ -46,7 +40,8 @@ def test_equals_a_dense_layer_with_the_dequantized_weight(bias, dtype, device):
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradcheck(bias):
     "Backward against finite differences in float64, where a wrong factor or a missing sum cannot hide."
-    q = quantize_4bit(torch.randn(6, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).float(), "nf4", 64)
+    w = torch.randn(6, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    q = quantize_4bit(w.float(), "nf4", 64)
     x = torch.randn(2, 3, 64, dtype=torch.float64, requires_grad=True)
     b = torch.randn(6, dtype=torch.float64, requires_grad=True) if bias else None
     assert torch.autograd.gradcheck(lambda x, b: matmul_4bit(x, q, b), (x, b))
@@ -90,8 +85,8 @@ def test_compute_dtype_is_inside_only():
     x = torch.randn(4, 128)
     y = q(x)
     assert y.dtype == torch.float32 and torch.equal(y, q.float()(x))
-    want = torch.nn.functional.linear(x.bfloat16(), q.quantized.dequantize(torch.bfloat16), linear.bias.bfloat16()).float()
-    assert torch.equal(y, want)
+    want = nn.functional.linear(x.bfloat16(), q.quantized.dequantize(torch.bfloat16), linear.bias.bfloat16())
+    assert torch.equal(y, want.float())
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -104,7 +99,8 @@ def test_state_dict_is_bitsandbytes_own(quant_type, double_quant):
     theirs = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32)
     theirs.weight = bnb.nn.Params4bit.from_prequantized(ours["weight"], stats, device="cpu", module=theirs)
     theirs.bias.data = ours["bias"]
-    assert torch.equal(bnb.functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state), q.quantized.dequantize())
+    decoded = bnb.functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
+    assert torch.equal(decoded, q.quantized.dequantize())
     again = theirs.state_dict()
     assert again.keys() == ours.keys()
     assert all(torch.equal(v, again[k]) for k, v in ours.items() if "quant_state" not in k)
@@ -117,7 +113,8 @@ def test_tensors_there_and_back():
     q = quantize_4bit(torch.randn(32, 64))
     back = from_bnb_tensors(q.packed, bnb_tensors(q))
     assert torch.equal(back.dequantize(), q.dequantize()) and back.nbytes == q.nbytes
-    with pytest.raises(ValueError, match="not a bitsandbytes 4-bit weight"): from_bnb_tensors(q.packed, {"absmax": q.stats})
+    with pytest.raises(ValueError, match="not a bitsandbytes 4-bit weight"):
+        from_bnb_tensors(q.packed, {"absmax": q.stats})
 
 
 def test_quantize_model_takes_all_linear_layers_but_the_head():
@@ -134,7 +131,8 @@ def test_a_layer_that_cannot_be_quantized_is_named():
     "One NaN among millions of weights: the message says where."
     model = make_llama()
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
-    with pytest.raises(ValueError, match=r"layer model\.layers\.1\.mlp\.up_proj: .*nan at index \[3, 5\]"): quantize_model(model)
+    with pytest.raises(ValueError, match=r"layer model\.layers\.1\.mlp\.up_proj: .*nan at index \[3, 5\]"):
+        quantize_model(model)
 
 
 def test_what_autograd_keeps_is_let_go():

@@ -7,13 +7,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from conftest import make_llama
+from qlora_lab.adapter_files import ADAPTER_FILES
 from qlora_lab.linear4bit import quantize_model
 from qlora_lab.lora import LoRALinear, add_lora, load_adapter, lora_state, reset_lora, save_adapter, trainable
 from qlora_lab.records import LabError
 
 IDS = torch.arange(24).view(2, 12) % 300
-CONFIGS = {"plain": dict(r=4, lora_alpha=8), "rslora": dict(r=4, lora_alpha=8, use_rslora=True), "some": dict(r=2, target_modules=["q_proj", "v_proj"]),
-           "pattern": dict(r=2, target_modules=r".*layers\.1\.mlp\.(up|down)_proj"), "but": dict(r=2, target_modules="all-linear", exclude_modules=["k_proj"])}
+CONFIGS = {
+    "plain": dict(r=4, lora_alpha=8),
+    "rslora": dict(r=4, lora_alpha=8, use_rslora=True),
+    "some": dict(r=2, target_modules=["q_proj", "v_proj"]),
+    "pattern": dict(r=2, target_modules=r".*layers\.1\.mlp\.(up|down)_proj"),
+    "but": dict(r=2, target_modules="all-linear", exclude_modules=["k_proj"])}
 
 
 def config(**kw):
@@ -77,7 +82,8 @@ def test_we_read_pefts_file(kind, tmp_path):
 def test_a_seed_starts_both_libraries_alike():
     "So that a run can be repeated with PEFT: the same names in the same order take the same numbers."
     ours, theirs = add_lora(make_llama(), config()), get_peft_model(make_llama(), config())
-    reset_lora(ours, 7); reset_lora(theirs, 7)
+    reset_lora(ours, 7)
+    reset_lora(theirs, 7)
     a = lora_state(ours)
     b = {n.replace(".default", ""): p.detach() for n, p in theirs.named_parameters() if "lora_" in n}
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -87,7 +93,9 @@ def test_dropout_acts_on_the_adapters_input_in_training_only():
     "Half the inputs gone, the rest doubled; none of it in evaluation, and never on the base."
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(1000, 1, bias=False), r=1, alpha=1, dropout=0.5)
-    nn.init.zeros_(layer.base_layer.weight); nn.init.ones_(layer.lora_A.weight); nn.init.ones_(layer.lora_B.weight)
+    nn.init.zeros_(layer.base_layer.weight)
+    nn.init.ones_(layer.lora_A.weight)
+    nn.init.ones_(layer.lora_B.weight)
     x = torch.ones(1, 1000)
     layer.train()
     y = layer(x).item()
@@ -100,8 +108,9 @@ def test_a_second_helping_is_refused():
     with pytest.raises(LabError, match="has adapters already"): add_lora(add_lora(make_llama(), config()), config())
 
 
-@pytest.mark.parametrize("field, value", [("use_dora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 2}), ("modules_to_save", ["lm_head"]),
-                                          ("fan_in_fan_out", True), ("init_lora_weights", "pissa")])
+@pytest.mark.parametrize("field, value", [
+    ("use_dora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 2}), ("modules_to_save", ["lm_head"]),
+    ("fan_in_fan_out", True), ("init_lora_weights", "pissa")])
 def test_settings_we_do_not_have_are_refused(field, value):
     "A setting that would be ignored gives other numbers than PEFT's, without a word."
     with pytest.raises(LabError, match=rf"LoraConfig\.{field}="): add_lora(make_llama(), config(**{field: value}))
@@ -109,7 +118,8 @@ def test_settings_we_do_not_have_are_refused(field, value):
 
 def test_no_matching_layer():
     "A misspelt layer is named, with what there is."
-    with pytest.raises(LabError, match="names no linear layer.*up_proj"): add_lora(make_llama(), config(target_modules=["up_prj"]))
+    with pytest.raises(LabError, match="names no linear layer.*up_proj"):
+        add_lora(make_llama(), config(target_modules=["up_prj"]))
 
 
 @pytest.mark.parametrize("other", [dict(layers=3), dict(hidden=128)])
@@ -139,5 +149,5 @@ def test_a_damaged_adapter_says_which_file(tmp_path):
 def test_the_file_is_the_same_each_time(tmp_path):
     "Equal adapters, equal bytes: what resuming is measured by."
     a, b = (save_adapter(add_lora(make_llama(), config(), seed=5), tmp_path / n) for n in "ab")
-    for name in ("adapter_config.json", "adapter_model.safetensors"): assert (a / name).read_bytes() == (b / name).read_bytes()
+    for name in ADAPTER_FILES: assert (a / name).read_bytes() == (b / name).read_bytes()
     assert json.loads((a / "adapter_config.json").read_text())["peft_type"] == "LORA"

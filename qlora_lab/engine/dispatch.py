@@ -79,7 +79,7 @@ _switch = {"asked": False, "on": True}
 def _found(place: str) -> Callable:
     "What stands at 'module.function' below the package."
     module, _, name = place.rpartition(".")
-    return getattr(import_module(f"{__name__.partition('.')[0]}.{module}"), name)
+    return getattr(import_module(f"qlora_lab.{module}"), name)
 
 def twin(
     operation: str,

@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpointing import MemoryTimeline
 from .allocator import CONTEXT_GIB, FRAGMENTS, LIBRARY_BYTES, ROUNDED
 from .dispatch import REHEARSED, twin
 from .known_models import model_config
@@ -40,6 +39,7 @@ from .state_formats import FORMATS, page_parameters, read_moments, state_bytes, 
 from ..memory import Moment
 from ..paged import adamw
 from ..records import LabError
+from ..timeline import MemoryTimeline
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

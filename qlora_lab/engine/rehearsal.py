@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checkpointing import MemoryTimeline, checkpoint_layers, decoder_layers
+from ..checkpointing import checkpoint_layers, decoder_layers
 from ..double_quant import BLOCKSIZES, QuantizedTensor, levels_by_code
 from .allocator import ROUNDED
 from .dispatch import REHEARSED, faster, standing_in
@@ -47,6 +47,7 @@ from ..lora import add_lora, trainable
 from ..memory import Moment, moments, watch_step
 from ..model import held_tensors
 from ..records import LabError
+from ..timeline import MemoryTimeline
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
