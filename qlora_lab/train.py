@@ -391,9 +391,11 @@ def train(
     held = [tokenize(tokenizer, e, longest) for e in spread(data.held_out, config.eval_examples)]
     asked = spread(data.held_out, config.eval_prompts)
     model = attach_adapters(model, config).train()
-    numbers, budget = (config.lr, config.weight_decay, config.optimizer_bits), config.device_budget << 20 or None
-    optimizer = faster("optimizer", next(model.parameters()).device, trainable(model), *numbers, budget)
-    if optimizer is None: optimizer = PagedAdamW(trainable(model), config.lr, weight_decay=numbers[1], device_budget=budget)
+    budget = config.device_budget << 20 or None
+    numbers = trainable(model), config.lr, config.weight_decay, config.optimizer_bits, budget
+    optimizer = faster("optimizer", next(model.parameters()).device, *numbers)
+    if optimizer is None:
+        optimizer = PagedAdamW(trainable(model), config.lr, weight_decay=config.weight_decay, device_budget=budget)
     if record is None: record = begin(folder, identity, config, model, tokenizer, held, asked)
     activations = activation_bytes(model, collate(sorted(learn, key=lambda t: len(t.ids))[-config.batch_size:]))
     run_steps(folder, model, optimizer, learn, config, progress)
