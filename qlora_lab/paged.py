@@ -82,6 +82,14 @@ class PageTable(Residents):
         return self.frame_of[page], left if left is not None and self.clean(left) else None
 
 # %% ../nbs/04_paged.ipynb #86bebce2
+def _float(tensors: list[Tensor]) -> list[Tensor]:
+    "The same list, or float32 copies."
+    if all(t.dtype == torch.float32 for t in tensors): return tensors
+    copies = [torch.empty_like(t, dtype=torch.float32) for t in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+# %% ../nbs/04_paged.ipynb #0cfa93bd
 def adamw(
     params: list[Tensor],      # changed in place
     grads: list[Tensor],
@@ -96,7 +104,7 @@ def adamw(
     "AdamW (Loshchilov and Hutter 2019) by torch.optim.AdamW's operations, in float32 whatever the parameters are."
     numbers = lr, betas, eps, weight_decay
     if faster("adamw", params[0].device, params, grads, exp_avg, exp_avg_sq, steps, *numbers): return
-    wide, grads = [p.float() for p in params], [g.float() for g in grads]  # themselves, where they are float32
+    wide, grads = _float(params), _float(grads)
     if weight_decay: torch._foreach_mul_(wide, 1 - lr * weight_decay)
     torch._foreach_lerp_(exp_avg, grads, 1 - betas[0])
     torch._foreach_mul_(exp_avg_sq, betas[1])
@@ -105,7 +113,7 @@ def adamw(
     torch._foreach_div_(denominator, [(1 - betas[1] ** t) ** 0.5 for t in steps])
     torch._foreach_add_(denominator, eps)
     torch._foreach_addcdiv_(wide, exp_avg, denominator, [-(lr / (1 - betas[0] ** t)) for t in steps])
-    if any(w is not p for w, p in zip(wide, params)): torch._foreach_copy_(params, wide)
+    if wide is not params: torch._foreach_copy_(params, wide)
 
 # %% ../nbs/04_paged.ipynb #447369a8
 class Mover:
