@@ -132,7 +132,7 @@ def cpu_one(settings: dict) -> None:
     from qlora_lab.assets import smollm2_folder
     from qlora_lab.model import load_model
     from qlora_lab.train import TrainConfig, attach_adapters
-    import qlora_lab.cli, transformers.models.llama.modeling_llama, peft  # noqa: F401  what a run imports anyway
+    import qlora_lab.commands.training, transformers.models.llama.modeling_llama, peft  # noqa: F401  what a run imports anyway
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())  # noqa: F841  and reads before it plans
     dtype, before, handed_back = settings.pop("compute_dtype"), psutil.Process().memory_info().rss, settings.pop("handed_back")
     if not handed_back: sys.modules["qlora_lab.train"].release_memory = lambda: None

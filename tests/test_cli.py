@@ -17,6 +17,11 @@ from qlora_lab.commands.report import plain, report, table
 from qlora_lab.train import Run, TrainConfig
 
 
+@pytest.fixture(autouse=True)
+def no_colours(monkeypatch):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"): monkeypatch.delenv(name, raising=False)
+
+
 def words(text):
     "A help page as one line, whatever its width."
     return " ".join(text.split())

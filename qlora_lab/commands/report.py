@@ -48,10 +48,11 @@ def screen_width() -> int:
 def console(
     file=None,                 # where it prints; the output stream by default
     width: int | None = None,  # characters a line
+    **options,
 ) -> Console:
     "rich's printer as all commands use it: brackets and numbers in a text mean nothing."
-    return Console(file=file, width=width or screen_width(), soft_wrap=True,
-                   markup=False, emoji=False, highlight=False)
+    return Console(file=file, width=width or screen_width(), soft_wrap=True, markup=False, emoji=False,
+                   highlight=False, force_jupyter=False, **options)
 
 # %% ../../nbs/commands/report.ipynb #bbd88bae
 def table(
@@ -76,7 +77,7 @@ def plain(
 ) -> str:
     "The text of rich's parts: no colours, rows of tables on one line each, no blanks at the end of lines."
     out = io.StringIO()
-    paper = console(out, width)
+    paper = console(out, width, force_terminal=False)
     for piece in part.renderables if isinstance(part, Group) else [part]:
         if isinstance(piece, Table):
             piece.width = Measurement.get(paper, paper.options.update(max_width=10_000), piece).maximum
