@@ -69,6 +69,7 @@ def _rule(metavar: str, read, nargs=1) -> PrimitiveConstructorSpec:
     def shown(value): return list(value) if isinstance(value, tuple) else [str(value)]
     return PrimitiveConstructorSpec(nargs, metavar, read, lambda value: True, shown)
 
+# %% ../nbs/howto/command_line.ipynb #19597195
 def _wanted(kind: type, word: str):
     "A word as int, float, one of several words, or text."
     if kind in _NUMBERS:

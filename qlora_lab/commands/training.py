@@ -130,6 +130,7 @@ def config_of_run(asked: Train, folder: str | Path) -> TrainConfig:
     values = {f.name: getattr(asked.training, f.name) for f in fields(TrainConfig)}
     return TrainConfig(**values | {"folder": str(folder)})
 
+# %% ../../nbs/commands/training.ipynb #01fa2b2e
 def announce(
     asked: Train,
     config: TrainConfig,
