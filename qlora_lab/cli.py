@@ -79,6 +79,7 @@ def _wanted(kind: type, word: str):
         raise ValueError(f"expected {' or '.join(get_args(kind))}, not {word!r}")
     return word
 
+# %% ../nbs/howto/command_line.ipynb #6e2ec37e
 @_RULES.primitive_rule
 def _value(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     "Numbers, one of several words, and either of them or text or None."
@@ -166,6 +167,7 @@ def _run(argv: list[str]) -> int:
     asked = read(name, words)
     return 0 if asked is None else asked.run()
 
+# %% ../nbs/howto/command_line.ipynb #5350d9f6
 def main(
     argv: list[str] | None = None,  # what follows `qlora-lab`
 ) -> int:  # exit code: 0 done, 1 the doctor misses something or a plan does not fit, 2 a mistake, 130 interrupted

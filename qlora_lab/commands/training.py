@@ -160,6 +160,7 @@ def _open_model(asked: Train, device: torch.device):
     return load_model(asked.model, quantize, asked.backend, device=device, double_quant=asked.double_quant,
                       compute_dtype=dtype)
 
+# %% ../../nbs/commands/training.ipynb #bda7ccf3
 def start(asked: Train) -> int:
     "Train, or go on, or show a finished run again; the exit code."
     data, what, place = data_of_run(asked.data, asked.held_out)
