@@ -419,11 +419,11 @@ def _bf16_check() -> Check:
 
 def _kernel_check() -> Check:
     import torch
-    from qlora_lab import kernels
+    from qlora_lab.engine import c_functions, gpu
     if os.environ.get("QLORA_LAB_KERNELS") == "0": return Check("kernels", "off", "note", "QLORA_LAB_KERNELS=0 leaves them off: unset it for speed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what it says is said below
-        found = {"C on the CPU": kernels.compiled() is not None, "Triton on the GPU": not kernels.gpu_lack()}
+        found = {"C on the CPU": c_functions.compiled() is not None, "Triton on the GPU": not gpu.gpu_lack()}
     lacking = not found["C on the CPU"] or torch.cuda.is_available() and not found["Triton on the GPU"]
     return Check("kernels", ", ".join(k for k, there in found.items() if there) or "none", *("note", "install a C compiler (gcc or clang) and, for a GPU, Triton: plain torch gives the same bits more slowly") if lacking else ())
 

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from .checkpointing import decoder_layers, is_checkpointed
 from .engine.dispatch import twin
-from .kernels import gpu_lack, on_device
+from .engine.gpu import gpu_lack, on_device
 from .linear4bit import Linear4bit
 from .lora import LoRALinear
 from .records import LabError

@@ -163,8 +163,8 @@ def test_what_is_missing_is_said(capsys, monkeypatch, tmp_path):
 
 def test_a_lack_of_kernels_is_a_note(capsys, monkeypatch):
     "Everything works without a compiler, so the machine is well; the doctor says what would make it faster."
-    from qlora_lab import kernels
-    monkeypatch.setattr(kernels, "compiled", lambda: None)
+    from qlora_lab.engine import c_functions
+    monkeypatch.setattr(c_functions, "compiled", lambda: None)
     code, told = doctor(capsys, "--json")
     check, = [c for c in json.loads(told)["checks"] if c["name"] == "kernels"]
     assert code == 0 and check["state"] == "note" and "compiler" in check["advice"] and "C on the CPU" not in check["found"]

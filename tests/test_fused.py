@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import devices
-from qlora_lab import fused, kernels
+from qlora_lab import fused
 from qlora_lab.checkpointing import MemoryTimeline, checkpoint_layers, decoder_layers
 from qlora_lab.fused import Group, adapter_gradients, fits, fuse_layers, group_backward, group_forward, is_fused
 from qlora_lab.linear4bit import Linear4bit, quantize_model, saved_for_backward
@@ -21,7 +21,7 @@ from qlora_lab.records import LabError
 from qlora_lab.engine.dispatch import use_kernels
 
 there = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(fused.triton is None, reason="Triton is not installed")
 
 
 @pytest.fixture(autouse=True)
