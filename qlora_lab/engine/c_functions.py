@@ -140,6 +140,7 @@ def _built() -> ctypes.CDLL:
             with open(f"{made}/kernels.so", "rb") as f: write_whole(path, f.read())
     return ctypes.CDLL(str(path))
 
+# %% ../../nbs/engine/c_functions.ipynb #9f36d456
 @lru_cache(maxsize=1)
 def compiled() -> ctypes.CDLL | None:
     "The C functions as a library; None, with one line of notice, where there is no compiler that makes it."

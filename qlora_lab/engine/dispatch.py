@@ -83,6 +83,7 @@ def twin(
     found = AT_WORK.get((operation, device_type))
     return _found(found) if isinstance(found, str) else found
 
+# %% ../../nbs/engine/dispatch.ipynb #22d35081
 def faster(
     operation: str,
     device: torch.device,  # where the work is to be done

@@ -31,6 +31,26 @@ from .gpu import on_device, tl, triton
 # %% ../../nbs/engine/fused_adamw.ipynb #8f07d2de
 if triton:
     @triton.jit
+    def _moments(
+        exp_avg_ptr,     # [TILE] float32 each, changed in place
+        exp_avg_sq_ptr,
+        g,               # [TILE] float32
+        inside,          # [TILE] whether there is a number
+        towards,         # 1 - beta1
+        beta2,
+        rest2,           # 1 - beta2
+    ):
+        "m += (g - m) towards; v = beta2 v + rest2 g^2."
+        zero = tl.zeros(g.shape, tl.float32)
+        m = tl.fma(g - tl.load(exp_avg_ptr, mask=inside), zero + towards, tl.load(exp_avg_ptr, mask=inside))
+        v = tl.fma(g * g, zero + rest2, tl.load(exp_avg_sq_ptr, mask=inside) * beta2)
+        tl.store(exp_avg_ptr, m, mask=inside)
+        tl.store(exp_avg_sq_ptr, v, mask=inside)
+        return m, v
+
+# %% ../../nbs/engine/fused_adamw.ipynb #f12ed28b
+if triton:
+    @triton.jit
     def _adamw(
         param_ptr,       # [n] float32, bfloat16 or float16, changed in place
         grad_ptr,        # [n] the same
@@ -38,27 +58,22 @@ if triton:
         exp_avg_sq_ptr,  # [n] float32, mean of their squares, changed in place
         n,
         keep,            # 1 - learning rate x weight decay
-        towards,         # 1 - beta1
+        towards,         # as in `_moments`, like the next two
         beta2,
-        rest2,           # 1 - beta2
+        rest2,
         root,            # sqrt(1 - beta2 ** step)
         eps,
         rate,            # -learning rate / (1 - beta1 ** step)
         TILE: tl.constexpr,  # numbers a program
     ):
-        "p = keep p + rate m / (sqrt(v) / root + eps), with m += (g - m) towards and v = beta2 v + rest2 g^2."
+        "p = keep p + rate m / (sqrt(v) / root + eps)."
         at, zero = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE), tl.zeros([TILE], tl.float32)
         inside = at < n
-        p = tl.load(param_ptr + at, mask=inside).to(tl.float32) * keep
         g = tl.load(grad_ptr + at, mask=inside).to(tl.float32)
-        m, v = tl.load(exp_avg_ptr + at, mask=inside), tl.load(exp_avg_sq_ptr + at, mask=inside) * beta2
-        m = tl.fma(g - m, zero + towards, m)
-        v = tl.fma(g * g, zero + rest2, v)
-        width = tl.div_rn(tl.sqrt_rn(v), zero + root) + eps
-        p = tl.fma(tl.div_rn(m, width), zero + rate, p)
+        m, v = _moments(exp_avg_ptr + at, exp_avg_sq_ptr + at, g, inside, towards, beta2, rest2)
+        change = tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), zero + root) + eps)
+        p = tl.fma(change, zero + rate, tl.load(param_ptr + at, mask=inside).to(tl.float32) * keep)
         tl.store(param_ptr + at, p.to(param_ptr.dtype.element_ty), mask=inside)
-        tl.store(exp_avg_ptr + at, m, mask=inside)
-        tl.store(exp_avg_sq_ptr + at, v, mask=inside)
 
 # %% ../../nbs/engine/fused_adamw.ipynb #ce9e0935
 TAKEN = torch.float32, torch.bfloat16, torch.float16

@@ -38,14 +38,7 @@ PIECE = 1024  # places whose logits are there at once
 class LinearCrossEntropy(torch.autograd.Function):
     "The surprise at given places, summed, and its gradient beside it; the logits of a piece at a time."
     @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,   # [tokens, width]
-        at: Tensor,       # [places] int64, rows of `hidden`
-        targets: Tensor,  # [places] int64, the token that comes next; negative: does not count
-        weight: Tensor,   # [vocabulary, width], of the head; gets no gradient
-        piece: int,       # places whose logits are there at once
-    ) -> Tensor:          # float32
+    def forward(ctx, hidden: Tensor, at: Tensor, targets: Tensor, weight: Tensor, piece: int) -> Tensor:
         found, loss = hidden.index_select(0, at), torch.zeros((), dtype=torch.float32, device=hidden.device)
         for h, t in zip(found.split(piece), targets.split(piece)):
             logs, learned = (h @ weight.t()).float().log_softmax(1), (t >= 0)[:, None]

@@ -36,36 +36,73 @@ if TYPE_CHECKING:
 # %% ../../nbs/engine/triton_dequantize.ipynb #42900f38
 if triton:
     @triton.jit
+    def _level(
+        packed_ptr,   # [n / 2] uint8, or [n / 8] int32 where WIDE is 8
+        levels_ptr,   # [16] float32, by code
+        first,        # the tile's first lane, int64
+        lane,         # [TILE] lanes counted from that one, int32
+        inside,       # [TILE] whether a lane has work
+        WIDE: tl.constexpr,
+    ):
+        "[TILE, WIDE] float32: v[q] of each weight."
+        READ: tl.constexpr = 2 if WIDE == 1 else 1  # lanes that share a byte
+        codes = tl.load(packed_ptr + first // READ + lane // READ, mask=inside, other=0).to(tl.int32)
+        weight = lane[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+        shift = weight % 8 // 2 * 8 * (WIDE == 8) + 4 * (1 - weight % 2)  # the high half of a byte comes first
+        return tl.load(levels_ptr + ((codes[:, None] >> shift) & 15))
+
+# %% ../../nbs/engine/triton_dequantize.ipynb #4eae6562
+if triton:
+    @triton.jit
     def _scale(
         stats_ptr,    # [blocks] float32 scales, or uint8 codes of them
         absmax2_ptr,  # [blocks / 256] float32 second-level scales
         offset_ptr,   # float32, mean of the scales
         code2_ptr,    # [256] float32, levels of the codes of scales
-        first_block,  # block of the tile's first lane, int64
-        block,        # [TILE] blocks counted from that one, int32
-        inside,       # [TILE] whether a lane has work
-        NESTED: tl.constexpr,
+        first,        # as in `_level`, like the next two
+        lane,
+        inside,
+        PER_BLOCK: tl.constexpr,  # lanes a block
+        NESTED: tl.constexpr,     # whether the scales are codes
     ):
         "[TILE] float32: v2[code] * m2[block // 256] + mean, or the scale as it stands."
-        scale = tl.load(stats_ptr + first_block + block, mask=inside, other=0)
+        start, block = first // PER_BLOCK, ((first % PER_BLOCK).to(tl.int32) + lane) // PER_BLOCK
+        scale = tl.load(stats_ptr + start + block, mask=inside, other=0)
         if NESTED:
             level = tl.load(code2_ptr + scale.to(tl.int32))
-            group = (first_block % 256).to(tl.int32) + block
-            second = tl.load(absmax2_ptr + first_block // 256 + group // 256, mask=inside, other=0.)
-            scale = level * second + tl.load(offset_ptr)
+            group = ((start % 256).to(tl.int32) + block) // 256
+            scale = level * tl.load(absmax2_ptr + start // 256 + group, mask=inside, other=0.) + tl.load(offset_ptr)
         return scale
 
-# %% ../../nbs/engine/triton_dequantize.ipynb #4eae6562
+# %% ../../nbs/engine/triton_dequantize.ipynb #6a0d7b2f
+if triton:
+    @triton.jit
+    def _to(
+        out_ptr,      # [n] float32, bfloat16 or float16
+        first,        # as in `_level`, like the next
+        lane,
+        gap,          # numbers between rows of `out`, over 8
+        ROW: tl.constexpr,   # lanes a row; 0 where there is no gap
+        WIDE: tl.constexpr,
+    ):
+        "[TILE, WIDE] pointers: where each weight goes."
+        to_ptr = out_ptr + first * WIDE
+        if ROW:
+            row = ((first % ROW).to(tl.int32) + lane) // ROW
+            to_ptr += ((first // ROW + row) * gap)[:, None] * 8
+        return to_ptr + (lane[:, None] * WIDE + tl.arange(0, WIDE)[None, :])
+
+# %% ../../nbs/engine/triton_dequantize.ipynb #c72cec4f
 if triton:
     @triton.jit
     def _dequantize(
-        packed_ptr,   # [n / 2] uint8, or [n / 8] int32 where WIDE is 8
-        stats_ptr,    # [blocks] float32 scales, or uint8 codes of them
-        absmax2_ptr,  # [blocks / 256] float32 second-level scales
-        offset_ptr,   # float32, mean of the scales
-        code2_ptr,    # [256] float32, levels of the codes of scales
-        levels_ptr,   # [16] float32, by code
-        out_ptr,      # [n] float32, bfloat16 or float16
+        packed_ptr,   # the pointers as in the functions above
+        stats_ptr,
+        absmax2_ptr,
+        offset_ptr,
+        code2_ptr,
+        levels_ptr,
+        out_ptr,
         lanes,        # n / WIDE
         gap,          # numbers between rows of `out`, over 8
         ROW: tl.constexpr,        # lanes a row; 0 where there is no gap
@@ -77,19 +114,10 @@ if triton:
         "w = v[q] * m[block], `WIDE` weights a lane."
         first, lane = tl.program_id(0).to(tl.int64) * TILE, tl.arange(0, TILE)
         inside = first + lane < lanes
-        READ: tl.constexpr = 2 if WIDE == 1 else 1  # lanes that share a byte
-        codes = tl.load(packed_ptr + first // READ + lane // READ, mask=inside, other=0).to(tl.int32)
-        block = ((first % PER_BLOCK).to(tl.int32) + lane) // PER_BLOCK
-        scale = _scale(stats_ptr, absmax2_ptr, offset_ptr, code2_ptr, first // PER_BLOCK, block, inside, NESTED)
-        weight = lane[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
-        shift = weight % 8 // 2 * 8 * (WIDE == 8) + 4 * (1 - weight % 2)  # the high half of a byte comes first
-        level = tl.load(levels_ptr + ((codes[:, None] >> shift) & 15))
-        to_ptr = out_ptr + first * WIDE
-        if ROW:
-            row = ((first % ROW).to(tl.int32) + lane) // ROW
-            to_ptr += ((first // ROW + row) * gap)[:, None] * 8
-        value = level * scale[:, None]
-        tl.store(to_ptr + weight, value.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+        level = _level(packed_ptr, levels_ptr, first, lane, inside, WIDE)
+        scale = _scale(stats_ptr, absmax2_ptr, offset_ptr, code2_ptr, first, lane, inside, PER_BLOCK, NESTED)
+        value = (level * scale[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(_to(out_ptr, first, lane, gap, ROW, WIDE), value, mask=inside[:, None])
 
 # %% ../../nbs/engine/triton_dequantize.ipynb #050866b5
 def _gap(q: "QuantizedTensor", out: "Tensor", wide: int) -> int | None:
@@ -99,6 +127,7 @@ def _gap(q: "QuantizedTensor", out: "Tensor", wide: int) -> int | None:
     gap = out.stride(0) - q.shape[1]
     return gap if gap > 0 and gap % 8 == 0 and q.shape[1] % 8 == 0 else None
 
+# %% ../../nbs/engine/triton_dequantize.ipynb #919c9f7e
 def dequantize_triton(
     q: "QuantizedTensor",  # on a GPU
     dtype: torch.dtype,    # of the result

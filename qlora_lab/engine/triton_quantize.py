@@ -59,6 +59,26 @@ if triton:
 # %% ../../nbs/engine/triton_quantize.ipynb #f60bbb76
 if triton:
     @triton.jit
+    def _largest(
+        w,  # [ROWS, BLOCK] float32
+    ):
+        "[ROWS] largest magnitudes, by their bits, among which NaN is the largest."
+        bits = tl.abs(w).to(tl.int32, bitcast=True)
+        return tl.max(bits, axis=1).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def _in_bytes(
+        code,  # [ROWS, BLOCK] int32
+        ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        "[ROWS, BLOCK / 2] uint8: two codes a byte, the first in the high half."
+        high, low = tl.split(tl.reshape(code, (ROWS, BLOCK // 2, 2)))
+        return (high * 16 + low).to(tl.uint8)
+
+# %% ../../nbs/engine/triton_quantize.ipynb #f75c65c2
+if triton:
+    @triton.jit
     def _quantize(
         weight_ptr,        # [n] float32, bfloat16 or float16
         pivots_ptr,        # [15] float32 between levels; [7] between magnitudes where SIGNED
@@ -77,13 +97,11 @@ if triton:
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         at = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         w = tl.load(weight_ptr + at, mask=at < n, other=0.).to(tl.float32)
-        bits = tl.abs(w).to(tl.int32, bitcast=True)
-        largest = tl.max(bits, axis=1).to(tl.float32, bitcast=True)  # NaN is the largest
+        largest = _largest(w)
         tl.store(absmax_ptr + row, largest, mask=row < blocks)
         code = _codes(w, largest, pivots_ptr, signed_codes_ptr, HALVINGS, SIGNED, ROWS, APPROXIMATE)
-        high, low = tl.split(tl.reshape(code, (ROWS, BLOCK // 2, 2)))
         byte = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-        tl.store(packed_ptr + byte, (high * 16 + low).to(tl.uint8), mask=byte < (n + 1) // 2)
+        tl.store(packed_ptr + byte, _in_bytes(code, ROWS, BLOCK), mask=byte < (n + 1) // 2)
 
 # %% ../../nbs/engine/triton_quantize.ipynb #09330a09
 if triton:
