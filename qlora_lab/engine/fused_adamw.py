@@ -42,7 +42,8 @@ if triton:
     ):
         "m += (g - m) towards; v = beta2 v + rest2 g^2."
         zero = tl.zeros(g.shape, tl.float32)
-        m = tl.fma(g - tl.load(exp_avg_ptr, mask=inside), zero + towards, tl.load(exp_avg_ptr, mask=inside))
+        m = tl.load(exp_avg_ptr, mask=inside)
+        m = tl.fma(g - m, zero + towards, m)
         v = tl.fma(g * g, zero + rest2, tl.load(exp_avg_sq_ptr, mask=inside) * beta2)
         tl.store(exp_avg_ptr, m, mask=inside)
         tl.store(exp_avg_sq_ptr, v, mask=inside)
