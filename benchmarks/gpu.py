@@ -2,8 +2,9 @@
 
     make bench-gpu        # or python -m benchmarks.gpu; on an H100 about six minutes
 
-Prints a table for each and writes results/gpu.json (kernels and layers) and results/gpu_steps.json (training steps), which lessons 14, 14b and 14c show. Peers,
-plain path, 16-bit layers and torch's own copy in one run; torchao where it is installed. Steps run in processes of their own, random weights in real shapes.
+Prints a table for each and writes results/gpu.json (kernels and layers) and results/gpu_steps.json (training steps),
+which lessons 14, 14b and 14c and the engine's pages show. Peers, plain path, 16-bit layers and torch's own copy in one
+run; torchao where it is installed. Steps run in processes of their own, random weights in real shapes.
 """
 import argparse
 import gc
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
 
 import pandas as pd
 import torch
@@ -26,16 +29,18 @@ from qlora_lab.engine.dispatch import AT_WORK, use_kernels
 from qlora_lab.engine.known_models import model_config
 from qlora_lab.engine.paged_adamw import PagedAdamW
 from qlora_lab.engine.rehearsal import Settings
-from qlora_lab.kernels import dequantize_triton
+from qlora_lab.engine.triton_dequantize import dequantize_triton
 from qlora_lab.linear4bit import Linear4bit
 from qlora_lab.lora import trainable
 from qlora_lab.train import train_step
 
 SHAPES = (4096, 4096), (11008, 4096), (22016, 8192)
 STEPS = [("llama-7b", 16, "lab"), ("llama-7b", 16, "peer"), ("llama-7b", 16, "peer, compiled"),
-         ("llama-7b", 1, "lab"), ("llama-7b", 1, "lab, not recorded"), ("llama-7b", 1, "lab, plain torch"), ("llama-7b", 1, "peer"), ("llama-65b", 1, "lab"), ("llama-65b", 1, "peer"),
+         ("llama-7b", 1, "lab"), ("llama-7b", 1, "lab, not recorded"), ("llama-7b", 1, "lab, plain torch"),
+         ("llama-7b", 1, "peer"), ("llama-65b", 1, "lab"), ("llama-65b", 1, "peer"),
          ("llama-7b", 1, "peer, compiled")]  # model, sequences of 512 tokens, who
-GROUPS = {"attention": ("flash", "fmha"), "decoding": ("_dequantize", "kDequantize"), "products": ("nvjet", "gemm", "cutlass", "splitKreduce"),
+GROUPS = {"attention": ("flash", "fmha"), "decoding": ("_dequantize", "kDequantize"),
+          "products": ("nvjet", "gemm", "cutlass", "splitKreduce"),
           "between the products": ("",)}  # kinds of kernels, by parts of their names, the first that fits
 
 
@@ -46,7 +51,8 @@ def timed(work, repeat: int = 200) -> tuple[float, float, float]:
 
 
 def in_a_graph(works: list, rounds: int = 15) -> tuple[float, float, float]:
-    "Median and quartiles in ms of one call, without the cost of its launch: calls on different data, recorded in turns as one graph and replayed."
+    """Median and quartiles in ms of one call, without the cost of its launch: calls on different data, recorded in
+    turns as one graph and replayed."""
     for work in works: work()
     graph, times = torch.cuda.CUDAGraph(), []
     with torch.cuda.graph(graph):
@@ -78,49 +84,59 @@ def ceilings() -> dict:
     return {"copy_tbs": copy, "product_tflops": 2 * 8192 ** 3 / timed(lambda: a @ a)[0] / 1e9}
 
 
+def quantized(shape: tuple, number: int) -> list:
+    "So many random weights of a shape in nested NF4, enough that a cache does not hold them."
+    def random(): return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02
+    return [quantize_4bit(random()) for _ in range(number)]
+
+
 def decoding() -> list[dict]:
     "Nested NF4 to bfloat16, in a graph and called one at a time."
     import bitsandbytes.functional as bnb
     rows = []
     for shape in SHAPES:
-        some = [quantize_4bit(torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02) for _ in range(4 if shape[0] > 20000 else 8)]
+        some = quantized(shape, 4 if shape[0] > 20000 else 8)
         theirs = [q.to_bitsandbytes() for q in some]
         n = some[0].packed.numel() * 2
         moved = n * 2 + some[0].nbytes
         use_kernels(False)
         plain = some[0].dequantize()
-        row = {"shape": shape, "moved_bytes": moved, **entry("plain", timed(lambda: some[0].dequantize()), moved)}
+        row = {"shape": shape, "moved_bytes": moved, **entry("plain", timed(some[0].dequantize), moved)}
         use_kernels()
-        row["equal"] = torch.equal(some[0].dequantize(), plain) and torch.equal(plain, bnb.dequantize_4bit(*theirs[0]))
-        row |= entry("lab", in_a_graph([q.dequantize for q in some]), moved) | entry("lab_called", timed(some[0].dequantize), moved)
-        row |= entry("bitsandbytes", in_a_graph([lambda t=t: bnb.dequantize_4bit(*t) for t in theirs]), moved)
-        row |= entry("bitsandbytes_called", timed(lambda: bnb.dequantize_4bit(*theirs[0])), moved)
+        peers = [partial(bnb.dequantize_4bit, *t) for t in theirs]
+        row["equal"] = torch.equal(some[0].dequantize(), plain) and torch.equal(plain, peers[0]())
+        row |= entry("lab", in_a_graph([q.dequantize for q in some]), moved)
+        row |= entry("lab_called", timed(some[0].dequantize), moved)
+        row |= entry("bitsandbytes", in_a_graph(peers), moved) | entry("bitsandbytes_called", timed(peers[0]), moved)
         rows.append(row)
     return rows
 
 
 def grown(shape: tuple = (11008, 4096)) -> list[dict]:
     "The kernel on its way: how many weights a lane, and nested statistics in a pass of their own or in the same."
-    some = [quantize_4bit(torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02) for _ in range(4)]
+    some = quantized(shape, 4)
     code = DYNAMIC8.cuda()
     def apart(q, wide):
         absmax = dequantize_blockwise(q.stats, q.absmax2, code, 256) + q.offset
         return dequantize_triton(replace(q, stats=absmax, absmax2=None, offset=None), torch.bfloat16, None, wide)
     moved = some[0].packed.numel() * 4 + some[0].nbytes
     assert all(torch.equal(apart(some[0], wide), some[0].dequantize()) for wide in (1, 2, 8))
-    rows = [{"weights a lane": wide, "statistics": "apart", **entry("lab", in_a_graph([lambda q=q: apart(q, wide) for q in some]), moved)} for wide in (1, 2, 8)]
-    return rows + [{"weights a lane": 8, "statistics": "same pass", **entry("lab", in_a_graph([q.dequantize for q in some]), moved)}]
+    def row(wide, statistics, works):
+        return {"weights a lane": wide, "statistics": statistics, **entry("lab", in_a_graph(works), moved)}
+    rows = [row(wide, "apart", [partial(apart, q, wide) for q in some]) for wide in (1, 2, 8)]
+    return [*rows, row(8, "same pass", [q.dequantize for q in some])]
 
 
 def torchao(shape: tuple = (11008, 4096)) -> dict:
     "The way back in torchao's NF4 tensor, as it comes and compiled by torch; empty without torchao."
-    try: from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+    try:
+        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
     except ImportError: return {}
-    from importlib.metadata import version
     weight = to_nf4(torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02)
     compiled = torch.compile(lambda w: w.get_original_weight())
     moved = weight.numel() * (2 + 4.127 / 8)
-    return {"shape": shape, "version": version("torchao"), **entry("eager", timed(weight.get_original_weight), moved), **entry("compiled", timed(lambda: compiled(weight)), moved)}
+    return {"shape": shape, "version": version("torchao"), **entry("eager", timed(weight.get_original_weight), moved),
+            **entry("compiled", timed(lambda: compiled(weight)), moved)}
 
 
 def quantizing() -> list[dict]:
@@ -129,31 +145,39 @@ def quantizing() -> list[dict]:
     rows = []
     for shape in SHAPES:
         w = torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02
-        def theirs(): return bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
+        theirs = partial(bnb.quantize_4bit, w, quant_type="nf4", compress_statistics=True)
         q, (packed, state) = quantize_4bit(w), theirs()
-        equal = all(map(torch.equal, (q.packed, q.stats, q.absmax2, q.offset), (packed.view(-1, 1), state.absmax, state.state2.absmax, state.offset)))
-        rows.append({"shape": shape, "equal": equal, **entry("lab", timed(lambda: quantize_4bit(w)), weights=w.numel()), **entry("bitsandbytes", timed(theirs), weights=w.numel())})
+        held = packed.view(-1, 1), state.absmax, state.state2.absmax, state.offset
+        equal = all(map(torch.equal, (q.packed, q.stats, q.absmax2, q.offset), held))
+        sides = {"lab": partial(quantize_4bit, w), "bitsandbytes": theirs}
+        row = {"shape": shape, "equal": equal}
+        for who, work in sides.items(): row |= entry(who, timed(work), weights=w.numel())
+        rows.append(row)
     return rows
 
 
+def both_passes(forward, x, g) -> None:
+    "Forward and backward to the input."
+    x.grad = None
+    forward(x).backward(g)
+
+
 def layer() -> list[dict]:
-    "4096 to 11008, forward and backward to the input: called, and recorded as a graph by torch's own `make_graphed_callables`."
+    "4096 to 11008, forward and backward to the input: called, and recorded by torch's own `make_graphed_callables`."
     import bitsandbytes as bnb
     linear = nn.Linear(4096, 11008, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
     peer = bnb.nn.Linear4bit(4096, 11008, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
     peer.weight = bnb.nn.Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
     sides, rows = {"bf16": linear, "lab": Linear4bit.from_linear(linear), "bitsandbytes": peer.cuda()}, []
     for tokens in (512, 2048, 8192):
-        x, g = torch.randn(1, tokens, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True), torch.randn(1, tokens, 11008, device="cuda", dtype=torch.bfloat16)
+        def random(width): return torch.randn(1, tokens, width, device="cuda", dtype=torch.bfloat16)  # noqa: B023
+        x, g = random(4096).requires_grad_(), random(11008)
         row = {"tokens": tokens}
         for who, m in sides.items():
-            def both(m=m):
-                x.grad = None
-                m(x).backward(g)
-            row |= entry(who, timed(both))
+            row |= entry(who, timed(partial(both_passes, m, x, g)))
             if who != "bitsandbytes":
                 recorded = torch.cuda.make_graphed_callables(m.forward, (x,))
-                row |= entry(f"{who}_recorded", timed(lambda: both(recorded)))
+                row |= entry(f"{who}_recorded", timed(partial(both_passes, recorded, x, g)))
         rows.append(row)
     return rows
 
@@ -172,7 +196,7 @@ def shares(work, wall_ms: float) -> tuple[dict[str, float], int]:
 
 
 def updating(rank: int = 64) -> dict:
-    "AdamW on the adapters of the 7B shape, in bfloat16 with a state in float32: milliseconds of the GPU, and whether every bit is equal."
+    "AdamW on the 7B shape's adapters, bfloat16, state in float32: milliseconds of the GPU, and whether bits are equal."
     import bitsandbytes as bnb
     config = model_config("llama-7b")
     h, i = config.hidden_size, config.intermediate_size
@@ -189,16 +213,19 @@ def updating(rank: int = 64) -> dict:
         mine = params()
         optimizer = make(mine, lr=2e-4)
         for _ in range(3): optimizer.step()
-        sides[who] = [[p.detach().clone() for p in mine], [t.clone() for p in mine for t in optimizer.state[p].values() if torch.is_tensor(t)]]
+        state = [t for p in mine for t in optimizer.state[p].values() if torch.is_tensor(t)]
+        sides[who] = [[p.detach().clone() for p in mine], [t.clone() for t in state]]
         row[f"{who}_ms"] = sum(shares(optimizer.step, 0.)[0].values())
         row |= entry(f"{who}_called", timed(optimizer.step))
-        del mine, optimizer
+        del mine, optimizer, state
     use_kernels()
-    return row | {"equal": all(torch.equal(one, other) for plain, lab in zip(sides["plain"], sides["lab"]) for one, other in zip(plain, lab, strict=True))}
+    both = zip(sides["plain"], sides["lab"])
+    return row | {"equal": all(torch.equal(*pair) for plain, lab in both for pair in zip(plain, lab, strict=True))}
 
 
 def step(name: str, batch_size: int, who: str, rounds: int = 7) -> dict:
-    "A training step, forward to optimizer: r = 64 on all linear layers, adapters in bfloat16, checkpointed, 512 tokens a sequence, all of them learned."
+    """A training step, forward to optimizer: r = 64 on all linear layers, adapters in bfloat16, checkpointed, 512
+    tokens a sequence, all of them learned."""
     settings = Settings(**PAPER, batch_size=batch_size)
     use_kernels(who != "lab, plain torch")
     if who.startswith("lab"):
@@ -225,19 +252,23 @@ def step(name: str, batch_size: int, who: str, rounds: int = 7) -> dict:
     middle, quartiles = spread_of(times[2:]).values()
     peak, reserved = torch.cuda.max_memory_allocated() / 2 ** 30, torch.cuda.max_memory_reserved() / 2 ** 30
     kinds, launches = shares(work, middle)
-    return {"model": name, "sequences": batch_size, "who": who, "ms": middle, "quartiles_ms": quartiles, "tokens_per_s": 512e3 * batch_size / middle, "peak_gib": peak,
-            "reserved_gib": reserved, "kernels": launches, "shares_ms": kinds, "first_loss": first}
+    return {"model": name, "sequences": batch_size, "who": who, "ms": middle, "quartiles_ms": quartiles,
+            "tokens_per_s": 512e3 * batch_size / middle, "peak_gib": peak, "reserved_gib": reserved,
+            "kernels": launches, "shares_ms": kinds, "first_loss": first}
 
 
 def steps() -> list[dict]:
     "Training steps."
     rows = []
     for asked in STEPS:
-        out = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--step", json.dumps(asked)], capture_output=True, text=True)
+        command = [sys.executable, "-m", "benchmarks.gpu", "--step", json.dumps(asked)]
+        out = subprocess.run(command, capture_output=True, text=True)
         if out.returncode: raise SystemExit(out.stderr)
         rows.append(json.loads(out.stdout.splitlines()[-1]))
         save_result("gpu_steps", {"steps": rows})  # what is done stays done
-        print(f"{asked}: {rows[-1]['ms']:.1f} ms, {rows[-1]['tokens_per_s']:,.0f} tokens/s, {rows[-1]['peak_gib']:.2f} GiB", flush=True)
+        row = rows[-1]
+        speed = f"{row['ms']:.1f} ms, {row['tokens_per_s']:,.0f} tokens/s"
+        print(f"{asked}: {speed}, {row['peak_gib']:.2f} GiB", flush=True)
     return rows
 
 
@@ -245,7 +276,8 @@ def show(part) -> list[dict]:
     "Run a part and print its table."
     found = part()
     rows = found if isinstance(found, list) else [found]
-    print(f"\n{part.__doc__}\n{pd.DataFrame([{k: v for k, v in r.items() if 'quartiles' not in k and k != 'shares_ms'} for r in rows]).round(4).to_string(index=False)}", flush=True)
+    shown = [{k: v for k, v in r.items() if "quartiles" not in k and k != "shares_ms"} for r in rows]
+    print(f"\n{part.__doc__}\n{pd.DataFrame(shown).round(4).to_string(index=False)}", flush=True)
     torch.cuda.empty_cache()
     return found
 
@@ -255,9 +287,12 @@ def main() -> None:
     parser.add_argument("--only", choices=("kernels", "steps"))
     parser.add_argument("--step", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not torch.cuda.is_available(): raise SystemExit("this benchmark needs a GPU; its recorded runs are benchmarks/results/gpu.json and gpu_steps.json")
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a GPU; its recorded runs are benchmarks/results/gpu.json and "
+                         "gpu_steps.json")
     if args.step: return print(json.dumps(step(*json.loads(args.step))))
-    if args.only != "steps": print(save_result("gpu", {part.__name__: show(part) for part in (ceilings, decoding, grown, torchao, quantizing, layer, updating)}))
+    parts = ceilings, decoding, grown, torchao, quantizing, layer, updating
+    if args.only != "steps": print(save_result("gpu", {part.__name__: show(part) for part in parts}))
     if args.only != "kernels": show(steps)
 
 

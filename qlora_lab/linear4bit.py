@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from .bnb_format import bnb_tensors
 from .double_quant import QuantizedTensor, quantize_4bit
+from .engine.dispatch import faster
 
 # %% ../nbs/05_linear4bit.ipynb #91f9bf7d
 @contextmanager
@@ -70,7 +71,8 @@ def matmul_4bit(
     bias: Tensor | None = None, # [out_features]
 ) -> Tensor:                    # [..., out_features], the dtype of `x`
     "Multiply with a 4-bit weight; the gradient flows to `x` and `bias`, never into the weight."
-    return MatMul4Bit.apply(x, quantized, bias, quantized.packed, quantized.stats)
+    y = faster("matmul_4bit", x.device, x, quantized, bias)
+    return MatMul4Bit.apply(x, quantized, bias, quantized.packed, quantized.stats) if y is None else y
 
 # %% ../nbs/05_linear4bit.ipynb #c5f64c8b
 class PackedWeight(nn.Module):

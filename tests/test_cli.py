@@ -213,7 +213,7 @@ def test_a_run_is_planned_as_it_will_be(options, fused, monkeypatch, jsonl, tiny
     from transformers import AutoConfig, AutoTokenizer
 
     from qlora_lab.data import load_jsonl, split
-    from qlora_lab.memory import LIBRARY_BYTES
+    from qlora_lab.engine.allocator import LIBRARY_BYTES
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 << 30, 24 << 30))
     line = ["--model", str(tiny), "--data", str(jsonl), "--compute-dtype", "bfloat16", *options.split()]
     asked = cli.read("train", line)

@@ -1,4 +1,4 @@
-"""A recorded step is the step: batches filled up, the mask that is not needed, graphs against the same work launched one by one.
+"""A recorded step is the step: batches filled up, the mask that is not needed, graphs against the same launches.
 
 Protects: losses and gradients over several steps and shapes, what cannot be recorded, the switch. Graphs need a GPU.
 """
@@ -16,17 +16,20 @@ from torch import nn
 
 from benchmarks.common import random_batch
 from conftest import devices
-from qlora_lab import step
 from qlora_lab.checkpointing import checkpoint_layers
 from qlora_lab.engine import dispatch
 from qlora_lab.engine.dispatch import AT_WORK, FASTER, places, twin, use_kernels
+from qlora_lab.engine.fused_adamw import adamw_triton
 from qlora_lab.engine.fusing import fuse_layers
+from qlora_lab.engine.gpu import triton
 from qlora_lab.engine.paged_adamw import PagedAdamW
+from qlora_lab.engine.piecewise_loss import LinearCrossEntropy, fused_loss, padded
+from qlora_lab.engine.step_graph import StepGraph, forget, forward_backward
 from qlora_lab.lora import trainable
 from qlora_lab.paged import adamw
-from qlora_lab.step import LinearCrossEntropy, StepGraph, forget, forward_backward, fused_loss, padded
 from qlora_lab.train import answer_losses, train_step
 
+on_card = torch.cuda.is_available()  # by its interpreter Triton cuts bfloat16 off instead of rounding it
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
@@ -52,7 +55,8 @@ def test_filled_up_is_the_same_batch(lengths):
     ids, at, targets = padded(batch)
     assert ids.shape[1] % 64 == 0 and len(at) == len(targets) and len(at) % 64 == 0
     asked = {(a // ids.shape[1], a % ids.shape[1] + 1): t for a, t in zip(at.tolist(), targets.tolist()) if t != -100}
-    expected = {(i, j): t for i, row in enumerate(batch["labels"].tolist()) for j, t in enumerate(row) if j and t != -100}
+    labels = batch["labels"].tolist()
+    expected = {(i, j): t for i, row in enumerate(labels) for j, t in enumerate(row) if j and t != -100}
     assert asked == expected and all(ids[i, j] == t for (i, j), t in asked.items())
 
 
@@ -75,7 +79,8 @@ def test_what_is_not_taken():
     "Padding in front, layers that are not fused, a head that learns."
     model = fuse_layers(small())
     assert fused_loss(model, ragged((9, 5))) is not None
-    assert fused_loss(model, ragged((9, 5), in_front=True)) is None and forward_backward(model, ragged((9, 5), in_front=True), 7) is None
+    in_front = ragged((9, 5), in_front=True)
+    assert fused_loss(model, in_front) is None and forward_backward(model, in_front, 7) is None
     assert fused_loss(small(), ragged((9, 5))) is None
     model.lm_head.weight.requires_grad_()
     assert fused_loss(model, ragged((9, 5))) is None
@@ -85,9 +90,11 @@ def test_what_is_not_taken():
 def test_a_loss_in_pieces_is_the_loss(piece):
     "Places out of order, places to be ignored, one place twice."
     torch.manual_seed(0)
-    hidden, head = torch.randn(50, 16, dtype=torch.float64, requires_grad=True), torch.randn(90, 16, dtype=torch.float64)
+    hidden = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(90, 16, dtype=torch.float64)
     at, targets = torch.tensor([4, 1, 1, 30, 0, 49, 0]), torch.tensor([0, 89, 3, -100, 5, 7, -100])
-    losses = F.cross_entropy(hidden[at] @ head.t(), targets, reduction="sum"), LinearCrossEntropy.apply(hidden, at, targets, head, piece)
+    losses = (F.cross_entropy(hidden[at] @ head.t(), targets, reduction="sum"),
+              LinearCrossEntropy.apply(hidden, at, targets, head, piece))
     whole, pieces = (torch.autograd.grad(loss * 0.3, hidden)[0] for loss in losses)
     assert torch.allclose(*(loss.double() for loss in losses), rtol=1e-6) and torch.allclose(whole, pieces, atol=1e-6)
 
@@ -101,7 +108,8 @@ def test_nothing_of_the_engine_is_imported_before_it_is_asked_for():
     "The package, and the question itself, wait for no compiler and no Triton."
     code = ("import sys, qlora_lab, qlora_lab.engine.dispatch as d; from qlora_lab import codebook; "
             "print([m for m in sys.modules if m.startswith('qlora_lab.engine.') and m != d.__name__], d.AT_WORK)")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[] {}"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[] {}"
 
 
 def test_the_switch_reaches_everything():
@@ -115,14 +123,19 @@ def test_the_switch_reaches_everything():
 class Recording:
     "In place of a CUDA graph: notes its pool and how often it is replayed."
     made = []
-    def __init__(self): self.replays, self.own, self.work = 0, object(), lambda: None; Recording.made.append(self)
+    def __init__(self):
+        self.replays, self.own, self.work = 0, object(), lambda: None
+        Recording.made.append(self)
     def pool(self): return self.own
-    def replay(self): self.replays += 1; self.work()
+    def replay(self):
+        self.replays += 1
+        self.work()
 
 
 @pytest.fixture
 def recordings(monkeypatch):
-    "As CUDA's graphs: what is recorded does not run then, and leaves gradients that hold anything; what is replayed works on the memory that was recorded."
+    """As CUDA's graphs: what is recorded does not run then, and leaves gradients that hold anything; what is replayed
+    works on the memory that was recorded."""
     @contextmanager
     def graph(recording, pool=None, stream=None):
         recording.own = pool or recording.own
@@ -146,9 +159,10 @@ def recordings(monkeypatch):
             for p, g in zip(self.params, there): p.grad = g
         recording.work = work
     monkeypatch.setattr(StepGraph, "record", record)
-    for name, stand_in in (("CUDAGraph", Recording), ("graph", graph), ("Stream", object), ("current_stream", lambda: None), ("set_stream", lambda stream: None),
-                           ("memory_reserved", lambda: 100), ("memory_allocated", lambda: 60), ("mem_get_info", lambda: (1000, 2000))):
-        monkeypatch.setattr(torch.cuda, name, stand_in)
+    stand_ins = {"CUDAGraph": Recording, "graph": graph, "Stream": object, "current_stream": lambda: None,
+                 "set_stream": lambda stream: None, "memory_reserved": lambda: 100, "memory_allocated": lambda: 60,
+                 "mem_get_info": lambda: (1000, 2000)}
+    for name, stand_in in stand_ins.items(): monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(Recording, "made", [])
     return Recording.made
 
@@ -244,10 +258,12 @@ def test_gradients_made_elsewhere_count(recordings):
         graph(passes, torch.full((3,), 2.))
         assert p.grad.tolist() == [12.] * 3 and bool(graph.grads) == there
         p.grad = None
-        for _ in range(2): graph(passes, torch.full((3,), 2.)); p.grad = None
+        for _ in range(2):
+            graph(passes, torch.full((3,), 2.))
+            p.grad = None
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), KeyboardInterrupt()], ids=["memory", "interrupted"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), KeyboardInterrupt()], ids=["memory", "stopped"])
 def test_a_recording_that_fails_leaves_no_gradients(recordings, error):
     "They were never computed. For want of memory the batch runs without; anything else goes on its way."
     p = nn.Parameter(torch.ones(3))
@@ -297,9 +313,13 @@ def test_a_model_that_was_moved_is_recorded_anew(recordings):
     assert "_graph" not in model.__dict__ and all(p.grad is not None for p in trainable(model))
 
 
-@pytest.mark.parametrize("change", [lambda m: setattr(m.model, "layers", m.model.layers[:1]), lambda m: setattr(m.model, "embed_tokens", nn.Embedding(128, 64).requires_grad_(False)),
-                                    lambda m: m.model.norm.weight.requires_grad_(), lambda m: setattr(m, "lm_head", nn.Linear(64, 128, bias=False).requires_grad_(False))],
-                         ids=["layers", "embeddings", "a norm that learns", "head"])
+def fewer_layers(model): model.model.layers = model.model.layers[:1]
+def other_embeddings(model): model.model.embed_tokens = nn.Embedding(128, 64).requires_grad_(False)
+def a_norm_that_learns(model): model.model.norm.weight.requires_grad_()
+def other_head(model): model.lm_head = nn.Linear(64, 128, bias=False).requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [fewer_layers, other_embeddings, a_norm_that_learns, other_head])
 def test_a_model_that_was_changed_is_recorded_anew(change, recordings):
     "Otherwise the old one would be replayed: loss and gradients are those of the model as it is."
     model, batch = fuse_layers(small()), ragged((9, 5))
@@ -308,18 +328,19 @@ def test_a_model_that_was_changed_is_recorded_anew(change, recordings):
         return forward_backward(model, batch, 7)
     for _ in range(2): step()
     change(model)
-    found, gradients = [step() for _ in range(3)][-1], {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    found = [step() for _ in range(3)][-1]
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     use_kernels(False)
     for p in model.parameters(): p.grad = None
     plain = answer_losses(model, batch)[0].sum() / 7
     plain.backward()
-    assert torch.allclose(found, plain, rtol=1e-5) and all(torch.allclose(g, model.get_parameter(n).grad, atol=1e-5) for n, g in gradients.items())
+    assert torch.allclose(found, plain, rtol=1e-5)
+    assert all(torch.allclose(g, model.get_parameter(n).grad, atol=1e-5) for n, g in gradients.items())
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
 def test_a_window_shorter_than_the_sequence_is_kept(family):
     "Filled up, too: the loss is that of the plain model, or left to it."
-    from qlora_lab.train import summed_loss
     more = dict(sliding_window=70) | (dict(use_sliding_window=True, max_window_layers=0) if family == "qwen2" else {})
     for lengths, taken in (((60, 40), True), ((66, 40), False), ((100, 90), False)):
         model, plain = fuse_layers(small(family, **more)), small(family, **more)
@@ -331,7 +352,9 @@ def test_a_window_shorter_than_the_sequence_is_kept(family):
 
 def test_a_model_without_layers_is_left_alone():
     class Bare(nn.Module):
-        def __init__(self): super().__init__(); self.head = nn.Linear(2, 2)
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(2, 2)
         def get_output_embeddings(self): return self.head
         get_input_embeddings = get_output_embeddings
     assert fuse_layers(Bare()) is None and fused_loss(Bare(), ragged((4, 3))) is None
@@ -340,18 +363,19 @@ def test_a_model_without_layers_is_left_alone():
 def test_a_plan_needs_no_triton():
     "The kernels that a plan rehearses are named, not run."
     code = "import sys; sys.modules['triton'] = None; from qlora_lab import plan; print(plan('smollm2-135m').total_gib)"
-    from qlora_lab import plan
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}).stdout
-    assert float(out) == plan("smollm2-135m").total_gib < plan("smollm2-135m", kernels=False).total_gib
+    from qlora_lab.engine.planner import plan
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert float(out.stdout) == plan("smollm2-135m").total_gib < plan("smollm2-135m", kernels=False).total_gib
 
 
-@pytest.mark.skipif(step.triton is None, reason="Triton is not installed")
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_an_update_is_noticed_by_autograd():
     "A backward pass that still needs the old values is refused, as after any change in place."
     w, g, m, v = moments(64, torch.float32)
     w.requires_grad_()
     loss = (w * w).sum()
-    with torch.no_grad(): assert step.adamw_triton([w], [g], [m], [v], [1], 1e-3, (0.9, 0.999), 1e-8, 0.)
+    with torch.no_grad(): assert adamw_triton([w], [g], [m], [v], [1], 1e-3, (0.9, 0.999), 1e-8, 0.)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"): loss.backward()
 
 
@@ -359,19 +383,20 @@ def moments(n, dtype, seed=0):
     "A parameter, its gradient and AdamW's two moments of it."
     generator = torch.Generator().manual_seed(seed)
     def random(scale): return torch.randn(n, generator=generator) * scale
-    return [t.to("cuda" if torch.cuda.is_available() else "cpu") for t in (random(0.02).to(dtype), random(1e-3).to(dtype), random(1e-3), random(1e-3).square())]
+    made = random(0.02).to(dtype), random(1e-3).to(dtype), random(1e-3), random(1e-3).square()
+    return [t.to("cuda" if torch.cuda.is_available() else "cpu") for t in made]
 
 
-@pytest.mark.skipif(step.triton is None, reason="Triton is not installed")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32] if torch.cuda.is_available() else [torch.float32])  # Triton's interpreter cuts bfloat16 off
-@pytest.mark.parametrize("more", [{}, dict(weight_decay=0.1), dict(betas=(0.8, 0.95), eps=1e-6), dict(lr=1e-2)], ids=str)
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32] if on_card else [torch.float32])
+@pytest.mark.parametrize("more", [{}, {"weight_decay": 0.1}, {"betas": (.8, 0.95), "eps": 1e-6}, {"lr": 0.01}], ids=str)
 def test_an_update_in_one_pass_is_adamw(dtype, more):
     "Two parameters, one at its first step; every bit on a GPU. The interpreter rounds product and sum apart."
     asked = dict(steps=[1, 7], lr=2e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.) | more
     use_kernels(False)
     plain, kernel = ([list(z) for z in zip(moments(300, dtype), moments(1024 * 3 + 1, dtype, 1))] for _ in range(2))
     adamw(*plain, **asked)
-    assert step.adamw_triton(*kernel, **asked)
+    assert adamw_triton(*kernel, **asked)
     for one, other in zip((t for ts in plain for t in ts), (t for ts in kernel for t in ts)):
         if torch.cuda.is_available(): assert torch.equal(one, other)
         else: assert torch.allclose(one, other, rtol=1e-5, atol=1e-8)
@@ -382,9 +407,9 @@ def test_what_the_update_leaves_to_the_plain_path():
     "torch has another formula for small betas; numbers that lie apart; double precision."
     p, g, m, v = moments(64, torch.float32)
     rest = [3], 1e-3
-    assert not step.adamw_triton([p], [g], [m], [v], *rest, (0.5, 0.9), 1e-8, 0.)
-    assert not step.adamw_triton([p[::2]], [g[::2]], [m[::2]], [v[::2]], *rest, (0.9, 0.9), 1e-8, 0.)
-    assert not step.adamw_triton([p.double()], [g], [m], [v], *rest, (0.9, 0.9), 1e-8, 0.)
+    assert not adamw_triton([p], [g], [m], [v], *rest, (0.5, 0.9), 1e-8, 0.)
+    assert not adamw_triton([p[::2]], [g[::2]], [m[::2]], [v[::2]], *rest, (0.9, 0.9), 1e-8, 0.)
+    assert not adamw_triton([p.double()], [g], [m], [v], *rest, (0.9, 0.9), 1e-8, 0.)
 
 
 # ---------------------------------------------------------------- on a GPU
@@ -401,17 +426,50 @@ def several_steps(mode, dtype=torch.bfloat16):
     "Shapes that come and go, two forward passes a step among them."
     model, optimizer = model_and_optimizer(mode, dtype)
     asked = [(100, 1), (40, 1), (100, 1), (40, 1), (100, 2), (130, 1), (40, 3), (100, 1)]
-    return [train_step(model, optimizer, [random_batch(2, n, vocabulary=128)] * times, 1e-2, 0.3) for n, times in asked], model
+    def one(n, times): return train_step(model, optimizer, [random_batch(2, n, vocabulary=128)] * times, 1e-2, 0.3)
+    return [one(n, times) for n, times in asked], model
 
 
 @needs_gpu
 def test_a_recorded_step_is_the_same_step():
-    "That of the same kernels launched one by one but for the last bit of a division, and that of plain torch up to rounding."
+    "That of the same kernels in launches but for the last bit of a division, and that of plain torch up to rounding."
     recorded, model = several_steps("recorded")
     assert len(model._graph.graphs) == 3 and all(graph is not None for graph, _, _ in model._graph.graphs.values())
     exact, plain = several_steps("recorded", torch.float32)[0], several_steps("plain", torch.float32)[0]
     def off(one, other): return max(abs(a - b) / b for step in zip(one, other) for a, b in zip(*step))
     assert off(recorded, several_steps("called")[0]) < 1e-5 and off(exact, plain) < 1e-3
+
+
+@needs_gpu
+def test_a_recorded_step_on_a_side_stream():
+    "Recorded and replayed on the stream that is current then; losses and gradients are those of the default one."
+    found = []
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        model, _ = model_and_optimizer("recorded")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                for p in trainable(model): p.grad = None
+                loss = forward_backward(model, random_batch(2, 64, vocabulary=128), 126)
+        stream.synchronize()
+        assert len(model._graph.graphs) == 1
+        found.append(torch.cat([loss[None], *(p.grad.flatten().float() for p in trainable(model))]))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("to_none", [False, True])
+def test_which_recordings_a_caller_gets(recordings, to_none):
+    "Gradients dropped: one recording that makes them, and one that adds for a second pass. Zeroed: one that adds."
+    p = nn.Parameter(torch.ones(3))
+    graph = StepGraph([p])
+    for _ in range(12):
+        if to_none: p.grad = None
+        elif p.grad is not None: p.grad.zero_()
+        graph(product(p), torch.ones(1))
+        assert p.grad.tolist() == [1.] * 3
+    graph(product(p), torch.ones(1))
+    assert p.grad.tolist() == [2.] * 3
+    assert [makes for _, makes in graph.graphs] == ([True, False] if to_none else [False])
 
 
 @needs_gpu
@@ -431,7 +489,9 @@ def test_gradients_stay_where_the_recording_writes_them(to_none):
         once = now
     forward_backward(model, batch, 126)
     assert all(torch.allclose(p.grad, 2 * g, rtol=1e-2) for p, g in zip(params, once))
-    assert all(graph is not None for graph, _, _ in model._graph.graphs.values()) and [makes for _, makes in model._graph.graphs] == ([True] if to_none else [False])
+    graphs = model._graph.graphs
+    assert all(graph is not None for graph, _, _ in graphs.values())
+    assert [makes for _, makes in graphs] == ([True, False] if to_none else [False])  # the last pass above adds
 
 
 @needs_gpu
@@ -479,9 +539,13 @@ def test_a_run_records_its_steps(tiny, data, tmp_path, monkeypatch):
     for on in (True, False):
         use_kernels(on)
         model, tokenizer = load_model(tiny, device="cuda", dtype=torch.float32, compute_dtype=torch.float32)
-        config = TrainConfig(folder=tmp_path / str(on), steps=10, batch_size=2, rank=4, lr=5e-3, eval_examples=8, eval_prompts=1, checkpointing=True)
-        made = []
-        monkeypatch.setattr(StepGraph, "record", lambda self, *args, record=StepGraph.record: made.append(1) or record(self, *args))
+        config = TrainConfig(folder=tmp_path / str(on), steps=10, batch_size=2, rank=4, lr=5e-3, eval_examples=8,
+                             eval_prompts=1, checkpointing=True)
+        made, record = [], StepGraph.record
+        def noted(self, *args, made=made, record=record):
+            made.append(1)
+            return record(self, *args)
+        monkeypatch.setattr(StepGraph, "record", noted)
         run = train(model, tokenizer, data, config, progress=False)
         monkeypatch.undo()
         assert bool(made) == on and "_graph" not in model.__dict__

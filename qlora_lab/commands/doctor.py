@@ -107,7 +107,7 @@ def _bf16_check() -> Check:
     "Whether products in bfloat16 are done by the hardware."
     import torch
 
-    from qlora_lab.model import best_device, best_dtype
+    from qlora_lab.loading import best_device, best_dtype
     device = best_device()
     if best_dtype(device) == torch.bfloat16:
         return Check("bfloat16", f"multiplied in hardware by the {'GPU' if device.type == 'cuda' else 'CPU'}")

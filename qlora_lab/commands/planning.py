@@ -36,7 +36,7 @@ from ..engine.fitting import CARDS, advice, cards, largest
 from ..engine.known_models import KNOWN
 from ..engine.planner import MemoryPlan, plan
 from ..engine.rehearsal import Settings
-from ..model import best_dtype, find_model
+from ..loading import best_dtype, find_model
 from ..records import LabError
 
 # isort: split

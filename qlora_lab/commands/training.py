@@ -33,7 +33,8 @@ from tyro.conf import Fixed, OmitArgPrefixes, Suppress, arg
 
 from ..assets import SMOLLM2, cache_folder
 from ..data import Split, default_split, docstring_pairs, load_jsonl, split
-from ..model import best_device, best_dtype, load_model
+from ..loading import best_device, best_dtype
+from ..model import load_model
 from ..records import LabError
 from ..train import TrainConfig, fingerprint, open_folder, train
 

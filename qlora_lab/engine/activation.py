@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import on_device
+from .gpu import on_device
 
 try:
     import triton

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from ..checkpointing import decoder_layers, is_checkpointed
 from .activation import GATES
 from .decoder_layer import DecoderLayer, FusedLayer
-from ..kernels import gpu_lack
+from .gpu import gpu_lack
 from ..linear4bit import Linear4bit
 from ..lora import LoRALinear
 from ..records import LabError

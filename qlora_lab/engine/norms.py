@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import on_device
+from .gpu import on_device
 
 try:
     import triton

@@ -28,7 +28,7 @@ __all__ = ['rotate_plain', 'rotate_kernel', 'rotate']
 import torch
 from torch import Tensor
 
-from ..kernels import on_device
+from .gpu import on_device
 
 try:
     import triton
