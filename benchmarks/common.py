@@ -32,8 +32,10 @@ def spread_of(seconds: list[float]) -> dict[str, float]:
 
 
 def random_model(config, settings, device: str = "cuda", seed: int = 0):
-    """The model of a `rehearsal.Settings` with random weights, live on a device and ready to train: the shapes are real,
-    the words are not."""
+    """The model of a `rehearsal.Settings` with random weights, live on a device and ready to train.
+
+    The shapes are real, the words are not.
+    """
     import torch
     from torch import nn
 

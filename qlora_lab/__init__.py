@@ -16,7 +16,7 @@ from . import threads
 
 threads.choose()  # how threads wait has to be known before torch is loaded
 
-from . import blockwise, double_quant, nf4  # noqa: E402  each makes its code books known
+from . import blockwise, double_quant, nf4  # noqa: E402, F401  each makes its code books known
 
 threads.loaded()
 
@@ -42,6 +42,8 @@ _PUBLIC = {
     "engine.fusing": ["fuse_layers"],
     "engine.dispatch": ["use_kernels"],
 }
+
+# %% ../nbs/reference/public_names.ipynb #a1b2c3d4
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_WHERE)
 

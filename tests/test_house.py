@@ -38,7 +38,9 @@ def sizes(path): return [n for n in (len(statements(c)) for c in cells(path, "co
 
 @pytest.mark.parametrize("path", [ROOT / "conftest.py", ROOT / "setup.py", *SOURCES], ids=name)
 def test_no_wide_line(path):
-    assert not [line for line in path.read_text(encoding="utf-8").splitlines() if len(line) > 120]
+    "But for `__all__`, which nbdev writes and wraps at 130."
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if len(line) > 120 and not line.startswith("__all__ = ")]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
