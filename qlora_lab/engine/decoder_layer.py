@@ -146,8 +146,8 @@ def multiply_backward(
     grad = f.down.with_room(grad)
     f.down.fill_back(grad)
     s = grad.new_empty(len(grad), f.down.inputs + f.down.room)
-    group_backward(f.down, grad, s[:, :f.down.inputs])
     g_up = gate_up if own else torch.empty_like(gate_up)
+    group_backward(f.down, grad, s[:, :f.down.inputs])
     f.gate.backward(s[:, :f.down.inputs], gate_up[:, :f.up.outputs], g_up[:, :f.up.outputs])
     f.down.fill(s)  # s is the gate's output by now
     g_down = adapter_gradients(f.down, grad, s)

@@ -10,7 +10,7 @@ __all__ = ['rms_norm_plain', 'rms_norm_backward_plain', 'rms_norm_kernel', 'rms_
 # The norm of a decoder layer, and its way back, each as one pass over the numbers.
 #
 #     y = x * rstd * weight                        rstd = 1 / sqrt(mean(x^2) + eps), one number a token
-#     g_x = rstd * (u - v * mean(u * v)) + around  u = g_y * weight, v = x * rstd
+#     g_x = rstd * (u - z * mean(u * z)) + around  u = g_y * weight, z = x * rstd
 #
 # Rows are tokens, [tokens, width], one behind the other. What comes out has `room`: a few free columns at the end of
 # each row, which the products that read it fill (engine/group). `around` is the gradient that passes the block by on
@@ -56,10 +56,10 @@ def rms_norm_backward_plain(
     around: Tensor,            # [tokens, width], what is added to the result
     room: int = 0,             # free columns behind
 ) -> Tensor:                   # [tokens, width + room]
-    "The gradient of x: rstd * (u - v * mean(u * v)) + around, with u = grad * weight and v = x * rstd."
+    "The gradient of x: rstd * (u - z * mean(u * z)) + around, with u = grad * weight and z = x * rstd."
     u = (grad * weight).float()
-    v = x * rstd[:, None]
-    inner = rstd[:, None] * (u - v * (u * v).mean(1, keepdim=True))
+    z = x * rstd[:, None]
+    inner = rstd[:, None] * (u - z * (u * z).mean(1, keepdim=True))
     return F.pad((inner + around).to(x.dtype), (0, room))
 
 # %% ../../nbs/engine/norms.ipynb #817b9718
@@ -101,15 +101,15 @@ if triton:
         WIDTH: tl.constexpr,  # numbers in a row
         TILE: tl.constexpr,   # lanes: the power of two that holds WIDTH
     ):
-        "out = rstd * (u - v * mean(u * v)) + around, u = grad * weight, v = x * rstd."
+        "out = rstd * (u - z * mean(u * z)) + around, u = grad * weight, z = x * rstd."
         lane, row = tl.arange(0, TILE), tl.program_id(0).to(tl.int64)
         first, inside = row * WIDTH, lane < WIDTH
         rstd = tl.load(rstd_ptr + row)
-        v = tl.load(x_ptr + first + lane, mask=inside, other=0.).to(tl.float32) * rstd
+        z = tl.load(x_ptr + first + lane, mask=inside, other=0.).to(tl.float32) * rstd
         grad = tl.load(grad_ptr + first + lane, mask=inside, other=0.).to(tl.float32)
         u = grad * tl.load(weight_ptr + lane, mask=inside, other=0.).to(tl.float32)
-        mean = tl.sum(u * v, axis=0) / WIDTH
-        inner = rstd * (u - v * mean)
+        mean = tl.sum(u * z, axis=0) / WIDTH
+        inner = rstd * (u - z * mean)
         around = tl.load(around_ptr + row * around_stride + lane, mask=inside, other=0.).to(tl.float32)
         tl.store(out_ptr + row * out_stride + lane, (inner + around).to(out_ptr.dtype.element_ty), mask=inside)
 
