@@ -334,7 +334,8 @@ def test_all_weights_trained_and_other_families():
     from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
     torch.manual_seed(0)
     gpt2 = GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=320, n_positions=32, bos_token_id=1, eos_token_id=1)
-    neox = GPTNeoXConfig(num_hidden_layers=2, num_attention_heads=2, hidden_size=16, intermediate_size=32, vocab_size=320)
+    neox = GPTNeoXConfig(num_hidden_layers=2, num_attention_heads=2, hidden_size=16, intermediate_size=32,
+                         vocab_size=320)
     models = [make_llama(), GPT2LMHeadModel(gpt2), GPTNeoXForCausalLM(neox)]
     for model in models:
         model.train()
