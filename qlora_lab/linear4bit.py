@@ -51,7 +51,7 @@ def saved_for_backward(
 
 # %% ../nbs/05_linear4bit.ipynb #06aa3536
 class MatMul4Bit(torch.autograd.Function):
-    "y = x W^T + b with W in 4 bits: dequantized for each pass and dropped, so autograd keeps the packed bytes alone."
+    "y = x W^T + bias with W in 4 bits: dequantized for each pass and dropped, so autograd keeps packed bytes alone."
     @staticmethod
     def forward(ctx, x, quantized, bias, *tensors):
         ctx.quantized, ctx.bias = quantized, bias is not None

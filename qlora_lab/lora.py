@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 class LoRALinear(nn.Module):
     "A frozen linear layer plus a trainable low-rank product: y = base(x) + scaling * B(A(dropout(x)))."
     def __init__(self, base: nn.Module,            # nn.Linear or Linear4bit
-                 r: int = 16, alpha: float = 32,   # rank of the update; numerator of the scaling
+                 r: int = 16,                      # rank of the update
+                 alpha: float = 32,                # numerator of the scaling
                  dropout: float = 0.,              # probability, on the adapter's input
                  rslora: bool = False,             # scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023)
                  dtype: torch.dtype = torch.float32):  # of the adapter
@@ -59,11 +60,12 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     @property
-    def weight(self) -> Tensor: return self.base_layer.weight  # for code that asks a layer for its device or dtype
+    def weight(self) -> Tensor:
+        "The base's weight, for code that asks a linear layer for its device or dtype."
+        return self.base_layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        whole = faster("adapted_linear", x.device, self, x)  # as one operation: nbs/engine/adapted_linear.ipynb
-        if whole is not None: return whole
+        if (whole := faster("adapted_linear", x.device, self, x)) is not None: return whole  # nbs/engine/adapted_linear
         y, h = self.base_layer(x), self.lora_dropout(x.to(self.lora_A.weight.dtype))
         return y + (self.lora_B(self.lora_A(h)) * self.scaling).to(y.dtype)
 

@@ -26,7 +26,6 @@ __all__ = ['LOOK', 'BUSY', 'POLICY', 'WAYS', 'busy_cores', 'Choice', 'choose', '
 
 # %% ../nbs/reference/threads.ipynb #97b5bbc5
 import os
-import runpy
 import sys
 import time
 from typing import NamedTuple
@@ -85,8 +84,6 @@ def loaded() -> None:
 def main(argv: list[str]) -> None:
     "Choose, then run a module as `python -m` does."
     choose()
-    sys.path[0] = os.getcwd()  # not this file's folder
-    sys.argv = argv
-    runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    os.execv(sys.executable, [sys.executable, "-m", *argv])  # with the policy in its environment
 
 if __name__ == "__main__" and "__file__" in globals(): main(sys.argv[1:])

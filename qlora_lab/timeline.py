@@ -46,7 +46,9 @@ class MemoryTimeline(TorchDispatchMode):
         self._watched = {}            # address of a storage to a weak reference
 
     @property
-    def peak(self) -> int: return max(self.live)  # the most bytes alive after any operator
+    def peak(self) -> int:
+        "The most bytes alive after any operator."
+        return max(self.live)
 
     def mark(self, label: str) -> None:
         "Name this moment."
