@@ -34,12 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gpu import on_device
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError: triton = None
+from .gpu import on_device, tl, triton
 
 # %% ../../nbs/engine/activation.ipynb #7173332e
 def swiglu_plain(

@@ -30,12 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .gpu import on_device
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError: triton = None
+from .gpu import on_device, tl, triton
 
 # %% ../../nbs/engine/norms.ipynb #debd2cc3
 def rms_norm_plain(

@@ -28,12 +28,7 @@ __all__ = ['rotate_plain', 'rotate_kernel', 'rotate']
 import torch
 from torch import Tensor
 
-from .gpu import on_device
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError: triton = None
+from .gpu import on_device, tl, triton
 
 # %% ../../nbs/engine/rotation.ipynb #ec130b5f
 def rotate_plain(
