@@ -111,11 +111,11 @@ def test_a_library_cut_short_is_no_disaster(tmp_path):
 def test_the_environment_switches_them_off():
     "QLORA_LAB_KERNELS=0 holds from the first weight on."
     code = ("import torch; from qlora_lab.double_quant import quantize_4bit; "
-            "from qlora_lab.engine.dispatch import AT_WORK; quantize_4bit(torch.ones(64, 64)).dequantize(); "
-            "print(sorted({d for _, d in AT_WORK}))")
+            "from qlora_lab.engine.dispatch import AT_WORK, FASTER; quantize_4bit(torch.ones(64, 64)).dequantize(); "
+            "print(len(AT_WORK) > 0, set(AT_WORK) & set(FASTER))")
     environment = os.environ | {"QLORA_LAB_KERNELS": "0"}
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "['meta']"
+    assert out.stdout.strip() == "True set()"
 
 
 def plain_layer(layer, x):
@@ -387,8 +387,8 @@ def test_a_weight_of_more_than_2_31_numbers(nested):
         return dequantize_packed(packed, absmax, levels_by_code("nf4"), 64, 1024, torch.bfloat16)
     assert torch.equal(decoded[:1024], plainly(q.packed[:512], scales[:16]))
     assert torch.equal(decoded[-1024:], plainly(q.packed[-512:], scales[-16:]))
-    middle = decoded[2 ** 31 - 4096:2 ** 31]
-    assert (middle == middle[0]).all() and middle[0] > 0
+    between = decoded[1024:-1024]
+    assert between.amin() == between.amax() > 0
 
 
 # ---------------------------------------------------------------- streams, compilers, broken installations

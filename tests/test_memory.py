@@ -132,7 +132,8 @@ def test_three_layers_speak_for_all(layers, checkpointing, sequence, rank, quant
     s = Settings(sequence=sequence, rank=rank, checkpointing=checkpointing, quantize=quantize,
                  accumulation=accumulation, adapter_dtype=adapter_dtype)
     whole, peak = rehearse(tiny(layers=layers), s, layers)
-    recording = LIBRARY_BYTES["cuda"] // 2 * (quantize is not None)  # work space that the plan adds to the way back
+    # work space that the plan adds to the way back; with accumulation it is there from the second pass on
+    recording = LIBRARY_BYTES["cuda"] // 2 * (quantize is not None and accumulation == 1)
     planned = plan(tiny(layers=layers), **asdict(s)).moments
     told = {k: m.total - recording * ("backward" in k) for k, m in planned.items() if k != "update"}
     assert max(told.values()) == peak

@@ -127,10 +127,11 @@ def _kernel_check(rows: list["Place"]) -> Check:
     "The table of the twins in one line."
     import torch
 
-    from qlora_lab.engine.dispatch import IN_TORCH
+    from qlora_lab.engine.dispatch import FASTER, IN_TORCH
     if os.environ.get("QLORA_LAB_KERNELS") == "0":
         return Check("kernels", "off", "note", "QLORA_LAB_KERNELS=0 leaves them off: unset it for speed")
-    made = {p.device for p in rows if p.operation not in IN_TORCH and p.state == "at work"}
+    ours = [p for p in rows if p[:2] in FASTER and p.operation not in IN_TORCH]
+    made = {p.device for p in ours if p.state == "at work"}
     there = [words for device, words in (("cpu", "C on the CPU"), ("cuda", "Triton on the GPU")) if device in made]
     lacking = "cpu" not in made or torch.cuda.is_available() and "cuda" not in made
     advice = "install a C compiler (gcc or clang) and, for a GPU, Triton: plain torch gives the same bits more slowly"

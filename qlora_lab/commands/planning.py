@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from qlora_lab.commands.training import Train
     from qlora_lab.data import Split
-    from qlora_lab.train import TrainConfig
+    from qlora_lab.runs import TrainConfig
 
 # %% ../../nbs/commands/planning.ipynb #56ee8ed3
 def _fitting(p: MemoryPlan) -> str:

@@ -38,7 +38,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from qlora_lab.train import Run
+    from qlora_lab.runs import Run
 
 # %% ../../nbs/commands/report.ipynb #144a265f
 def screen_width() -> int:
@@ -123,7 +123,7 @@ def _answers(run: "Run", width: int) -> list[RenderableType]:
 
 # %% ../../nbs/commands/report.ipynb #04dc0287
 def _losses(run: "Run") -> list[RenderableType]:
-    from qlora_lab.train import improvement
+    from qlora_lab.scoring import improvement
     def row(name, loss, error):
         return [f"  {name}", f"{loss:.3f}", "(one group: no standard error)" if isnan(error) else f"± {error:.3f}"]
     before, after = run.before, run.after

@@ -36,7 +36,8 @@ from ..data import Split, default_split, docstring_pairs, load_jsonl, split
 from ..loading import best_device, best_dtype
 from ..model import load_model
 from ..records import LabError
-from ..train import TrainConfig, fingerprint, open_folder, train
+from ..runs import TrainConfig, fingerprint, open_folder
+from ..train import train
 
 # isort: split
 from .planning import foresee

@@ -104,8 +104,8 @@ def faster(
 ):
     "What the twin of an operation gives on this device; None where there is none, or it declines."
     if torch.compiler.is_compiling():
-        import qlora_lab.engine.traced as traced  # torch.compile reads this function, and does the import as it reads
-        return traced.faster_while_traced(operation, *args)
+        from qlora_lab.engine.traced import faster_while_traced  # torch.compile does the import as it reads
+        return faster_while_traced(operation, *args)
     found = twin(operation, device.type)
     return found(*args) if found else None
 
@@ -179,7 +179,9 @@ def places() -> list[Place]:
     twin("", "")
     lack = {device: _found(place)() for device, place in LACK.items()}
     def state(operation, device):
-        if (operation, device) in ALWAYS or _switch["on"] and operation in IN_TORCH: return "at work"
-        return (lack.get(device) or "at work") if _switch["on"] else "switched off"
+        if not _switch["on"] and (operation, device) in FASTER: return "switched off"
+        if device == "cuda" and not torch.cuda.is_available(): return "torch finds no GPU"
+        why = None if (operation, device) in ALWAYS or operation in IN_TORCH else lack.get(device)
+        return why or "at work"
     def name(found): return found if isinstance(found, str) else f"{found.__module__}.{found.__qualname__}"
     return [Place(*key, name(found), state(*key)) for key, found in (FASTER | ALWAYS).items()]

@@ -126,7 +126,7 @@ def _completed(
     "What is held, the moments, and the bytes in host memory, now with the optimizer and the libraries."
     state, host, work = _optimizer(r.padded, s, kernels)
     library, early = LIBRARY_BYTES[s.device], s.accumulation > 1
-    late = library // 2 if r.fused else 0  # autograd's thread records too
+    late = library // 2 if r.fused and not early else 0  # autograd's thread records too; a second pass finds it there
     def later(name, m): return m if name in ("forward", "loss") else replace(m, in_flight=m.in_flight + late)
     moments = r.moments | {"update": Moment(0 if early else r.gradients, 0, 0, work)}
     held = r.held | ({"gradients from the start": first} if early else {})
