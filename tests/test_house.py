@@ -127,6 +127,17 @@ def test_a_lesson_that_is_named_is_linked(path):
             if re.search(r"/?\d\d[a-z]?_\w+\.ipynb", file): assert (path.parent / file).exists(), target
 
 
+@pytest.mark.parametrize("path", LESSONS, ids=name)
+def test_the_card_says_how_long(path):
+    "The minutes on a lesson's card are those of the index, which counts words, lines and exercises."
+    index = json.loads((ROOT / "nbs/index.ipynb").read_text(encoding="utf-8"))
+    outputs = [o for c in index["cells"] for o in c.get("outputs", [])]
+    table = "\n".join("".join(o.get("data", {}).get("text/markdown", "")) for o in outputs)
+    told = re.search(rf"\({re.escape(path.name)}\).*\| (\d+) \|$", table, re.M)
+    card = next(c for c in cells(path, "markdown") if "| time to work through |" in c)
+    assert told and f"| {told[1]} minutes |" in card
+
+
 def test_cells_are_folded_in_jupyterlab():
     "Set-up and solutions do not stand in plain view; run `python scripts/tidy.py`."
     spec = importlib.util.spec_from_file_location("tidy", ROOT / "scripts/tidy.py")
