@@ -349,7 +349,7 @@ words, absmax = torch.full((8,), 0x0f0f0f0f, dtype=torch.int32), torch.tensor([2
 levels, out = torch.arange(16.), torch.full((96,), 7.)
 packed, stats, to = far(words, tl.int32, end // 8), far(absmax, tl.float32, end // 64), far(out, tl.float32, end)
 _dequantize[(1,)](packed, stats, stats, stats, stats, levels, to, end // 8 + 8, 0,
-                  ROW=0, PER_BLOCK=8, NESTED=False, WIDE=8, TILE=256)
+                  ROW=0, PER_BLOCK=8, NESTED=False, WIDE=8, TILE=256, LARGE=True)
 assert out[:64].tolist() == [0., 30.] * 32 and (out[64:] == 7).all(), out
 """
 

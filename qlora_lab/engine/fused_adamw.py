@@ -42,9 +42,9 @@ if triton:
     ):
         "m += (g - m) towards; v = beta2 v + rest2 g^2."
         zero = tl.zeros(g.shape, tl.float32)
-        m = tl.load(exp_avg_ptr, mask=inside)
+        m, v = tl.load(exp_avg_ptr, mask=inside), tl.load(exp_avg_sq_ptr, mask=inside) * beta2
         m = tl.fma(g - m, zero + towards, m)
-        v = tl.fma(g * g, zero + rest2, tl.load(exp_avg_sq_ptr, mask=inside) * beta2)
+        v = tl.fma(g * g, zero + rest2, v)
         tl.store(exp_avg_ptr, m, mask=inside)
         tl.store(exp_avg_sq_ptr, v, mask=inside)
         return m, v
@@ -70,10 +70,11 @@ if triton:
         "p = keep p + rate m / (sqrt(v) / root + eps)."
         at, zero = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE), tl.zeros([TILE], tl.float32)
         inside = at < n
+        p = tl.load(param_ptr + at, mask=inside).to(tl.float32) * keep  # asked for first: loads overlap
         g = tl.load(grad_ptr + at, mask=inside).to(tl.float32)
         m, v = _moments(exp_avg_ptr + at, exp_avg_sq_ptr + at, g, inside, towards, beta2, rest2)
         change = tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), zero + root) + eps)
-        p = tl.fma(change, zero + rate, tl.load(param_ptr + at, mask=inside).to(tl.float32) * keep)
+        p = tl.fma(change, zero + rate, p)
         tl.store(param_ptr + at, p.to(param_ptr.dtype.element_ty), mask=inside)
 
 # %% ../../nbs/engine/fused_adamw.ipynb #ce9e0935
