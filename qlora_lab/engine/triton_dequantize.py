@@ -10,9 +10,9 @@ __all__ = ['dequantize_triton']
 #
 # Layout: `packed` holds two codes a byte, the first in the high half; read as integers of 4 bytes, an integer holds
 # the eight codes of one lane. A block of `blocksize` weights shares a scale: float32, or nested, one byte that stands
-# for level x second scale of its group of 256 + mean. A program works on a tile of 256 lanes. Places inside the tile
-# are computed in 32 bits; that of its first lane in 64 where there are 2^31 numbers or more, and only there, since in
-# a small weight the wider arithmetic of 8,192 short programs costs 4 %.
+# for level x second scale of its group of 256 + mean. A program works on a tile of 256 lanes. Places are computed in
+# 32 bits; where there are 2^31 numbers or more, that of the tile's first lane in 64 and places inside the tile in 32.
+# Taken everywhere, that second way costs 6 % on a weight of 4096 x 4096, whose programs are short.
 #
 # level x scale is float32, rounded once to the dtype of the result. Product and sum of a nested scale must not be
 # fused (enable_fp_fusion=False), or its last bit is not bitsandbytes'. bitsandbytes decodes the statistics in
@@ -36,17 +36,27 @@ if TYPE_CHECKING:
 # %% ../../nbs/engine/triton_dequantize.ipynb #42900f38
 if triton:
     @triton.jit
-    def _level(
+    def _codes(
         packed_ptr,   # [n / 2] uint8, or [n / 8] int32 where WIDE is 8
-        levels_ptr,   # [16] float32, by code
-        first,        # the tile's first lane, int64 where the weight is large
-        lane,         # [TILE] lanes counted from that one, int32
+        first,        # where lanes are counted from: 0, or in a large weight the tile's first, int64
+        lane,         # [TILE] int32, counted from there
         inside,       # [TILE] whether a lane has work
         WIDE: tl.constexpr,
     ):
-        "[TILE, WIDE] float32: v[q] of each weight."
+        "[TILE] int32: the codes of each lane as they are packed."
         READ: tl.constexpr = 2 if WIDE == 1 else 1  # lanes that share a byte
-        codes = tl.load(packed_ptr + first // READ + lane // READ, mask=inside, other=0).to(tl.int32)
+        return tl.load(packed_ptr + first // READ + lane // READ, mask=inside, other=0).to(tl.int32)
+
+# %% ../../nbs/engine/triton_dequantize.ipynb #5b7e21aa
+if triton:
+    @triton.jit
+    def _level(
+        codes,        # of `_codes`
+        levels_ptr,   # [16] float32, by code
+        lane,         # as in `_codes`
+        WIDE: tl.constexpr,
+    ):
+        "[TILE, WIDE] float32: v[q] of each weight."
         weight = lane[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
         shift = weight % 8 // 2 * 8 * (WIDE == 8) + 4 * (1 - weight % 2)  # the high half of a byte comes first
         return tl.load(levels_ptr + ((codes[:, None] >> shift) & 15))
@@ -59,7 +69,7 @@ if triton:
         absmax2_ptr,  # [blocks / 256] float32 second-level scales
         offset_ptr,   # float32, mean of the scales
         code2_ptr,    # [256] float32, levels of the codes of scales
-        first,        # as in `_level`, like the next two
+        first,        # as in `_codes`, like the next two
         lane,
         inside,
         PER_BLOCK: tl.constexpr,  # lanes a block
@@ -79,7 +89,7 @@ if triton:
     @triton.jit
     def _to(
         out_ptr,      # [n] float32, bfloat16 or float16
-        first,        # as in `_level`, like the next
+        first,        # as in `_codes`, like the next
         lane,
         gap,          # numbers between rows of `out`, over 8
         ROW: tl.constexpr,   # lanes a row; 0 where there is no gap
@@ -113,12 +123,12 @@ if triton:
         LARGE: tl.constexpr,      # whether places need 64 bits
     ):
         "w = v[q] * m[block], `WIDE` weights a lane."
-        program = tl.program_id(0).to(tl.int64) if LARGE else tl.program_id(0)
-        first, lane = program * TILE, tl.arange(0, TILE)
+        if LARGE: first, lane = tl.program_id(0).to(tl.int64) * TILE, tl.arange(0, TILE)
+        else: first, lane = tl.full([], 0, tl.int32), tl.program_id(0) * TILE + tl.arange(0, TILE)
         inside = first + lane < lanes
-        level = _level(packed_ptr, levels_ptr, first, lane, inside, WIDE)
+        codes = _codes(packed_ptr, first, lane, inside, WIDE)  # on its way while the scales are looked up
         scale = _scale(stats_ptr, absmax2_ptr, offset_ptr, code2_ptr, first, lane, inside, PER_BLOCK, NESTED)
-        value = (level * scale[:, None]).to(out_ptr.dtype.element_ty)
+        value = (_level(codes, levels_ptr, lane, WIDE) * scale[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(_to(out_ptr, first, lane, gap, ROW, WIDE), value, mask=inside[:, None])
 
 # %% ../../nbs/engine/triton_dequantize.ipynb #050866b5
