@@ -36,6 +36,17 @@ if TYPE_CHECKING:
 # %% ../../nbs/engine/triton_dequantize.ipynb #42900f38
 if triton:
     @triton.jit
+    def _lanes(
+        lanes,               # how many there are
+        TILE: tl.constexpr,  # lanes a program
+        LARGE: tl.constexpr, # whether places need 64 bits
+    ):
+        "Where this program counts from, its lanes from there, and whether each has work."
+        if LARGE: first, lane = tl.program_id(0).to(tl.int64) * TILE, tl.arange(0, TILE)
+        else: first, lane = tl.full([], 0, tl.int32), tl.program_id(0) * TILE + tl.arange(0, TILE)
+        return first, lane, first + lane < lanes
+
+    @triton.jit
     def _codes(
         packed_ptr,   # [n / 2] uint8, or [n / 8] int32 where WIDE is 8
         first,        # where lanes are counted from: 0, or in a large weight the tile's first, int64
@@ -123,9 +134,7 @@ if triton:
         LARGE: tl.constexpr,      # whether places need 64 bits
     ):
         "w = v[q] * m[block], `WIDE` weights a lane."
-        if LARGE: first, lane = tl.program_id(0).to(tl.int64) * TILE, tl.arange(0, TILE)
-        else: first, lane = tl.full([], 0, tl.int32), tl.program_id(0) * TILE + tl.arange(0, TILE)
-        inside = first + lane < lanes
+        first, lane, inside = _lanes(lanes, TILE, LARGE)
         codes = _codes(packed_ptr, first, lane, inside, WIDE)  # on its way while the scales are looked up
         scale = _scale(stats_ptr, absmax2_ptr, offset_ptr, code2_ptr, first, lane, inside, PER_BLOCK, NESTED)
         value = (_level(codes, levels_ptr, lane, WIDE) * scale[:, None]).to(out_ptr.dtype.element_ty)
