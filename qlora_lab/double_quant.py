@@ -34,16 +34,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qlora_lab.blockwise import (
-    _check_finite,
-    _check_input,
-    codebook,
-    dequantize_blockwise,
-    dequantize_packed,
-    pack_4bit,
-    quantize_blockwise,
-    register_codebook,
-)
+from .blockwise import _check_finite, _check_input, codebook, dequantize_blockwise, dequantize_packed
+
+# isort: split
+from .blockwise import pack_4bit, quantize_blockwise, register_codebook
 from .engine.dispatch import faster
 
 if TYPE_CHECKING:

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from .checkpointing import decoder_layers
+from .held import held_tensors
 from .lora import trainable
-from .model import held_tensors
 from .records import LabError
 from .timeline import MemoryTimeline
 from .train import summed_loss

@@ -81,7 +81,7 @@ def score(
             losses, rows = answer_losses(model, collate(part))
             zeros = torch.zeros(len(part), dtype=torch.float64, device=losses.device)
             sums += zeros.index_add_(0, rows, losses.double()).tolist()
-    groups = tuple(t.example.group or t.example.prompt for t in tokens)
+    groups = tuple(t.example.stays_with for t in tokens)
     return Score(tuple(sums), tuple(int(t.mask[1:].sum()) for t in tokens), groups)
 
 @contextmanager

@@ -42,10 +42,10 @@ from .allocator import ROUNDED
 from .dispatch import REHEARSED, faster, standing_in
 from .known_models import model_config
 from .state_formats import BLOCK
+from ..held import held_tensors
 from ..linear4bit import Linear4bit, set_submodule
 from ..lora import add_lora, trainable
 from ..memory import Moment, moments, watch_step
-from ..model import held_tensors
 from ..records import LabError
 from ..timeline import MemoryTimeline
 
@@ -72,7 +72,7 @@ class Settings:
     device_budget: int | None = None      # bytes of that state on the device at once; None for all of it
     accumulation: int = 1  # forward passes an optimizer step: from the second on, gradients are there from the start
     device: str = "cuda"         # "cuda" or "cpu"
-    kernels: bool = True         # layers as the device's kernels make them (lessons 14 to 14c), or all in plain torch
+    kernels: bool = True         # layers as the device's kernels make them (from lesson 14 on), or all in plain torch
 
     def __post_init__(self):
         if isinstance(self.targets, list): object.__setattr__(self, "targets", tuple(self.targets))  # as JSON has it

@@ -86,7 +86,7 @@ def nf4_pivots() -> Tensor:
 def by_nf4_pivots(
     scaled: Tensor,  # any shape, float32 in [-1, 1]
 ) -> Tensor:         # the shape of `scaled`, uint8
-    "NF4 codes by bitsandbytes' rule on CUDA."
+    "NF4 codes by bitsandbytes' rule on CUDA: between two pivots, a number that equals one going to the lower code."
     return torch.bucketize(scaled, nf4_pivots().to(scaled.device)).to(torch.uint8)
 
 # %% ../../nbs/engine/rounding.ipynb #99205263
