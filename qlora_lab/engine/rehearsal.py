@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpointing import checkpoint_layers, decoder_layers
-from ..double_quant import BLOCKSIZES, QuantizedTensor, levels_by_code
+from ..double_quant import BLOCKSIZES, STATS_BLOCK, QuantizedTensor, levels_by_code
 from .allocator import ROUNDED
 from .dispatch import REHEARSED, faster, standing_in
 from .known_models import model_config
@@ -114,7 +114,7 @@ def empty_quantized(
     blocks, second = ceil(prod(shape) / blocksize), (None, None)
     packed = empty(ceil(prod(shape) / 2), 1, dtype=torch.uint8)
     absmax = empty(blocks, dtype=torch.uint8 if double_quant else torch.float32)
-    if double_quant: second = empty(ceil(blocks / 256), dtype=torch.float32), empty(dtype=torch.float32)
+    if double_quant: second = empty(ceil(blocks / STATS_BLOCK), dtype=torch.float32), empty(dtype=torch.float32)
     return QuantizedTensor(packed, absmax, torch.Size(shape), dtype, blocksize, quant_type, *second)
 
 # %% ../../nbs/engine/rehearsal.ipynb #923d36ed
