@@ -92,6 +92,19 @@ if triton:
             to_ptr += ((first // ROW + row) * gap)[:, None] * 8
         return to_ptr + (lane[:, None] * WIDE + tl.arange(0, WIDE)[None, :])
 
+# %% ../../nbs/engine/triton_dequantize.ipynb #5b3e0a7d
+if triton:
+    @triton.jit
+    def _tile(
+        lanes,        # n / WIDE
+        TILE: tl.constexpr,   # lanes a program
+        LARGE: tl.constexpr,  # whether places need 64 bits
+    ):
+        "The tile's first lane; its lanes [TILE], counted from that one; whether each has work."
+        program = tl.program_id(0).to(tl.int64) if LARGE else tl.program_id(0)
+        first, lane = program * TILE, tl.arange(0, TILE)
+        return first, lane, first + lane < lanes
+
 # %% ../../nbs/engine/triton_dequantize.ipynb #c72cec4f
 if triton:
     @triton.jit
@@ -113,9 +126,7 @@ if triton:
         LARGE: tl.constexpr,      # whether places need 64 bits
     ):
         "w = v[q] * m[block], `WIDE` weights a lane."
-        program = tl.program_id(0).to(tl.int64) if LARGE else tl.program_id(0)
-        first, lane = program * TILE, tl.arange(0, TILE)
-        inside = first + lane < lanes
+        first, lane, inside = _tile(lanes, TILE, LARGE)
         level = _level(packed_ptr, levels_ptr, first, lane, inside, WIDE)
         scale = _scale(stats_ptr, absmax2_ptr, offset_ptr, code2_ptr, first, lane, inside, PER_BLOCK, NESTED)
         value = (level * scale[:, None]).to(out_ptr.dtype.element_ty)
