@@ -9,9 +9,9 @@ __all__ = ['Key', 'FASTER', 'ALWAYS', 'LACK', 'TRIAL', 'REHEARSED', 'IN_TORCH', 
 # %% ../../nbs/engine/dispatch.ipynb #c54709be
 # The course floor asks, the engine floor answers.
 #
-# A lesson's piece calls `faster(operation, device, *args)` and goes on by itself when the answer is None. Lessons import
-# no other module of the engine, and this one imports none before it is asked for: a table holds the places of the
-# twins as text, "module.function" below the package.
+# A lesson's piece calls `faster(operation, device, *args)` and goes on by itself when the answer is None. Lessons
+# import no other module of the engine, and this one imports none before it is asked for: a table holds the places of
+# the twins as text, "module.function" below the package.
 #
 # Most twins replace a piece: the same arguments, the same result, None for input that they do not take. Two make what
 # a piece asks for, a mover of pages and an optimizer. Three do what has no plain piece: fuse_layers changes a model,
