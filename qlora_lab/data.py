@@ -54,6 +54,11 @@ class Example:
         "What the assistant should say to it."
         return self.messages[-1]["content"]
 
+    @property
+    def stays_with(self) -> str:
+        "What it shares with the examples on its side of the split: the group, the prompt where there is none."
+        return self.group or self.prompt
+
 def pair(prompt: str, answer: str, group: str = "", source: str = "") -> Example:
     "One question, one answer."
     return Example(({"role": "user", "content": prompt}, {"role": "assistant", "content": answer}), group, source)
@@ -147,12 +152,12 @@ def split(
 ) -> Split:
     "Hold out whole groups by a hash of their names (of the prompt where there is none); more data moves no one."
     if not 0 < held_out < 1: raise LabError(f"held_out={held_out}: expected a share between 0 and 1")
-    def group(e): return e.group or e.prompt
-    def draw(e): return int(hashlib.sha256(f"{seed}:{group(e)}".encode()).hexdigest()[:8], 16) / 2 ** 32
+    def draw(e): return int(hashlib.sha256(f"{seed}:{e.stays_with}".encode()).hexdigest()[:8], 16) / 2 ** 32
     parts = Split([e for e in examples if draw(e) >= held_out], [e for e in examples if draw(e) < held_out])
     if not parts.train or not parts.held_out:
-        raise LabError(f"{len(examples)} examples in {len(set(map(group, examples)))} groups leave one side of the "
-                       f"split empty; add examples, or choose another seed or share than held_out={held_out}")
+        groups = len({e.stays_with for e in examples})
+        raise LabError(f"{len(examples)} examples in {groups} groups leave one side of the split empty; "
+                       f"add examples, or choose another seed or share than held_out={held_out}")
     return parts
 
 def default_split() -> Split:

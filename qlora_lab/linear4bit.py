@@ -71,7 +71,7 @@ def matmul_4bit(
     bias: Tensor | None = None, # [out_features]
 ) -> Tensor:                    # [..., out_features], the dtype of `x`
     "Multiply with a 4-bit weight; the gradient flows to `x` and `bias`, never into the weight."
-    y = faster("matmul_4bit", x.device, x, quantized, bias)
+    y = faster("matmul_4bit", x.device, x, quantized, bias)  # of torch.compile alone: nbs/engine/traced
     return MatMul4Bit.apply(x, quantized, bias, quantized.packed, quantized.stats) if y is None else y
 
 # %% ../nbs/05_linear4bit.ipynb #c5f64c8b

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .adapter_files import check_config, check_fits, read_adapter, write_adapter
+from .adapter_files import PEFT_PREFIX, check_config, check_fits, read_adapter, write_adapter
 from .engine.dispatch import faster
 from .linear4bit import Linear4bit, set_submodule
 from .records import LabError
@@ -124,7 +124,8 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 # %% ../nbs/06_lora.ipynb #d5cffa3d
 def lora_state(model: nn.Module) -> dict[str, Tensor]:  # PEFT's names, on the CPU
     "The adapters' weights under the names of PEFT's files."
-    return {f"base_model.model.{n}": p.detach().cpu().contiguous() for n, p in model.named_parameters() if "lora_" in n}
+    adapters = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if "lora_" in n}
+    return {PEFT_PREFIX + n: p for n, p in adapters.items()}
 
 def _written_targets(model: nn.Module) -> list[str]:
     "The shortest names that mean the adapted layers and no others: last parts where those suffice, else whole names."
@@ -149,10 +150,10 @@ def load_adapter(
     wanted = {}
     for name in target_layers(model, config):
         layer = model.get_submodule(name)
-        wanted[f"base_model.model.{name}.lora_A.weight"] = (config.r, layer.in_features)
-        wanted[f"base_model.model.{name}.lora_B.weight"] = (layer.out_features, config.r)
+        wanted[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (config.r, layer.in_features)
+        wanted[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (layer.out_features, config.r)
     check_fits(wanted, saved, Path(folder), config.base_model_name_or_path)
     add_lora(model, config)
     own = dict(model.named_parameters())
-    for name, t in saved.items(): own[name.removeprefix("base_model.model.")].data.copy_(t)
+    for name, t in saved.items(): own[name.removeprefix(PEFT_PREFIX)].data.copy_(t)
     return model

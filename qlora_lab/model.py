@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 # %% ../nbs/08_model.ipynb #20d97311
 def load_model(
     name: str | Path = SMOLLM2,   # a known name, a local folder or a hub id
-    quantize: str | None = "nf4", # 4-bit type of the linear layers; None leaves them in `dtype`
+    quantize: str | None = "nf4", # 4-bit type of the linear layers, None for `dtype`; a 4-bit checkpoint keeps its own
     backend: str = "lab",         # "lab", or "bnb" for bitsandbytes' layers
     compute_dtype: torch.dtype | None = None,  # dtype of products with 4-bit weights; what the hardware does fastest
     dtype: torch.dtype | None = None,          # of everything else; float32 on a CPU, `compute_dtype` on a GPU

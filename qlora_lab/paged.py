@@ -45,8 +45,8 @@ class Residents:
         self.policy, self.free = policy, list(range(frames))
         self.frame_of = {}  # page to frame, in the order of use; under "fifo" in the order of arrival
 
-    def leave(self, keep: tuple[int, ...]) -> int:
-        "The page that has left; its frame is free."
+    def evict(self, keep: tuple[int, ...]) -> int:
+        "Evict a page that is not in `keep`; which one it was. Its frame is free."
         order = list(self.frame_of)[::-1 if self.policy == "mru" else 1]
         page = next(p for p in order if p not in keep)
         self.free.append(self.frame_of.pop(page))
@@ -75,7 +75,7 @@ class PageTable(Residents):
         "Use a page; bring it in if it is not there."
         known, left = page in self.frame_of, None
         self.hits, self.faults = self.hits + known, self.faults + (not known)
-        if not known and not self.free: left = self.leave(keep)
+        if not known and not self.free: left = self.evict(keep)
         if not known: self.frame_of[page] = self.free.pop()
         elif self.policy != "fifo": self.frame_of[page] = self.frame_of.pop(page)
         if write: self.dirty.add(page)

@@ -14,7 +14,7 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'SKY', 'YELLOW', 'GREY', 
 # `use_style` sets matplotlib's defaults once a notebook: one size (7.2 by 3.6 inches, so that text has one size on the
 # site), quiet grids, no frames. `label` names both axes with their units and puts the finding above the figure.
 #
-# A helper that imports no lesson. Built in nbs/reference/plots.ipynb.
+# A helper of notebooks alone, which imports no lesson. Built in nbs/reference/plots.ipynb.
 
 # %% ../nbs/reference/plots.ipynb #1f15fb6d
 import matplotlib.pyplot as plt

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import batch_indices
+from .batches import batch_indices, longest_batch
 from .checkpointing import checkpoint_layers, decoder_layers
 from .data import Example, Split, collate, tokenize
 from .engine.dispatch import faster
@@ -81,7 +81,7 @@ def score(
             losses, rows = answer_losses(model, collate(part))
             zeros = torch.zeros(len(part), dtype=torch.float64, device=losses.device)
             sums += zeros.index_add_(0, rows, losses.double()).tolist()
-    groups = tuple(t.example.group or t.example.prompt for t in tokens)
+    groups = tuple(t.example.stays_with for t in tokens)
     return Score(tuple(sums), tuple(int(t.mask[1:].sum()) for t in tokens), groups)
 
 @contextmanager
@@ -262,8 +262,7 @@ def train(
     model = attach_adapters(model, config).train()
     optimizer = make_optimizer(trainable(model), config)
     if record is None: record = begin(folder, identity, config, model, tokenizer, held, asked)
-    widest = sorted(learn, key=lambda t: len(t.ids))[-config.batch_size:]
-    activations = activation_bytes(model, collate(widest))
+    activations = activation_bytes(model, collate(longest_batch(learn, config.batch_size)))
     run_steps(folder, model, optimizer, learn, config, progress)
     finish(folder, record, model, tokenizer, held, step_memory(model, optimizer, activations))
     return Run.load(folder)

@@ -91,13 +91,32 @@ def test_the_package_needs_no_fastcore():
     assert not [name(p) for p in MODULES if re.search(r"\bfastcore\b", p.read_text(encoding="utf-8"))]
 
 
+ENGINE = ["qlora_lab", "engine"]
+
+def imports(source, package):
+    "What a module of this package imports, each as the parts of its full name; inside functions too."
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import): yield from (alias.name.split(".") for alias in node.names)
+        if not isinstance(node, ast.ImportFrom): continue
+        above = package.split(".")[:len(package.split(".")) + 1 - node.level] if node.level else []
+        module = node.module.split(".") if node.module else []
+        yield from ([*above, *module, alias.name] for alias in node.names)
+
+
 COURSE = [p for p in EXPORTED if p.parent.name == "qlora_lab" and p.name not in ("cli.py", "report.py", "doctor.py")]
 
 @pytest.mark.parametrize("path", COURSE, ids=name)
 def test_the_course_knows_the_engine_by_dispatch_alone(path):
     "The engine imports the course floor, never the other way; the command line stands above both."
-    used = set(re.findall(r"(?:from|import) (?:\.|qlora_lab\.)engine\.(\w+)", path.read_text(encoding="utf-8")))
-    assert used <= {"dispatch"}
+    used = [parts for parts in imports(path.read_text(encoding="utf-8"), "qlora_lab") if parts[:2] == ENGINE]
+    assert not [parts for parts in used if parts[2:3] != ["dispatch"]]
+
+
+@pytest.mark.parametrize("line", ["from .engine import planner", "from . import engine", "from .engine.gpu import tl",
+                                  "import qlora_lab.engine.planner as p", "from qlora_lab.engine import dispatch, gpu"])
+def test_every_way_into_the_engine_is_seen(line):
+    used = [parts for parts in imports(line, "qlora_lab") if parts[:2] == ENGINE]
+    assert [parts for parts in used if parts[2:3] != ["dispatch"]]
 
 
 def test_dispatch_stands_alone():

@@ -21,6 +21,9 @@ settings.read(ROOT / "settings.ini", encoding="utf-8")
 settings = settings["DEFAULT"]
 
 
+IMPORTED = re.compile(r"^\s*(?:from \.|from qlora_lab\.|import qlora_lab\.)(\w+)", re.M)
+
+
 def files(*suffixes):
     "The project's own text files."
     for folder, inner, names in os.walk(ROOT):
@@ -118,11 +121,26 @@ def test_a_lesson_imports_only_from_lessons_before_it():
         source = ROOT / "qlora_lab" / f"{module}.py"
         if not source.exists(): continue
         text = source.read_text(encoding="utf-8")
-        for other in re.findall(r"^\s*(?:from \.|from qlora_lab\.|import qlora_lab\.)(\w+)", text, re.M):
+        for other in IMPORTED.findall(text):
             assert number.get(other, "") < n, f"{module} imports {other}"
-    for helper in ("plots", "records", "assets", "threads"):
-        text = (ROOT / "qlora_lab" / f"{helper}.py").read_text(encoding="utf-8")
-        assert not number.keys() & set(re.findall(r"^\s*from \.(\w+)", text, re.M)), helper
+
+
+def test_a_helper_imports_only_from_lessons_before_its_first_user():
+    "Each module of the course floor is a lesson or a helper; what no lesson uses imports no lesson."
+    modules = {p.stem: p.read_text(encoding="utf-8") for p in (ROOT / "qlora_lab").glob("*.py")}
+    for above in ("__init__", "_modidx", "cli"): del modules[above]  # the package and the command line stand above
+    used = {name: set(IMPORTED.findall(text)) for name, text in modules.items()}
+    assert not [name for name, text in modules.items() if re.search(r"^\s*from (?:\.|qlora_lab) import", text, re.M)]
+    lessons = (path.stem.partition("_") for path in (ROOT / "nbs").glob("[0-9][0-9]*_*.ipynb"))
+    first = {module: n for n, _, module in lessons}
+    helpers = modules.keys() - first.keys()
+    assert len(helpers) > 12
+    for _ in helpers:  # a helper's helper serves as early as it does
+        for name in helpers: first[name] = min([first[u] for u in used if first.get(u) and name in used[u]], default="")
+    for name in helpers:
+        late = [other for other in used[name] - helpers if other in first and not first[other] < first[name]]
+        if "imports no lesson" in modules[name]: late = used[name] & first.keys() - helpers
+        assert not late, f"{name}, used first by lesson {first[name] or '?'}, imports {late}"
 
 
 def test_every_requirement_is_pinned_as_tested():

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -206,7 +207,7 @@ def test_the_peak_rises_with_what_is_held_and_stays():
            "a = peak(); x = torch.ones(2 ** 27, device=d); b = peak(); del x; print(a, b, peak())"
     a, b, c = map(float, python(code).stdout.split())
     assert 0.4 < b - a < 0.6 and c > b - 0.01
-    assert peak_memory_gib() >= 0
+    if not torch.cuda.is_available(): assert peak_memory_gib() > 0.5  # what this process has held at the top
 
 
 PIECES = """

@@ -175,3 +175,40 @@ def test_a_metrics_line_cut_short_is_no_obstacle(whole_run, tiny, jsonl, tmp_pat
     p.join()
     assert p.exitcode == 0, (tmp_path / "log").read_text()
     assert_same_end(folder, whole_run[0])
+
+
+def test_a_checkpoint_that_lacks_a_tensor(tmp_path):
+    "Whichever is gone, the file is named, and neither model nor optimizer is changed."
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import load_file, save_file
+    from torch import nn
+
+    from qlora_lab.engine.paged_adamw import PagedAdamW
+    from qlora_lab.lora import add_lora, lora_state, trainable
+    from qlora_lab.records import LabError
+    from qlora_lab.runs import load_checkpoint, save_checkpoint, saved_step
+
+    def fresh(seed, steps):
+        torch.manual_seed(seed)
+        model = add_lora(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]), seed=seed)
+        optimizer = PagedAdamW(trainable(model))
+        for _ in range(steps):
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+        return model, optimizer
+    save_checkpoint(tmp_path, *fresh(0, 3), 3)
+    path = tmp_path / "checkpoint" / "state.safetensors"
+    whole = load_file(path)
+    model, optimizer = fresh(1, 1)
+    before = {k: v.clone() for k, v in lora_state(model).items()}
+    assert len({name.partition(".")[0] for name in whole}) == 2 and len(whole) > 4
+    for gone in whole:
+        save_file({k: v for k, v in whole.items() if k != gone}, path, {"step": "3"})
+        with pytest.raises(LabError, match="state.safetensors: not a whole checkpoint"):
+            load_checkpoint(tmp_path, model, optimizer)
+    save_file(whole, path, {"step": "three"})
+    with pytest.raises(LabError, match="not a whole checkpoint"): load_checkpoint(tmp_path, model, optimizer)
+    assert saved_step(tmp_path) == 0 and all(torch.equal(v, before[k]) for k, v in lora_state(model).items())
+    save_file(whole, path, {"step": "3"})
+    assert load_checkpoint(tmp_path, model, optimizer) == saved_step(tmp_path) == 3

@@ -172,7 +172,9 @@ def test_each_docstring_is_on_its_page(site):
 
 def test_tables_of_the_api_say_something(site):
     "No column without an entry, no private helper, no mark of a heading left as text."
-    for file in (site/"reference/api").glob("*.html"):
+    files, tables = sorted((site/"reference/api").glob("*.html")), 0
+    assert {f"reference/api/{file.stem}.qmd" for file in files} == {p for p in SIDEBAR if p.endswith(".qmd")} != set()
+    for file in files:
         text = file.read_text(encoding="utf-8")
         assert "{#" not in re.sub(r"<(script|style).*?</\1>", "", text, flags=re.S), file.name
         assert not re.search(r"<h[23][^>]*>(?:class )?_\w", text), file.name
@@ -181,6 +183,8 @@ def test_tables_of_the_api_say_something(site):
             split = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.S) for row in found]
             rows = [[re.sub(r"<[^>]+>", "", cell).strip() for cell in row] for row in split]
             assert all(any(column) for column in zip(*rows[1:])), (file.name, rows[:2])
+            tables += len(rows) > 1
+    assert tables > len(files)
 
 
 def test_no_link_is_left_as_text(pages):

@@ -18,7 +18,18 @@ from benchmarks.common import random_batch
 from conftest import devices
 from qlora_lab.checkpointing import checkpoint_layers
 from qlora_lab.engine import dispatch
-from qlora_lab.engine.dispatch import AT_WORK, FASTER, places, twin, use_kernels
+from qlora_lab.engine.dispatch import (
+    ALWAYS,
+    AT_WORK,
+    FASTER,
+    IN_TORCH,
+    LACK,
+    REHEARSED,
+    TRIAL,
+    places,
+    twin,
+    use_kernels,
+)
 from qlora_lab.engine.fused_adamw import adamw_triton
 from qlora_lab.engine.fusing import fuse_layers
 from qlora_lab.engine.gpu import triton
@@ -101,7 +112,9 @@ def test_a_loss_in_pieces_is_the_loss(piece):
 
 def test_each_place_of_the_table_holds_a_function():
     "A twin at a place that is not there would be found out by the first user of its device."
-    for operation, device in FASTER: assert callable(dispatch._found(FASTER[operation, device])), (operation, device)
+    tables = FASTER, ALWAYS, LACK, TRIAL
+    for key, place in (row for table in tables for row in table.items()): assert callable(dispatch._found(place)), key
+    assert set(REHEARSED) | IN_TORCH <= {operation for operation, _ in FASTER}
 
 
 def test_nothing_of_the_engine_is_imported_before_it_is_asked_for():

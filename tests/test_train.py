@@ -55,7 +55,10 @@ def test_the_run_folder_tells_all(lab):
     assert len(lab.answers) == 2 and set(lab.answers.columns) == {"prompt", "reference", "before", "after"}
     assert {"4-bit codes", "quantization statistics", "adapters", "gradients", "optimizer",
             "activations"} <= set(lab.memory.index)
-    assert (lab.memory["QLoRA"] >= 0).all() and lab.memory["QLoRA"].sum() < lab.memory["16-bit full"].sum()
+    held, full = lab.memory["QLoRA"], lab.memory["16-bit full"]
+    assert (held > 0).all() and held.sum() < full.sum()
+    saved = load_file(lab.folder / "adapter" / "adapter_model.safetensors")
+    assert held["adapters"] == held["gradients"] == sum(t.nbytes for t in saved.values()) <= held["optimizer"] / 2
 
 
 def test_the_saved_adapter_is_the_trained_one(lab, tiny, data):

@@ -30,6 +30,7 @@ from rich.text import Text
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from ..assets import quiet
+from ..batches import longest_batch
 from ..data import tokenize
 from ..engine.allocator import CONTEXT_GIB
 from ..engine.fitting import CARDS, advice, cards, largest
@@ -139,8 +140,7 @@ def _step_of_run(asked, config, data, device, model, tokenizer) -> dict:
     "The settings of a run's own step, with its longest examples."
     compute = asked.compute_dtype or str(best_dtype(device)).removeprefix("torch.")
     longest = min(config.max_length, getattr(model, "max_position_embeddings", config.max_length))
-    tokens = sorted((tokenize(tokenizer, e, longest) for e in data.train), key=lambda t: len(t.ids))
-    tokens = tokens[-config.batch_size:]
+    tokens = longest_batch([tokenize(tokenizer, e, longest) for e in data.train], config.batch_size)
     return dict(
         rank=config.rank, targets=config.targets, batch_size=len(tokens), sequence=len(tokens[-1].ids),
         learned=sum(int(t.mask[1:].sum()) for t in tokens), checkpointing=config.checkpointing,

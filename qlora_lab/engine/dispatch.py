@@ -9,16 +9,19 @@ __all__ = ['Key', 'FASTER', 'ALWAYS', 'LACK', 'TRIAL', 'REHEARSED', 'IN_TORCH', 
 # %% ../../nbs/engine/dispatch.ipynb #c54709be
 # The course floor asks, the engine floor answers.
 #
-# A lesson's piece that may be done faster on some device calls `faster(operation, device, *args)` and goes on by
-# itself when the answer is None. A twin is a function with the same arguments and the same result as the plain piece;
-# it may return None for input that it does not take. This module is the only one of the engine that a lesson imports,
-# and it imports none of the others until one is asked for: a table holds their places as text, "module.function"
-# below the package.
+# A lesson's piece calls `faster(operation, device, *args)` and goes on by itself when the answer is None. Lessons
+# import no other module of the engine, and this one imports none before it is asked for: a table holds the places of
+# the twins as text, "module.function" below the package.
 #
-# Two kinds of twins stand in the table. Those in FASTER only save time; `use_kernels(False)`, or QLORA_LAB_KERNELS=0
-# in the environment, leaves them off, and every result stays as it is (to the bit for quantizing, decoding and AdamW;
-# up to rounding for products). Those in ALWAYS keep a promise that the plain piece does not make, and no switch
-# concerns them.
+# Most twins replace a piece: the same arguments, the same result, None for input that they do not take. Two make what
+# a piece asks for, a mover of pages and an optimizer. Three do what has no plain piece: fuse_layers changes a model,
+# forward_backward does both passes of a batch, forget gives back what that kept. While torch.compile reads, no twin is
+# looked up; engine.traced has an operator for `dequantize` and for `matmul_4bit`, which stands in no table.
+#
+# Twins in FASTER save time, or memory of a step. `use_kernels(False)`, or QLORA_LAB_KERNELS=0, leaves them off, and
+# results stay (to the bit for quantizing, decoding and AdamW; up to rounding for products). Twins in ALWAYS keep what
+# the plain piece does not promise: bitsandbytes' bytes, a work space of one chunk, copies beside the computation, 8-bit
+# state, decoding without bytes. No switch concerns them.
 #
 # bitsandbytes registers its kernels with torch.library and lets torch choose by device. Here the plain version of an
 # operation is the lesson itself, whole functions and not single operators are replaced, and a twin may decline.

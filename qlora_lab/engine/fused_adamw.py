@@ -73,8 +73,8 @@ if triton:
         p = tl.load(param_ptr + at, mask=inside).to(tl.float32) * keep  # asked for first: loads overlap
         g = tl.load(grad_ptr + at, mask=inside).to(tl.float32)
         m, v = _moments(exp_avg_ptr + at, exp_avg_sq_ptr + at, g, inside, towards, beta2, rest2)
-        p = tl.fma(tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), zero + root) + eps), zero + rate, p)
-        tl.store(param_ptr + at, p.to(param_ptr.dtype.element_ty), mask=inside)
+        change = tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), zero + root) + eps)
+        tl.store(param_ptr + at, tl.fma(change, zero + rate, p).to(param_ptr.dtype.element_ty), mask=inside)
 
 # %% ../../nbs/engine/fused_adamw.ipynb #ce9e0935
 TAKEN = torch.float32, torch.bfloat16, torch.float16

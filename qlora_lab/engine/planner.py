@@ -126,11 +126,12 @@ def _completed(
     "What is held, the moments, and the bytes in host memory, now with the optimizer and the libraries."
     state, host, work = _optimizer(r.padded, s, kernels)
     library, early = LIBRARY_BYTES[s.device], s.accumulation > 1
-    late = library // 2 if r.fused and not early else 0  # autograd's thread records too; a second pass finds it there
+    recording = library if r.fused else 0  # the work space of a step that is recorded, beside that of one that is not
+    late = 0 if early else recording // 2  # of it, that of autograd's thread; a second pass finds it there
     def later(name, m): return m if name in ("forward", "loss") else replace(m, in_flight=m.in_flight + late)
     moments = r.moments | {"update": Moment(0 if early else r.gradients, 0, 0, work)}
     held = r.held | ({"gradients from the start": first} if early else {})
-    held |= {"optimizer state": state, "libraries": library * (1 + r.fused) - late + process_bytes}
+    held |= {"optimizer state": state, "libraries": library + recording - late + process_bytes}
     return held, {name: later(name, m) for name, m in moments.items()}, host
 
 # %% ../../nbs/engine/planner.ipynb #de83b52d

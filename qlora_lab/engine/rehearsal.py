@@ -37,15 +37,15 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpointing import checkpoint_layers, decoder_layers
-from ..double_quant import BLOCKSIZES, QuantizedTensor, levels_by_code
+from ..double_quant import BLOCKSIZES, STATS_BLOCK, QuantizedTensor, levels_by_code
 from .allocator import ROUNDED
 from .dispatch import REHEARSED, faster, standing_in
 from .known_models import model_config
 from .state_formats import BLOCK
+from ..held import held_tensors
 from ..linear4bit import Linear4bit, set_submodule
 from ..lora import add_lora, trainable
 from ..memory import Moment, moments, watch_step
-from ..model import held_tensors
 from ..records import LabError
 from ..timeline import MemoryTimeline
 
@@ -72,7 +72,7 @@ class Settings:
     device_budget: int | None = None      # bytes of that state on the device at once; None for all of it
     accumulation: int = 1  # forward passes an optimizer step: from the second on, gradients are there from the start
     device: str = "cuda"         # "cuda" or "cpu"
-    kernels: bool = True         # layers as the device's kernels make them (lessons 14 to 14c), or all in plain torch
+    kernels: bool = True         # layers as the device's kernels make them (from lesson 14 on), or all in plain torch
 
     def __post_init__(self):
         if isinstance(self.targets, list): object.__setattr__(self, "targets", tuple(self.targets))  # as JSON has it
@@ -114,7 +114,7 @@ def empty_quantized(
     blocks, second = ceil(prod(shape) / blocksize), (None, None)
     packed = empty(ceil(prod(shape) / 2), 1, dtype=torch.uint8)
     absmax = empty(blocks, dtype=torch.uint8 if double_quant else torch.float32)
-    if double_quant: second = empty(ceil(blocks / 256), dtype=torch.float32), empty(dtype=torch.float32)
+    if double_quant: second = empty(ceil(blocks / STATS_BLOCK), dtype=torch.float32), empty(dtype=torch.float32)
     return QuantizedTensor(packed, absmax, torch.Size(shape), dtype, blocksize, quant_type, *second)
 
 # %% ../../nbs/engine/rehearsal.ipynb #923d36ed

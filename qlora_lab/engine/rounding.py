@@ -31,8 +31,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..blockwise import codebook, midpoints, nearest_code, pack_4bit, to_blocks
-from ..double_quant import DYNAMIC8, FP4_NIBBLES
+from ..blockwise import LEAST_ABSMAX, codebook, midpoints, nearest_code, pack_4bit, to_blocks
+from ..double_quant import DYNAMIC8, FP4_NIBBLES, STATS_BLOCK
 from ..nf4 import NF4
 
 # %% ../../nbs/engine/rounding.ipynb #b0c9e4e6
@@ -86,7 +86,7 @@ def nf4_pivots() -> Tensor:
 def by_nf4_pivots(
     scaled: Tensor,  # any shape, float32 in [-1, 1]
 ) -> Tensor:         # the shape of `scaled`, uint8
-    "NF4 codes by bitsandbytes' rule on CUDA."
+    "NF4 codes by bitsandbytes' rule on CUDA: between two pivots, a number that equals one going to the lower code."
     return torch.bucketize(scaled, nf4_pivots().to(scaled.device)).to(torch.uint8)
 
 # %% ../../nbs/engine/rounding.ipynb #99205263
@@ -123,9 +123,9 @@ def quantize_blocks(
     "The first level of `quantize_4bit`, by the rules that bitsandbytes follows on the same device."
     n, blocks = w.numel(), to_blocks(w.float(), blocksize)
     absmax = blocks.abs().amax(1)
-    scaled = blocks * reciprocal(absmax.clamp(min=1e-38))[:, None]
+    scaled = blocks * reciprocal(absmax.clamp(min=LEAST_ABSMAX))[:, None]
     if n % blocksize and w.device.type == "cpu":  # a partial last block is divided there
-        absmax[-1].clamp_(min=1e-38)
+        absmax[-1].clamp_(min=LEAST_ABSMAX)
         scaled[-1] = blocks[-1] / absmax[-1]
     codes = codes_4bit(scaled, quant_type)
     if w.device.type != "cpu": codes[absmax == 0] = 0  # a block of zeros is all code 0 on a GPU
@@ -133,8 +133,8 @@ def quantize_blocks(
 
 # %% ../../nbs/engine/rounding.ipynb #3295102e
 def quantize_absmax(
-    absmax: Tensor,        # [blocks] float32
-    blocksize: int = 256,  # scales that share one second-level scale
+    absmax: Tensor,                # [blocks] float32
+    blocksize: int = STATS_BLOCK,  # scales that share one second-level scale
 ) -> tuple[Tensor, Tensor, Tensor]:  # codes [blocks] uint8; absmax2 [ceil(blocks / blocksize)]; mean, a scalar
     "The second level, by the rules that bitsandbytes follows on the same device."
     offset = absmax.mean()

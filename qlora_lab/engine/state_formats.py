@@ -27,7 +27,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from ..blockwise import dequantize_blockwise, nearest_code, to_blocks
+from ..blockwise import LEAST_ABSMAX, dequantize_blockwise, nearest_code, to_blocks
 from ..double_quant import DYNAMIC8, dynamic_map
 from ..records import LabError
 
@@ -95,4 +95,5 @@ def write_moments(
         blocks = to_blocks(moment, BLOCK)
         absmax = blocks.abs().amax(1)
         items[f"absmax{i}"][a // BLOCK:ceil(b / BLOCK)] = absmax
-        items[f"state{i}"][a:b] = nearest_code(blocks * (1 / absmax.clamp(min=1e-38))[:, None], code).view(-1)[:b - a]
+        scaled = blocks * (1 / absmax.clamp(min=LEAST_ABSMAX))[:, None]
+        items[f"state{i}"][a:b] = nearest_code(scaled, code).view(-1)[:b - a]

@@ -62,9 +62,9 @@ class GradientPlaces:
 
     def keep(self, shape: tuple) -> None:
         "The gradients that a recording of this shape has just made are the places from now on."
-        self.maker, self.unreached = shape, [i for i, p in enumerate(self.params) if p.grad is None]
+        self.maker = shape
         self.grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-        self.unreached = [self.grads[i] for i in self.unreached]
+        self.unreached = [place for p, place in zip(self.params, self.grads) if p.grad is None]
 
 # %% ../../nbs/engine/step_graph.ipynb #1e4a65c1
 class Recordings(GradientPlaces):

@@ -148,6 +148,11 @@ def _gap(q: "QuantizedTensor", out: "Tensor", wide: int) -> int | None:
     gap = out.stride(0) - q.shape[1]
     return gap if gap > 0 and gap % 8 == 0 and q.shape[1] % 8 == 0 else None
 
+def _row(q: "QuantizedTensor", gap: int, wide: int) -> int:
+    "The kernel's ROW: lanes a row; without a gap, where it moves nothing, 0 leaves its arithmetic out."
+    if gap: return q.shape[-1] // wide
+    return 0 if wide == 8 else 1  # with 1 the compiler does not join the stores of lanes
+
 # %% ../../nbs/engine/triton_dequantize.ipynb #919c9f7e
 def dequantize_triton(
     q: "QuantizedTensor",  # on a GPU
@@ -164,9 +169,8 @@ def dequantize_triton(
     levels, dynamic = level_tables(q.quant_type, packed.device)
     nested = (q.absmax2, q.offset) if q.nested else (q.stats, q.stats)
     if wide == 8: packed = packed.view(-1).view(torch.int32)
-    row = q.shape[-1] // wide if gap else 0 if wide == 8 else 1  # 1: the compiler does not join the stores of lanes
-    extent = out.stride(0) * out.shape[0] if gap else n
-    form = dict(ROW=row, PER_BLOCK=q.blocksize // wide, NESTED=q.nested, WIDE=wide, LARGE=extent >= 1 << 31)
+    large = (out.stride(0) * out.shape[0] if gap else n) >= 1 << 31
+    form = dict(ROW=_row(q, gap, wide), PER_BLOCK=q.blocksize // wide, NESTED=q.nested, WIDE=wide, LARGE=large)
     sizes, grid = (n // wide, gap // 8), (triton.cdiv(n // wide, 256),)
     with on_device(packed.device):
         _dequantize[grid](packed, q.stats, *nested, dynamic, levels, out, *sizes, **form, TILE=256,

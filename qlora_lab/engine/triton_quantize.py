@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..blockwise import codebook, midpoints
-from ..double_quant import DYNAMIC8, FP4_NIBBLES
+from ..double_quant import DYNAMIC8, FP4_NIBBLES, STATS_BLOCK
 from .gpu import is_nvidia, on_device, tl, triton
 from .rounding import FP4_PIVOTS, nf4_pivots
 
@@ -185,7 +185,7 @@ def quantize_absmax_triton(
     absmax: Tensor,   # [blocks] float32, on a GPU
 ) -> tuple[Tensor, Tensor, Tensor]:  # codes [blocks] uint8, absmax2 [ceil(blocks / 256)] float32, mean float32
     "`quantize_absmax` in one pass after the mean, by the rules that bitsandbytes follows on a GPU."
-    groups, device, offset = triton.cdiv(len(absmax), 256), absmax.device, absmax.mean()
+    groups, device, offset = triton.cdiv(len(absmax), STATS_BLOCK), absmax.device, absmax.mean()
     codes = torch.empty(len(absmax), dtype=torch.uint8, device=device)
     absmax2 = torch.empty(groups, device=device)
     with on_device(device):
