@@ -25,8 +25,6 @@ __all__ = ['DYNAMIC8', 'STATS_BLOCK', 'BLOCKSIZES', 'FP4_NIBBLES', 'dynamic_map'
 # Built in nbs/03_double_quant.ipynb.
 
 # %% ../nbs/03_double_quant.ipynb #015f4132
-#| code-fold: true
-#| code-summary: "Imports of the module"
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache

@@ -24,8 +24,6 @@ __all__ = ['LoRALinear', 'reset_lora', 'target_layers', 'add_lora', 'trainable',
 # operation in nbs/engine/adapted_linear.ipynb.
 
 # %% ../nbs/06_lora.ipynb #01b3d79f
-#| code-fold: true
-#| code-summary: "Imports of the module"
 import re
 from math import sqrt
 from pathlib import Path

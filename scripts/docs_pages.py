@@ -32,6 +32,12 @@ def parsed(source: str) -> list[ast.stmt]:
     except SyntaxError: return []
 
 
+def imports(node: ast.stmt) -> bool:
+    "Whether a statement only imports, tries to, or does so for annotations alone."
+    typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    return typing or isinstance(node, (ast.Import, ast.ImportFrom, ast.Try))
+
+
 class Title(Processor):
     """Title and subtitle become the page's front matter.
 
@@ -83,7 +89,7 @@ class Code(Processor):
         if live: return "Something to play with: in JupyterLab this cell has controls"
         if "fig-cap:" in cell.directives_: return "Code of the figure"
         if not code and exported: return "What the module says of itself"
-        if code and all(isinstance(node, (ast.Import, ast.ImportFrom, ast.Try)) for node in code):
+        if code and all(map(imports, code)):
             return "Imports of the module" if exported else "Imports of this page"
         names = [node.name for node in code if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
         shown = [n for n in names if not n.startswith("_")] or ["helpers"] * bool(names)
