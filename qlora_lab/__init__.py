@@ -24,6 +24,8 @@ threads.loaded()
 # bitsandbytes' advice at import, to install inference kernels, is not for us
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
+__doc__ = "QLoRA Lab: the public names, each imported from its module when it is first asked for."  # after the version
+
 _PUBLIC = {
     "blockwise": ["codebook", "register_codebook"],
     "nf4": ["create_normal_map"],

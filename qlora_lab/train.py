@@ -46,7 +46,7 @@ from .scoring import Score, spread
 # %% ../nbs/10_train.ipynb #cac206c7
 def answer_places(
     batch: dict[str, Tensor],  # of `collate`
-) -> tuple[Tensor, Tensor]:    # [tokens] int64 both: places in the flattened batch that foretell a learned token; it
+) -> tuple[Tensor, Tensor]:    # [tokens] int64 both: places in the flattened batch that foretell learned tokens; these
     "Where the loss looks, and what should be there."
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100).view(-1)  # the state at t speaks of token t + 1
     at = (labels != -100).nonzero()[:, 0]

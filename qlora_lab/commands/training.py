@@ -69,7 +69,8 @@ def outset(begun: dict | None, step: int, config: TrainConfig) -> str:
     "What a run does first."
     if begun and begun.get("state") == "done": return "This run is done; here is its report again."
     if step: return f"Going on from step {step} of {config.steps}."
-    return f"Before training: measuring the loss on held-out examples, and answering {config.eval_prompts} prompts."
+    asked = f"{config.eval_prompts} prompt{'s' * (config.eval_prompts != 1)}"
+    return f"Before training: measuring the loss on held-out examples, and answering {asked}."
 
 def first_time(model: str) -> None:
     "A word before the one silence that lasts."
