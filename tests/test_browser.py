@@ -204,21 +204,41 @@ def test_solutions_are_folded_in_jupyterlab():
     assert hidden and all(hidden)
 
 
-def test_lesson_02_runs_to_its_end_and_its_slider_moves_the_figure(browser, lab):
-    tab, said = in_the_lab(browser, lab, "02_nf4.ipynb")
-    cells = json.loads((ROOT / "nbs/02_nf4.ipynb").read_text(encoding="utf-8"))["cells"]
-    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
-    last = sum(bool(ast.parse(source).body) for source in code)  # comments do not count
+def end_sessions(lab):
+    "Stop every kernel of the server."
+    def ask(path, method="GET"):
+        token = {"Authorization": "token of-this-test"}
+        request = urllib.request.Request(f"{lab}/api/{path}", method=method, headers=token)
+        with urllib.request.urlopen(request, timeout=30) as answer: return answer.read()
+    for session in json.loads(ask("sessions")): ask(f"sessions/{session['id']}", "DELETE")
+
+
+def runs_to_its_end(tab, last, begin=90, end=400):
+    "Run all cells; whether the last one ran, or False where after `begin` seconds none has."
     tab.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle], .jp-KernelStatus", timeout=60_000)
     tab.click("text=Run >> nth=0")
     tab.click("text=Run All Cells")
-    deadline = time.time() + 240
-    while time.time() < deadline:
-        counts = [int(n) for n in re.findall(r"\[(\d+)\]", " ".join(tab.locator(".jp-InputPrompt").all_inner_texts()))]
-        if counts and max(counts) >= last: break
+    start, highest = time.time(), 0
+    while time.time() - start < (end if highest else begin):
+        prompts = " ".join(tab.locator(".jp-InputPrompt").all_inner_texts())
+        highest = max([highest, *map(int, re.findall(r"\[(\d+)\]", prompts))])
+        if highest >= last: return True
         tab.mouse.wheel(0, 1500)
         tab.wait_for_timeout(500)
-    assert max(counts) >= last and tab.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    return False
+
+
+def test_lesson_02_runs_to_its_end_and_its_slider_moves_the_figure(browser, lab):
+    "A kernel that does not begin is started anew: at times ipykernel 7 never answers its first request."
+    cells = json.loads((ROOT / "nbs/02_nf4.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    last = sum(bool(ast.parse(source).body) for source in code)  # comments do not count
+    for _ in range(3):
+        tab, said = in_the_lab(browser, lab, "02_nf4.ipynb")
+        if ran := runs_to_its_end(tab, last): break
+        tab.context.close()
+        end_sessions(lab)
+    assert ran and tab.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
     slider = tab.locator(".widget-slider .noUi-handle, .jupyter-widgets .noUi-handle").first
     slider.scroll_into_view_if_needed()
     before = tab.locator(FIGURE).first.get_attribute("src")
