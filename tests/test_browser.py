@@ -239,14 +239,15 @@ def test_lesson_02_runs_to_its_end_and_its_slider_moves_the_figure(browser, lab)
         tab.context.close()
         end_sessions(lab)
     assert ran and tab.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
-    slider = tab.locator(".widget-slider .noUi-handle, .jupyter-widgets .noUi-handle").first
-    slider.scroll_into_view_if_needed()
-    before = tab.locator(FIGURE).first.get_attribute("src")
-    slider.focus()
-    for _ in range(5): tab.keyboard.press("ArrowLeft")
-    for _ in range(60):
-        tab.wait_for_timeout(500)
-        if tab.locator(FIGURE).first.get_attribute("src") != before: break
-    assert tab.locator(FIGURE).first.get_attribute("src") != before
+    tab.locator(".widget-slider .noUi-handle").first.scroll_into_view_if_needed()
+    tab.wait_for_timeout(2000)
+    before = after = tab.locator(FIGURE).first.get_attribute("src")
+    for _ in range(40):
+        tab.locator(".widget-slider .noUi-handle").first.focus()
+        tab.keyboard.press("ArrowLeft")
+        tab.wait_for_timeout(1000)
+        after = tab.locator(FIGURE).first.get_attribute("src")
+        if after != before: break
+    assert after != before
     assert not [s for s in said if not s.startswith("http")], said
     tab.context.close()
