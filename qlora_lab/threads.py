@@ -33,15 +33,16 @@ LOOK = 0.12    # seconds of looking
 BUSY = 0.4     # cores that others use, from which on threads wait asleep
 POLICY, THREADS = "OMP_WAIT_POLICY", "OMP_NUM_THREADS"
 
-def available() -> int:
-    "How many processors this process may use."
-    return len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1
+def available() -> list[int]:
+    "The processors that this process may use."
+    if hasattr(psutil.Process, "cpu_affinity"): return psutil.Process().cpu_affinity()
+    return list(range(psutil.cpu_count() or 1))
 
 def busy_cores(
     seconds: float = LOOK,
 ) -> float:  # 0 to the number of cores
     "How many cores' worth of work other processes do, on the processors that this one may use."
-    mine = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else range(psutil.cpu_count())
+    mine = available()
     def used():
         times = psutil.cpu_times(percpu=True)
         return sum(sum(times[i]) - times[i].idle - getattr(times[i], "iowait", 0) for i in mine if i < len(times))
@@ -64,7 +65,7 @@ _state = {"choice": None, "own": ()}  # the choice of this process; the variable
 def _beside(busy: float) -> Choice:
     "What to do beside that much work; where every core is taken, with half of the threads too."
     if busy < BUSY: return Choice("active", "the machine is free")
-    cores, own = available(), {POLICY: "PASSIVE"}
+    cores, own = len(available()), {POLICY: "PASSIVE"}
     crowded = busy > cores - 0.4 and THREADS not in os.environ
     if crowded: own[THREADS] = str(max(1, cores // 2))
     os.environ.update(own)
@@ -82,9 +83,9 @@ def choose() -> Choice:
     return found
 
 def loaded() -> None:
-    "torch has read the policy: take it from the environment again, if it was put there here."
-    if _state["own"]: os.environ.pop(POLICY, None)
-    _state["own"] = False
+    "torch has read the environment: take from it again what was put there here."
+    for name in _state["own"]: os.environ.pop(name, None)
+    _state["own"] = ()
 
 # %% ../nbs/reference/threads.ipynb #949ec393
 def main(argv: list[str]) -> None:
