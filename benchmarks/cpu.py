@@ -6,14 +6,19 @@ Prints a table of medians and ratios (above 1: the lab is faster) and writes res
 one process; loading, and the peak memory of a training step, are those of processes of their own.
 """
 import argparse
+import atexit
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
+from functools import cache
 
 import pandas as pd
 import torch
 
 from benchmarks.common import interleaved, save_result, spread_of
+from qlora_lab.assets import SMOLLM2
 from qlora_lab.records import peak_memory_gib
 
 
@@ -53,21 +58,45 @@ def one_layer(tokens: int = 512) -> dict[str, dict]:
                                                                "bnb": lambda: peer(x).backward(g)}}
 
 
-def training_step(side: str, dtype: torch.dtype | None = None):
-    """A callable that takes one step of SmolLM2 on 4 x 128 tokens: QLoRA by the lab or by peft + bitsandbytes, or
-    peft's LoRA on the float32 model."""
+SHAPES = {  # random weights in the shapes of other models
+    "Qwen3-0.6B, 8 of 28 layers": dict(
+        model_type="qwen3", hidden_size=1024, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True),
+    "Gemma-3-270M": dict(
+        model_type="gemma3_text", hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=256, vocab_size=262144, sliding_window=512, tie_word_embeddings=True),
+}
+
+
+@cache
+def random_model(shape: str) -> str:
+    "A folder with random weights in one of `SHAPES`, and the tokenizer of SmolLM2, which nobody asks."
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from qlora_lab.assets import smollm2_folder
+    folder = tempfile.mkdtemp(prefix="qlora_lab_bench_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[shape])).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2_folder()).save_pretrained(folder)
+    return folder
+
+
+def training_step(side: str, dtype: torch.dtype | None = None, name: str = SMOLLM2):
+    """A callable that takes one step on 4 x 128 tokens: QLoRA by the lab or by peft + bitsandbytes, or peft's LoRA on
+    the float32 model."""
     from peft import LoraConfig, get_peft_model
 
     from qlora_lab.lora import trainable
     from qlora_lab.model import load_model
     from qlora_lab.train import TrainConfig, attach_adapters, train_step
     if side == "unquantized":
-        model, _ = load_model(quantize=None)
+        model, _ = load_model(name, quantize=None)
         lora = LoraConfig(r=TrainConfig.rank, lora_alpha=TrainConfig.alpha, target_modules="all-linear",
                           task_type="CAUSAL_LM")
         model = get_peft_model(model, lora).train()
     else:
-        model, _ = load_model(backend=side, compute_dtype=dtype)
+        model, _ = load_model(name, backend=side, compute_dtype=dtype)
         model = attach_adapters(model, TrainConfig()).train()
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-4)
     ids = torch.randint(0, 49152, (4, 128), generator=torch.Generator().manual_seed(0))
@@ -79,12 +108,14 @@ def training_step(side: str, dtype: torch.dtype | None = None):
 def steps() -> dict[str, dict]:
     """Steps with the same kind of products on both sides, and as each side does them unless told otherwise, beside LoRA
     without quantization."""
-    name = "training step, 4 x 128 tokens, "
+    name = "training step, 4 x 128 tokens, "  # of SmolLM2
     rows = {f"{name}{str(d)[6:]} products": {side: training_step(side, d) for side in ("lab", "bnb")}
             for d in (torch.float32, torch.bfloat16)}
     defaults = {"lab": training_step("lab"), "bnb": training_step("bnb", torch.float32),
                 "unquantized": training_step("unquantized")}
-    return rows | {f"{name}by default": defaults}
+    others = {f"training step, 4 x 128 tokens, {shape}, float32 products": {
+        side: training_step(side, torch.float32, random_model(shape)) for side in ("lab", "bnb")} for shape in SHAPES}
+    return rows | {f"{name}by default": defaults} | others
 
 
 def peak_of_a_step(side: str, dtype: str) -> float:
