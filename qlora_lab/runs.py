@@ -36,7 +36,7 @@ from torch import nn
 
 from .adapter_files import PEFT_PREFIX
 from .data import Split, data_hash
-from .lora import lora_state, trainable
+from .lora import adapter_tensors, lora_state, trainable
 from .model import memory_bill
 from .records import LabError, read_json, write_whole
 from .scoring import Score
@@ -175,7 +175,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     path = _checkpoint(folder)
     if not path.exists(): return 0
     whole = optimizer.state_dict()
-    adapters = {f"adapter.{PEFT_PREFIX}{n}": p for n, p in model.named_parameters() if "lora_" in n}
+    adapters = {f"adapter.{PEFT_PREFIX}{n}": p for n, p in adapter_tensors(model).items()}
     try:
         with safe_open(path, "pt") as f:
             step, saved = int(f.metadata()["step"]), {k: f.get_tensor(k) for k in f.keys()}
