@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 DONE = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "use_dora", "lora_bias", "bias",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "fan_in_fan_out",
-    "init_lora_weights"}
+    "init_lora_weights", "target_parameters"}
 NO_SAY = {
     "task_type", "base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping", "peft_type",
     "runtime_config", "megatron_core", "qalora_group_size", "eva_config", "corda_config", "lora_ga_config",
@@ -44,7 +44,6 @@ NO_SAY = {
 WHY = {
     "trainable_token_indices": "the lab trains no single rows of an embedding; name the embedding in modules_to_save",
     "ensure_weight_tying": "the lab ties no adapters; leave it out, and name the embedding or the head alone",
-    "target_parameters": "the lab adapts layers, not bare parameters; leave it out",
     "layer_replication": "the lab adapts a model with the layers that it has; build the longer model first",
     "megatron_config": "layers of Megatron are not adapted here; use PEFT",
     "use_qalora": "adapters on pooled inputs are made for GPTQ; use PEFT",
