@@ -1,5 +1,6 @@
-"""Tiny random models of every family that the lab is held to: two layers, 64 wide, 320 words.
+"""Tiny random models of every family that the lab is held to: two layers, 64 wide, 320 words, no dropout.
 
+Every row of a weight is a multiple of 64 long: bitsandbytes 0.50.2 decodes others wrongly on a CPU.
 `FAMILIES` gives a config by name, `build` a random model in float32, `folder` a folder with model and tokenizer as
 `save_pretrained` writes them.
 """
@@ -14,8 +15,8 @@ SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, **TOKEN
 LLAMA = dict(intermediate_size=128, num_key_value_heads=2, max_position_embeddings=512, **SMALL)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2)
 ROUTED = dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, n_shared_experts=1,
-              moe_intermediate_size=32, first_k_dense_replace=1)
-LATENT = dict(q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
+              moe_intermediate_size=64, first_k_dense_replace=1)
+LATENT = dict(q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
 VISION = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=28,
               patch_size=14)
 
@@ -48,9 +49,10 @@ FAMILIES = {
     "gemma3": gemma3,
     "phi": of("phi"),
     "phi3": of("phi3"),
-    "gpt2": of("gpt2", TOKENS, n_embd=64, n_layer=2, n_head=4, n_positions=512),
+    "gpt2": of("gpt2", TOKENS, n_embd=64, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0.0, embd_pdrop=0.0,
+               attn_pdrop=0.0),
     "gpt_neox": of("gpt_neox", without=["num_key_value_heads"]),
-    "opt": of("opt", SMALL, ffn_dim=128, max_position_embeddings=512, word_embed_proj_dim=64),
+    "opt": of("opt", SMALL, ffn_dim=128, max_position_embeddings=512, word_embed_proj_dim=64, dropout=0.0),
     "bloom": of("bloom", TOKENS, hidden_size=64, n_layer=2, n_head=4),
     "falcon": of("falcon", SMALL, max_position_embeddings=512, new_decoder_architecture=False, multi_query=True),
     "granite": of("granite"),
