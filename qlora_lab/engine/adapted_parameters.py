@@ -34,6 +34,7 @@ from torch.nn.utils import parametrize
 
 from ..adapter_targets import named_matrices, rank_and_alpha
 from .expert_adapters import adapt_experts, peft_names, target_parameters
+from ..linear_layers import linear_layers
 from ..records import LabError
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ class AddedMatrix(nn.Module):
 
 # %% ../../nbs/engine/adapted_parameters.ipynb #a770fdad
 def _experts_alone(config: "LoraConfig", model: nn.Module) -> "LoraConfig":
-    "A copy of the config whose target_parameters name no matrix."
-    matrices, left = named_matrices(model, config), copy.copy(config)
+    "A copy of the config whose target_parameters name neither a matrix nor the weight of a linear layer."
+    left = copy.copy(config)
+    matrices = [*named_matrices(model, config), *(f"{n}.weight" for n in linear_layers(model))]
     def is_matrix(name): return any(full == name or full.endswith(f".{name}") for full in matrices)
     left.target_parameters = [name for name in config.target_parameters if not is_matrix(name)]
     return left
