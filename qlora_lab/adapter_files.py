@@ -69,6 +69,7 @@ def _check_there(folder: Path) -> None:
         if below: hint = f"the adapters {below} lie in folders of their own, load one of those"
         raise LabError(f"{folder / name}: no such file; {hint}")
 
+# %% ../nbs/reference/adapter_files.ipynb #630d32d3
 def read_config(path: Path) -> "LoraConfig":
     "The config of an adapter file; raises LabError for what the lab does not do, with the file's name."
     from peft import LoraConfig
@@ -100,6 +101,7 @@ def layer_name(
     name = name.replace(".modules_to_save.", ".")
     return name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector"), adapter if found else None
 
+# %% ../nbs/reference/adapter_files.ipynb #0798f36c
 def read_tensors(path: Path) -> dict[str, Tensor]:
     "The tensors of an adapter file by their names in a model; raises LabError for a damaged file."
     try:
@@ -123,6 +125,17 @@ def read_adapter(
 # %% ../nbs/reference/adapter_files.ipynb #b6d1e92f
 SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
+def _otherwise(name: str, got: tuple | None, here: tuple | None, vocabulary: tuple[str, ...]) -> str | None:
+    "Why a tensor may not fit although the model is the right one; None where that says nothing."
+    if got and here and vocabulary and name.startswith(vocabulary):
+        return (f"made for another vocabulary: {name} is {got} in the file and {here} in this model; call "
+                f"model.resize_token_embeddings({max(got)}) before the adapter is loaded")
+    if SINGLE_EXPERT.search(name):
+        return (f"{name} adapts one expert by itself, and this model holds its experts fused; open the adapter with "
+                "PEFT, which converts it, and save it again")
+    return None
+
+# %% ../nbs/reference/adapter_files.ipynb #21c5e81a
 def check_fits(
     wanted: dict[str, tuple[int, ...]],  # name to shape, of what the model takes
     saved: dict[str, Tensor],            # what the file holds
@@ -134,12 +147,7 @@ def check_fits(
     for name in sorted(wanted.keys() | saved.keys()):
         got = tuple(saved[name].shape) if name in saved else None
         if got == wanted.get(name): continue
-        if got and wanted.get(name) and name.startswith(vocabulary) and vocabulary:
-            raise LabError(f"{folder}: made for another vocabulary: {name} is {got} in the file and {wanted[name]} in "
-                           f"this model; call model.resize_token_embeddings({max(got)}) before the adapter is loaded")
-        if SINGLE_EXPERT.search(name):
-            raise LabError(f"{folder}: {name} adapts one expert by itself, and this model holds its experts fused; "
-                           "open the adapter with PEFT, which converts it, and save it again")
+        if why := _otherwise(name, got, wanted.get(name), vocabulary): raise LabError(f"{folder}: {why}")
         raise LabError(
             f"{folder}: made for another model: {name} is {got or 'missing'} in the file and "
             f"{wanted.get(name) or 'missing'} in this model"

@@ -46,6 +46,7 @@ class Wrapped(nn.Module):
     @property
     def bias(self) -> Tensor | None: return self.base_layer.bias
 
+# %% ../nbs/reference/adapter_kinds.ipynb #81c58c47
 class Adapted(Wrapped):
     "A frozen linear layer with the two halves of an adapter; a kind adds its forward."
     parts = "lora_A", "lora_B"

@@ -8,9 +8,9 @@ __all__ = ['DONE', 'NO_SAY', 'WHY', 'IN_THE_BASE', 'INITIALIZERS', 'check_method
 # %% ../nbs/reference/adapter_settings.ipynb #c11a8a99
 # The fields of peft.LoraConfig (PEFT 0.21): what is done, what has no effect, what is refused.
 #
-# Done: rank, alpha and their patterns, rsLoRA, dropout, DoRA, lora_bias, bias, every way to name layers, modules_to_save,
-# and the initializers that leave the base as it is. An adapter with another value in any other field is refused in one
-# sentence that names field, value, reason and way out.
+# Done: rank, alpha and their patterns, rsLoRA, dropout, DoRA, lora_bias, bias, every way to name layers and parameters,
+# modules_to_save, and the initializers that leave the base as it is. An adapter with another value in any other field
+# is refused in one sentence that names field, value, reason and way out.
 #
 # Initializers need a second look. True, False, 'gaussian', 'orthogonal', 'eva' and 'mica' only choose numbers for A and
 # B, so a file loads like any other. 'pissa', 'olora', 'corda', 'loftq' and 'lora_ga' take their first A and B out of
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from .records import LabError
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftConfig
+    from peft import LoraConfig
 
 # %% ../nbs/reference/adapter_settings.ipynb #520d1f1d
 DONE = {

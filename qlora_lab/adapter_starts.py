@@ -17,8 +17,8 @@ __all__ = ['STARTS', 'start', 'freeze_as_started']
 # 'eva' takes A from the data, by PEFT's initialize_lora_eva_weights: files that began so load, and adding one is
 # refused. What takes something out of the base weight ('pissa' and its kin) is refused by adapter_settings.
 #
-# The distributions are PEFT's; the numbers are not, but for True with a seed (`reset_lora` of lesson 06). On a layer in 4
-# bits 'mica' uses the decoded weight, where PEFT wants a dense one.
+# The distributions are PEFT's; the numbers are not, but for True with a seed (`reset_lora` of lesson 06). On a layer
+# in 4 bits 'mica' uses the decoded weight, where PEFT wants a dense one.
 #
 # Built in nbs/reference/adapter_starts.ipynb.
 
@@ -50,6 +50,7 @@ def _orthogonal(layer: nn.Module, a: nn.Parameter, b: nn.Parameter) -> None:
 def _random(layer: nn.Module, a: nn.Parameter, b: nn.Parameter) -> None:
     nn.init.kaiming_uniform_(b, a=sqrt(5))
 
+# %% ../nbs/reference/adapter_starts.ipynb #8e47cd14
 def _mica(layer: nn.Module, a: nn.Parameter, b: nn.Parameter) -> None:
     "The directions that the weight uses least, for B; A zero."
     weight, r = decoded(layer.base_layer).float(), len(a)
@@ -60,7 +61,7 @@ def _mica(layer: nn.Module, a: nn.Parameter, b: nn.Parameter) -> None:
 
 STARTS = {"gaussian": _gaussian, "orthogonal": _orthogonal, "false": _random, "mica": _mica}
 
-# %% ../nbs/reference/adapter_starts.ipynb #8e47cd14
+# %% ../nbs/reference/adapter_starts.ipynb #4ace0016
 def start(
     layers: dict[str, nn.Module],  # name to adapted layer, not yet in a model
     config: "LoraConfig",
@@ -82,6 +83,7 @@ def start(
             else: STARTS[kind](layer, layer.lora_A.weight, layer.lora_B.weight)
             if hasattr(layer, "reset_magnitude"): layer.reset_magnitude()
 
+# %% ../nbs/reference/adapter_starts.ipynb #caa2697b
 def freeze_as_started(layers: dict[str, nn.Module], config: "LoraConfig") -> None:
     "What an initializer wants left as it was: B of 'mica'."
     if config.init_lora_weights != "mica": return

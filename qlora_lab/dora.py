@@ -23,7 +23,6 @@ __all__ = ['PIECE', 'TINY', 'decoded', 'row_lengths', 'DoRALinear', 'DoRAEmbeddi
 
 # %% ../nbs/reference/dora.ipynb #f592905a
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapter_kinds import Adapted, LoRAEmbedding

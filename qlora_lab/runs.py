@@ -34,9 +34,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from .adapter_contents import adapter_tensors
 from .adapter_files import PEFT_PREFIX
 from .data import Split, data_hash
-from .lora import adapter_tensors, lora_state, trainable
+from .lora import lora_state, trainable
 from .model import memory_bill
 from .records import LabError, read_json, write_whole
 from .scoring import Score

@@ -9,7 +9,7 @@ __all__ = ['AddedMatrix', 'parameter_shapes', 'adapt_parameters', 'parameter_nam
 # Adapters on what `target_parameters` names, for lesson 06.
 #
 #     parameter_shapes(model, config)   {name in PEFT's file: shape}; LabError for what can't be adapted
-#     adapt_parameters(model, config, dtype)   puts them on; experts by engine.expert_adapters, matrices by `AddedMatrix`
+#     adapt_parameters(model, config, dtype)   puts them on: experts by engine.expert_adapters, matrices by AddedMatrix
 #     parameter_names(model)            {name of a tensor in the model: its name in PEFT's file}
 #
 # A matrix [out, in] that a module multiplies with by itself, as the routers of Mixtral and Qwen-MoE do, gets B A added
@@ -71,6 +71,7 @@ def _check_apart(matrices: dict, experts: dict) -> None:
             raise LabError(f"target_parameters: {full} lies in one module with experts that are named too; name one "
                            "of them")
 
+# %% ../../nbs/engine/adapted_parameters.ipynb #0e224171
 def parameter_shapes(
     model: nn.Module,      # without adapters
     config: "LoraConfig",
