@@ -55,7 +55,7 @@ def save_quantized(
     names, lack = skip_list(model)
     if lack: warnings.warn(f"{folder}: the lab will open this checkpoint, transformers alone will not: {lack}",
                            stacklevel=2)
-    config = _config(model, kind, None if lack else names, untied)
+    config = _config(model, kind, names, LAB_METHOD if lack else "bitsandbytes", untied)
     with whole_folder(folder) as made:
         write_whole(made / "config.json", config.to_json_string())
         _write_generation(model, made)
@@ -89,19 +89,18 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], bool]:
     shared = {t for t, s in tied.items() if s in state and t in state and state[t].data_ptr() == state[s].data_ptr()}
     return {name: t for name, t in state.items() if name not in shared}, len(shared) < len(tied)
 
-def _config(model: nn.Module, kind: Kind, skip: list[str] | None, untied: bool):
-    "The config to write; with no list of names to skip under the lab's own method."
+def _config(model: nn.Module, kind: Kind, skip: list[str], method: str, untied: bool):
+    "The config to write."
     def plain(dtype): return str(dtype).removeprefix("torch.")
     config, layer = copy.deepcopy(model.config), next(m for m in model.modules() if isinstance(m, PackedWeight))
     config.dtype, config.architectures = model.dtype, [type(model).__name__]
     if untied: config.tie_word_embeddings = config.get_text_config(decoder=True).tie_word_embeddings = False
     compute = getattr(layer, "compute_dtype", None) or model.dtype
-    stored = {"bnb_4bit_quant_type": kind.quant_type, "bnb_4bit_use_double_quant": kind.double_quant,
-              "bnb_4bit_quant_storage": "uint8", "bnb_4bit_compute_dtype": plain(compute)}
-    if skip is None: method = {"quant_method": LAB_METHOD}
-    else: method = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False,
-                    "llm_int8_skip_modules": skip}
-    config.quantization_config = method | stored
+    bits = {} if method == LAB_METHOD else {"load_in_4bit": True, "load_in_8bit": False}
+    config.quantization_config = {
+        "quant_method": method, **bits, "bnb_4bit_quant_type": kind.quant_type,
+        "bnb_4bit_use_double_quant": kind.double_quant, "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_compute_dtype": plain(compute), "llm_int8_skip_modules": skip}
     return config
 
 # %% ../nbs/reference/bnb_files.ipynb #6639f405

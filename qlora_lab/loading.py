@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from .admission import Kind, Wish, admit, quantization_of, settle_kind, stored_kind
+from .admission import Kind, Wish, admit, quantization_of, settle_compute, settle_kind, stored_kind
 from .against_file import Stored, fits, hold_against, stored_dtype, stored_files
 from .assets import SMOLLM2, quiet, smollm2_folder
 from .bnb_files import decoded, load_quantized
@@ -134,6 +134,7 @@ def _open_source(
     "What the config allows, opened by who can."
     from transformers import AutoTokenizer
     config = admit(source)
+    compute_dtype = settle_compute(config, wish, compute_dtype, device)
     special = _special(source, config, wish, compute_dtype, dtype)
     if special is not None: return special, AutoTokenizer.from_pretrained(source), None
     stored = stored_kind(source, config)
