@@ -39,7 +39,7 @@ from .against_file import Stored, fits, hold_against, stored_files
 from .assets import quiet
 from .casting import cast, empty_twin
 from .linear4bit import Linear4bit, PackedWeight, set_submodule
-from .linear_layers import is_transposed
+from .linear_layers import is_transposed, weight_of
 from .records import LabError, whole_folder, write_whole
 
 # %% ../nbs/reference/bnb_files.ipynb #6f7ab61b
@@ -150,6 +150,7 @@ def _write_tensors(state: dict[str, Tensor], made: Path, shard_size: str) -> Non
             part[name] = t.clone() if t.data_ptr() in seen else t  # a file has no shared tensors
             seen.add(t.data_ptr())
         save_file(part, made / file, metadata={"format": "pt"})
+        (made / file).chmod((made / "config.json").stat().st_mode)  # safetensors leaves it to its owner alone
         with (made / file).open("rb") as f: os.fsync(f.fileno())
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     if split.is_sharded: write_whole(made / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
@@ -171,8 +172,21 @@ def load_quantized(
     model, info = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True,
                                                        ignore_mismatched_sizes=True)
     fits(info, source)
+    _same_shapes(model, source)
     hold_against(model, Stored(files), source)
     return cast(model, dtype)
+
+def _same_shapes(model: nn.Module, source: str) -> None:
+    "Raise LabError where a tensor has not the shape that the config gives it: transformers looks at plain folders only."
+    twin, wrong = empty_twin(model, torch.float32), []
+    state, four = model.state_dict(), {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+    for name, want in twin.state_dict().items():
+        owner, _, last = name.rpartition(".")
+        here = state[name].shape if name in state else want.shape
+        if owner in four and last == "weight":
+            here, want = (four[owner].out_features, four[owner].in_features), weight_of(twin.get_submodule(owner))
+        if tuple(here) != tuple(want.shape): wrong.append(f"{name} {tuple(here)} for {tuple(want.shape)}")
+    if wrong: raise LabError(f"{source}: the checkpoint does not fit its config.json: of another shape: {wrong[0]}")
 
 # %% ../nbs/reference/bnb_files.ipynb #ecd925d0
 def decoded(
