@@ -12,9 +12,10 @@ __all__ = ['LAB_METHOD', 'admit', 'Kind', 'quantization_of', 'stored_kind', 'Wis
 # models without words, models with another head than the language model's, families that transformers does not know,
 # and those that bring code of their own, which the lab never runs.
 #
-# `stored_kind` says in what 4-bit type a folder's weights are; checkpoints of other methods (8 bits, GPTQ, AWQ, fp8, …)
-# are refused for what they are. `settle_kind` holds it against what was asked for: "auto" and None mean "as stored", and
-# for a plain folder nf4 in blocks of 64 with double quantization. transformers would warn of a contradiction and go on.
+# `stored_kind` says in what 4-bit type a folder's weights are; checkpoints of other methods (8 bits, GPTQ, AWQ, fp8)
+# are refused for what they are. `settle_kind` holds it against what was asked for: "auto" and None mean "as stored",
+# and for a plain folder nf4 in blocks of 64 with double quantization. transformers would warn of a contradiction and go
+# on.
 #
 # Used by `loading`. Built in nbs/reference/admission.ipynb.
 
@@ -41,7 +42,7 @@ def admit(
     config = AutoConfig.from_pretrained(_known_family(source))
     family, kind = config.model_type, type(config)
     if getattr(config, "is_encoder_decoder", False):
-        raise LabError(f"{source}: {family} is an encoder-decoder; the lab trains decoders, which predict the next token")
+        raise LabError(f"{source}: {family} is an encoder-decoder; the lab trains decoders alone")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise LabError(f"{source}: {family} has no causal language model in transformers, so there is nothing to train")
     made_for = MODEL_FOR_CAUSAL_LM_MAPPING[kind].__name__
@@ -81,6 +82,7 @@ def quantization_of(config) -> dict:
     if found is None: found = getattr(config.get_text_config(decoder=True), "quantization_config", None)
     return {} if found is None else dict(found) if isinstance(found, dict) else found.to_dict()
 
+# %% ../nbs/reference/admission.ipynb #51c34bcd
 def stored_kind(
     source: str,
     config: "PretrainedConfig",

@@ -17,8 +17,8 @@ __all__ = ['save_quantized', 'skip_list', 'load_quantized', 'decoded']
 # of them. It describes only nf4 and fp4 in blocks of 64, one kind for the whole model, so nothing else is written.
 #
 # transformers makes bitsandbytes' layers of exact nn.Linear and Conv1D, less a list of names that it reads as patterns;
-# the list is checked against that rule. A model whose 4-bit layers are of other classes gets the lab's own method in its
-# config: the lab opens it (`bnb_reader`), transformers alone would not, and that is said while writing.
+# the list is checked against that rule. A model whose 4-bit layers are of other classes gets the lab's own method in
+# its config: the lab opens it (`bnb_reader`), transformers alone would not, and that is said while writing.
 #
 # Used by lesson 08. Built in nbs/reference/bnb_files.ipynb.
 
@@ -110,6 +110,7 @@ def skip_list(
     "Which layers transformers must be told to leave alone."
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizers_utils import should_convert_module
+
     from qlora_lab import bnb_reader
     twin, four = empty_twin(model, model.dtype), {n for n, m in model.named_modules() if isinstance(m, Linear4bit)}
     if bnb_reader.fused(twin) and not bnb_reader.fused(model): bnb_reader.single_experts(twin)
@@ -138,6 +139,7 @@ def _write_generation(model: nn.Module, made: Path) -> None:
     except (OSError, TypeError, ValueError): pass  # nothing was read, or it is gone
     write_whole(made / "generation_config.json", content)
 
+# %% ../nbs/reference/bnb_files.ipynb #a621f73e
 def _write_tensors(state: dict[str, Tensor], made: Path, shard_size: str) -> None:
     "One file after the other; a shard is all that is ever copied."
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -164,6 +166,7 @@ def load_quantized(
 ) -> nn.Module:
     "Open a bitsandbytes 4-bit checkpoint with the lab's layers; raises LabError where file and config do not fit."
     from transformers import AutoModelForCausalLM
+
     from qlora_lab import bnb_reader  # makes the method known to transformers
     config, files = copy.deepcopy(config), stored_files(source)
     quant = {k: v for k, v in quantization_of(config).items() if not k.startswith("load_in_")}
@@ -176,8 +179,9 @@ def load_quantized(
     hold_against(model, Stored(files), source)
     return cast(model, dtype)
 
+# %% ../nbs/reference/bnb_files.ipynb #ddf71b6d
 def _same_shapes(model: nn.Module, source: str) -> None:
-    "Raise LabError where a tensor has not the shape that the config gives it: transformers looks at plain folders only."
+    "Raise LabError where a shape is not the config's: of a quantized folder transformers does not ask."
     twin, wrong = empty_twin(model, torch.float32), []
     state, four = model.state_dict(), {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit)}
     for name, want in twin.state_dict().items():

@@ -8,14 +8,14 @@ __all__ = ['Waiting', 'single_experts', 'fused', 'LabConfig', 'LabQuantizer', 'm
 # %% ../nbs/reference/bnb_reader.ipynb #ebd5ea76
 # A quantizer for transformers that makes the lab's 4-bit layers.
 #
-# transformers asks a quantizer three things. Before the weights are read: which modules to exchange; `LabQuantizer` looks
-# into the files, and puts a `Waiting` wherever a name has scales beside it, whatever class stood there. While reading:
-# what to do with several tensors that belong to one weight; `_Gather` makes a QuantizedTensor of them. Afterwards: what
-# is left to do; each `Waiting` gives way to a Linear4bit over the same bytes.
+# transformers asks a quantizer three things. Before the weights are read: which modules to exchange; `LabQuantizer`
+# looks into the files, and puts a `Waiting` wherever a name has scales beside it, whatever class stood there. While
+# reading: what to do with several tensors that belong to one weight; `_Gather` makes a QuantizedTensor of them.
+# Afterwards: what is left to do; each `Waiting` gives way to a Linear4bit over the same bytes.
 #
 # bitsandbytes' quantizer decides by class and by a list of names instead: exact nn.Linear and Conv1D, less the list. So
-# transformers alone opens no checkpoint with, say, Falcon's layers in 4 bits; with this quantizer it does. Importing the
-# module makes it known under the method "qlora_lab", which `save_quantized` writes for such models.
+# transformers alone opens no checkpoint with, say, Falcon's layers in 4 bits; with this quantizer it does. Importing
+# the module makes it known under the method "qlora_lab", which `save_quantized` writes for such models.
 #
 # Built in nbs/reference/bnb_reader.ipynb.
 
@@ -100,7 +100,6 @@ class LabConfig(QuantizationConfigMixin):
 class LabQuantizer(HfQuantizer):
     "Opens bitsandbytes' 4-bit tensors with the lab's layers."
     is_trainable = True
-
     def is_serializable(self): return False  # `save_quantized` writes such models
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
@@ -118,11 +117,10 @@ class LabQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         waiting = {n: m for n, m in model.named_modules() if isinstance(m, Waiting)}
-        bad = next((m.fault or f"{n}.weight: no codes in the file" for n, m in waiting.items() if not m.quantized), None)
-        if bad: raise LabError(bad)
+        bad = [m.fault or f"{name}.weight: no codes in the file" for name, m in waiting.items() if not m.quantized]
+        if bad: raise LabError(bad[0])
         for name, m in waiting.items():
-            layer = Linear4bit(m.quantized, m.bias, self.quantization_config.compute_dtype)
-            set_submodule(model, name, layer.train(m.training))
+            set_submodule(model, name, Linear4bit(m.quantized, m.bias, self.quantization_config.compute_dtype))
         self.remove_quantization_config(model)
         for part in model.modules():
             if hasattr(getattr(part, "config", None), "_is_quantized"): part.config._is_quantized = False

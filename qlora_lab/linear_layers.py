@@ -121,6 +121,7 @@ def _source(cls: type) -> ast.AST | None:
         return ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError, KeyError): return None  # written in C, or made on the fly
 
+# %% ../nbs/reference/linear_layers.ipynb #9b76bbd5
 @cache
 def _reads_of_class(cls: type) -> tuple:
     "What the methods of a class read in passing: (name below the module, tests on the way)."

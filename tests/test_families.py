@@ -6,13 +6,13 @@ import copy
 import json
 import warnings
 
+import families
 import pytest
 import torch
+from families import FAMILIES, logits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import families
-from families import FAMILIES, logits
 from qlora_lab.bnb_files import save_quantized
 from qlora_lab.casting import cast
 from qlora_lab.linear4bit import Linear4bit

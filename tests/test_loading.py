@@ -4,16 +4,16 @@ import logging
 import shutil
 import warnings
 
+import families
 import pytest
 import torch
+from families import logits
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-import families
 from conftest import make_tokenizer
-from families import logits
 from qlora_lab import bnb_files
 from qlora_lab.against_file import Stored, hold_against, stored_files
 from qlora_lab.bnb_files import save_quantized, skip_list
@@ -139,7 +139,8 @@ def test_a_wish_is_kept_or_refused(folder, tmp_path):
     for wish in ({}, dict(quantize="fp4"), dict(double_quant=False, blocksize=64)):
         layer = load_model(packed, **wish, **EXACT)[0].model.layers[0].mlp.up_proj
         assert layer.quant_type == "fp4" and layer.absmax2 is None
-    for wish, told in ((dict(quantize="nf4"), "quant_type='fp4', asked for 'nf4'"), (dict(blocksize=128), "blocksize=64"),
+    for wish, told in ((dict(quantize="nf4"), "quant_type='fp4', asked for 'nf4'"),
+                       (dict(blocksize=128), "blocksize=64"),
                        (dict(double_quant=True), "double_quant=False, asked for True")):
         for backend in ("lab", "bnb"):
             with pytest.raises(LabError, match=told): load_model(packed, backend=backend, **wish, **EXACT)
@@ -236,7 +237,7 @@ def test_shards_are_written_one_by_one(folder, tmp_path):
 def test_names_to_skip_are_no_traps(monkeypatch):
     "transformers reads them as patterns from the beginning: `gate` would keep `gate_proj` out of 4 bits."
     from transformers.quantizers.quantizers_utils import should_convert_module
-    def toy(): return nn.ModuleDict({"gate": nn.Linear(64, 64), "gate_proj": nn.Linear(64, 64), "up": nn.Linear(64, 64)})
+    def toy(): return nn.ModuleDict({name: nn.Linear(64, 64) for name in ("gate", "gate_proj", "up")})
     model, twin = quantize_model(toy(), skip=("gate",)), toy()
     model.dtype, twin._keep_in_fp32_modules = torch.float32, None
     monkeypatch.setattr(bnb_files, "empty_twin", lambda *_: twin)
