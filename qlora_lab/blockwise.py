@@ -108,10 +108,8 @@ def _check_input(x: Tensor, blocksize: int) -> None:
 def _check_finite(x: Tensor, absmax: Tensor, mean: Tensor | None = None) -> None:
     "A NaN or an infinity anywhere in a block shows in its absmax, so the check costs one pass over the statistics."
     if isfinite((absmax.sum() if mean is None else mean).item()): return
-    if absmax.isfinite().all():
-        if mean is None: return
-        raise ValueError(f"numbers up to {absmax.max().item():.3g}: the mean of the scales overflows float32; "
-                         "quantize without double quantization")
+    if absmax.isfinite().all() and mean is None: return
+    if absmax.isfinite().all(): raise ValueError("the scales' mean overflows float32; quantize without double_quant")
     at = (~x.float().isfinite()).nonzero()[0].tolist()
     raise ValueError(f"expected finite numbers to quantize, got {x[tuple(at)].item()} at index {at} of shape "
                      f"{tuple(x.shape)}; mend or drop that weight first, since one such number spoils its whole block")

@@ -17,8 +17,8 @@ __all__ = ['save_quantized', 'skip_list', 'load_quantized', 'decoded']
 # of them. It describes only nf4 and fp4 in blocks of 64, one kind for the whole model, so nothing else is written.
 #
 # transformers makes bitsandbytes' layers of exact nn.Linear and Conv1D, less a list of names that it reads as patterns;
-# the list is checked against that rule. A model whose 4-bit layers are of other classes gets the lab's own method in its
-# config: the lab opens it (`bnb_reader`), transformers alone would not, and that is said while writing.
+# the list is checked against that rule. A model whose 4-bit layers are of other classes gets the lab's own method in
+# its config: the lab opens it (`bnb_reader`), transformers alone would not, and that is said while writing.
 #
 # Used by lesson 08. Built in nbs/reference/bnb_files.ipynb.
 
@@ -39,7 +39,7 @@ from .against_file import Stored, fits, hold_against, stored_files
 from .assets import quiet
 from .casting import cast, empty_twin
 from .linear4bit import Linear4bit, PackedWeight, set_submodule
-from .linear_layers import is_transposed
+from .linear_layers import is_transposed, weight_of
 from .records import LabError, whole_folder, write_whole
 
 # %% ../nbs/reference/bnb_files.ipynb #6f7ab61b
@@ -55,7 +55,7 @@ def save_quantized(
     names, lack = skip_list(model)
     if lack: warnings.warn(f"{folder}: the lab will open this checkpoint, transformers alone will not: {lack}",
                            stacklevel=2)
-    config = _config(model, kind, None if lack else names, untied)
+    config = _config(model, kind, names, LAB_METHOD if lack else "bitsandbytes", untied)
     with whole_folder(folder) as made:
         write_whole(made / "config.json", config.to_json_string())
         _write_generation(model, made)
@@ -89,19 +89,18 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], bool]:
     shared = {t for t, s in tied.items() if s in state and t in state and state[t].data_ptr() == state[s].data_ptr()}
     return {name: t for name, t in state.items() if name not in shared}, len(shared) < len(tied)
 
-def _config(model: nn.Module, kind: Kind, skip: list[str] | None, untied: bool):
-    "The config to write; with no list of names to skip under the lab's own method."
+def _config(model: nn.Module, kind: Kind, skip: list[str], method: str, untied: bool):
+    "The config to write."
     def plain(dtype): return str(dtype).removeprefix("torch.")
     config, layer = copy.deepcopy(model.config), next(m for m in model.modules() if isinstance(m, PackedWeight))
     config.dtype, config.architectures = model.dtype, [type(model).__name__]
     if untied: config.tie_word_embeddings = config.get_text_config(decoder=True).tie_word_embeddings = False
     compute = getattr(layer, "compute_dtype", None) or model.dtype
-    stored = {"bnb_4bit_quant_type": kind.quant_type, "bnb_4bit_use_double_quant": kind.double_quant,
-              "bnb_4bit_quant_storage": "uint8", "bnb_4bit_compute_dtype": plain(compute)}
-    if skip is None: method = {"quant_method": LAB_METHOD}
-    else: method = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False,
-                    "llm_int8_skip_modules": skip}
-    config.quantization_config = method | stored
+    bits = {} if method == LAB_METHOD else {"load_in_4bit": True, "load_in_8bit": False}
+    config.quantization_config = {
+        "quant_method": method, **bits, "bnb_4bit_quant_type": kind.quant_type,
+        "bnb_4bit_use_double_quant": kind.double_quant, "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_compute_dtype": plain(compute), "llm_int8_skip_modules": skip}
     return config
 
 # %% ../nbs/reference/bnb_files.ipynb #6639f405
@@ -111,6 +110,7 @@ def skip_list(
     "Which layers transformers must be told to leave alone."
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizers_utils import should_convert_module
+
     from qlora_lab import bnb_reader
     twin, four = empty_twin(model, model.dtype), {n for n, m in model.named_modules() if isinstance(m, Linear4bit)}
     if bnb_reader.fused(twin) and not bnb_reader.fused(model): bnb_reader.single_experts(twin)
@@ -139,6 +139,7 @@ def _write_generation(model: nn.Module, made: Path) -> None:
     except (OSError, TypeError, ValueError): pass  # nothing was read, or it is gone
     write_whole(made / "generation_config.json", content)
 
+# %% ../nbs/reference/bnb_files.ipynb #a621f73e
 def _write_tensors(state: dict[str, Tensor], made: Path, shard_size: str) -> None:
     "One file after the other; a shard is all that is ever copied."
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -151,6 +152,7 @@ def _write_tensors(state: dict[str, Tensor], made: Path, shard_size: str) -> Non
             part[name] = t.clone() if t.data_ptr() in seen else t  # a file has no shared tensors
             seen.add(t.data_ptr())
         save_file(part, made / file, metadata={"format": "pt"})
+        (made / file).chmod((made / "config.json").stat().st_mode)  # safetensors leaves it to its owner alone
         with (made / file).open("rb") as f: os.fsync(f.fileno())
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     if split.is_sharded: write_whole(made / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
@@ -164,6 +166,7 @@ def load_quantized(
 ) -> nn.Module:
     "Open a bitsandbytes 4-bit checkpoint with the lab's layers; raises LabError where file and config do not fit."
     from transformers import AutoModelForCausalLM
+
     from qlora_lab import bnb_reader  # makes the method known to transformers
     config, files = copy.deepcopy(config), stored_files(source)
     quant = {k: v for k, v in quantization_of(config).items() if not k.startswith("load_in_")}
@@ -172,8 +175,22 @@ def load_quantized(
     model, info = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True,
                                                        ignore_mismatched_sizes=True)
     fits(info, source)
+    _same_shapes(model, source)
     hold_against(model, Stored(files), source)
     return cast(model, dtype)
+
+# %% ../nbs/reference/bnb_files.ipynb #ddf71b6d
+def _same_shapes(model: nn.Module, source: str) -> None:
+    "Raise LabError where a shape is not the config's: of a quantized folder transformers does not ask."
+    twin, wrong = empty_twin(model, torch.float32), []
+    state, four = model.state_dict(), {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+    for name, want in twin.state_dict().items():
+        owner, _, last = name.rpartition(".")
+        here = state[name].shape if name in state else want.shape
+        if owner in four and last == "weight":
+            here, want = (four[owner].out_features, four[owner].in_features), weight_of(twin.get_submodule(owner))
+        if tuple(here) != tuple(want.shape): wrong.append(f"{name} {tuple(here)} for {tuple(want.shape)}")
+    if wrong: raise LabError(f"{source}: the checkpoint does not fit its config.json: of another shape: {wrong[0]}")
 
 # %% ../nbs/reference/bnb_files.ipynb #ecd925d0
 def decoded(

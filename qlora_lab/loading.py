@@ -14,8 +14,8 @@ __all__ = ['HARMLESS', 'find_model', 'best_device', 'best_dtype', 'settle', 'lis
 # the precision of the file; the layers are replaced afterwards. With backend "bnb" transformers puts in bitsandbytes'.
 #
 # What is loaded is what the file says. transformers' account of missing and surplus names becomes an error, every
-# tensor is compared with the file (`against_file`), and what the libraries log on the way reaches the user as a warning,
-# but for a few lines that are known to be harmless.
+# tensor is compared with the file (`against_file`), and what the libraries log on the way reaches the user as a
+# warning, but for a few lines that are known to be harmless.
 #
 # Products run in the dtype that the machine multiplies fastest: bfloat16 on a GPU that has it and on a CPU with
 # AVX512-BF16, else float16 on a GPU and float32 on a CPU.
@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from .admission import Kind, Wish, admit, quantization_of, settle_kind, stored_kind
+from .admission import Kind, Wish, admit, quantization_of, settle_compute, settle_kind, stored_kind
 from .against_file import Stored, fits, hold_against, stored_dtype, stored_files
 from .assets import SMOLLM2, quiet, smollm2_folder
 from .bnb_files import decoded, load_quantized
@@ -50,8 +50,8 @@ def find_model(
         if not (folder / "config.json").is_file():
             raise LabError(f"{folder}: no config.json; expected a folder that transformers' save_pretrained wrote")
         if (folder / "adapter_config.json").is_file():
-            raise LabError(f"{folder}: an adapter beside a config.json, and transformers would open the adapter's model; "
-                           "name the model's folder, then load_adapter")
+            raise LabError(f"{folder}: an adapter beside a config.json; name the folder of the model that it was made "
+                           "for, then load_adapter")
         return str(folder)
     if folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
         raise LabError(f"no model named {str(name)!r}: expected {SMOLLM2!r}, a folder with config.json, "
@@ -134,6 +134,7 @@ def _open_source(
     "What the config allows, opened by who can."
     from transformers import AutoTokenizer
     config = admit(source)
+    compute_dtype = settle_compute(config, wish, compute_dtype, device)
     special = _special(source, config, wish, compute_dtype, dtype)
     if special is not None: return special, AutoTokenizer.from_pretrained(source), None
     stored = stored_kind(source, config)

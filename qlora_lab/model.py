@@ -54,8 +54,8 @@ def load_model(
 ) -> tuple[nn.Module, "PreTrainedTokenizer"]:
     "A causal language model and its tokenizer; raises LabError for a model that is missing or damaged."
     if backend not in ("lab", "bnb"): raise LabError(f"backend {backend!r}: expected 'lab' or 'bnb'")
+    wish = Wish(quantize, blocksize, double_quant, compute_dtype)
     device, compute_dtype, dtype = settle(device, compute_dtype, dtype)
-    wish = Wish(quantize, blocksize, double_quant)
     model, tokenizer, kind = open_model(name, wish, backend, compute_dtype, dtype, device)
     if kind: cast(quantize_model(model, *kind, compute_dtype), dtype)
     model.requires_grad_(False)

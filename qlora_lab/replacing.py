@@ -83,9 +83,12 @@ def short_names(names: Iterable[str]) -> list[str]:
 # %% ../nbs/reference/replacing.ipynb #95036d82
 WORTH_A_LINE = 0.01  # share of the weights
 
-def _reason(name: str, axes: int, stay: dict[str, str]) -> str:
-    owner = name.rpartition(".")[0]
-    return stay.get(owner) or ("three axes, as fused experts have" if axes == 3 else "not a linear layer")
+def _reason(name: str, model: nn.Module, stay: dict[str, str]) -> str:
+    owner, _, last = name.rpartition(".")
+    if owner in stay: return stay[owner]
+    module = model.get_submodule(owner)
+    if last != "weight" and getattr(module, last).dim() == 3: return "three axes, as fused experts have"
+    return "not a linear layer"
 
 def reasons(
     model: nn.Module,
@@ -93,10 +96,9 @@ def reasons(
     stay: dict[str, str],   # name of a layer to the reason why it stayed
 ) -> str:
     "What stayed and why, the weightiest first."
-    axes = {name: p.dim() for name, p in model.named_parameters()}
     by_reason, weight = defaultdict(list), Counter()
     for name, n in left.items():
-        why = _reason(name, axes.get(name, 0), stay)
+        why = _reason(name, model, stay)
         if not name.endswith(".bias"): by_reason[why].append(name.removesuffix(".weight"))
         weight[why] += n
     least = WORTH_A_LINE * sum(left.values())

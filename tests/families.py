@@ -4,6 +4,7 @@ Every row of a weight is a multiple of 64 long: bitsandbytes 0.50.2 decodes othe
 `FAMILIES` gives a config by name, `build` a random model in float32, `folder` a folder with model and tokenizer as
 `save_pretrained` writes them.
 """
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -91,11 +92,15 @@ def build(name, seed=0, dtype=torch.float32, **changes):
     return model.eval()
 
 
+@cache
+def tokenizer(): return make_tokenizer()
+
+
 def folder(name, where, **changes):
     "A folder below `where` with a random model of a family and a tokenizer."
     made = Path(where) / name
     build(name, **changes).save_pretrained(made)
-    make_tokenizer().save_pretrained(made)
+    tokenizer().save_pretrained(made)
     return made
 
 
