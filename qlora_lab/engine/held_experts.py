@@ -62,15 +62,17 @@ class ExpertView(_Sized):
 # %% ../../nbs/engine/held_experts.ipynb #fd8b8960
 _PRODUCTS = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__}
 
-def refusal(held: "HeldExperts", what: str) -> LabError:
+def refusal(held: "HeldExperts | None", what: str) -> LabError:
     "The answer to whatever is no product."
-    return LabError(f"{what}: {type(held).__name__} holds experts of shape {tuple(held.shape)} that can be indexed by "
-                    "one number and multiplied with; anything else would compute with packed bytes")
+    whose = f"{type(held).__name__} holds experts of shape {tuple(held.shape)} that" if held else "held experts"
+    return LabError(f"{what}: {whose} can be indexed by one number and multiplied with; anything else would compute "
+                    "with packed bytes")
 
 def _product(func, args: tuple, kwargs: dict) -> Tensor:
     "x W or x W^T where the right side is an ExpertView; LabError for any other function of one."
     args = [ExpertView(a) if isinstance(a, HeldExperts) else a for a in (*args, *kwargs.values())]
-    view = next(a for a in args if isinstance(a, ExpertView))
+    view = next((a for a in args if isinstance(a, ExpertView)), None)
+    if view is None: raise refusal(None, getattr(func, "__name__", str(func)))  # somewhere in a list
     known = func is F.linear and set(kwargs) <= {"weight", "bias", "input"} or func in _PRODUCTS and not kwargs
     if not known or len(args) < 2 or args[1] is not view or not isinstance(args[0], Tensor):
         raise refusal(view.held, getattr(func, "__name__", str(func)))
