@@ -62,15 +62,17 @@ class ExpertView(_Sized):
 # %% ../../nbs/engine/held_experts.ipynb #fd8b8960
 _PRODUCTS = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__}
 
-def refusal(held: "HeldExperts", what: str) -> LabError:
+def refusal(held: "HeldExperts | None", what: str) -> LabError:
     "The answer to whatever is no product."
-    return LabError(f"{what}: {type(held).__name__} holds experts of shape {tuple(held.shape)} that can be indexed by "
-                    "one number and multiplied with; anything else would compute with packed bytes")
+    whose = f"{type(held).__name__} holds experts of shape {tuple(held.shape)} that" if held else "held experts"
+    return LabError(f"{what}: {whose} can be indexed by one number and multiplied with; anything else would compute "
+                    "with packed bytes")
 
 def _product(func, args: tuple, kwargs: dict) -> Tensor:
     "x W or x W^T where the right side is an ExpertView; LabError for any other function of one."
     args = [ExpertView(a) if isinstance(a, HeldExperts) else a for a in (*args, *kwargs.values())]
-    view = next(a for a in args if isinstance(a, ExpertView))
+    view = next((a for a in args if isinstance(a, ExpertView)), None)
+    if view is None: raise refusal(None, getattr(func, "__name__", str(func)))  # somewhere in a list
     known = func is F.linear and set(kwargs) <= {"weight", "bias", "input"} or func in _PRODUCTS and not kwargs
     if not known or len(args) < 2 or args[1] is not view or not isinstance(args[0], Tensor):
         raise refusal(view.held, getattr(func, "__name__", str(func)))
@@ -151,19 +153,25 @@ class HeldExperts(_Multiplied, _Sized):
 # %% ../../nbs/engine/held_experts.ipynb #795e8867
 class NamedExperts(HeldExperts):
     "Written and read under the name of the parameter that the module stands for."
+    written = {"weight": ""}  # own tensor to what stands behind the parameter's name
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination[prefix[:-1] or "weight"] = self.weight if keep_vars else self.weight.detach()
+        for own, suffix in self.written.items():
+            t = getattr(self, own)
+            destination[prefix[:-1] + suffix if prefix else own] = t if keep_vars else t.detach()
         destination.update({prefix + k: v for k, v in self.statistics().items()})
 
     def statistics(self) -> dict[str, Tensor]:
-        "What is written beside `weight`: suffix to tensor."
+        "What is written behind the name and a dot: name to tensor."
         return {}
 
+# %% ../../nbs/engine/held_experts.ipynb #daedd475
 def _hand_down(module, state_dict, prefix, *_) -> None:
     "Before a module reads a state dict: what stands under the name of held experts goes to them."
     for name, child in module._modules.items():
-        if isinstance(child, HeldExperts) and prefix + name in state_dict:
-            state_dict[f"{prefix}{name}.weight"] = state_dict.pop(prefix + name)
+        for own, suffix in child.written.items() if isinstance(child, NamedExperts) else ():
+            found = state_dict.pop(prefix + name + suffix, None)
+            if found is not None: state_dict[f"{prefix}{name}.{own}"] = found
 
 def hold(module: nn.Module, name: str, held: HeldExperts) -> None:
     "Put held experts where a module has a parameter, or other held experts; the parameters' order is noted."
