@@ -149,7 +149,6 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:  # the folder
     "Write PEFT's two files, each whole or not at all."
     return write_adapter(folder, model.lora_config.to_dict() | written_settings(model), lora_state(model))
 
-# %% ../nbs/06_lora.ipynb #40da24a7
 def load_adapter(
     model: nn.Module,
     folder: str | Path,  # PEFT's two files

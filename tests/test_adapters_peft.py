@@ -152,6 +152,45 @@ def test_a_family_both_ways(family, tmp_path):
     assert torch.allclose(families.logits(again), expected, atol=1e-5)
 
 
+ODD = [("gpt2", dict(use_dora=True)), ("gpt2", dict(lora_bias=True, fan_in_fan_out=True)),
+       ("gpt2", dict(target_modules=None)), ("falcon", dict(use_dora=True)),
+       ("gpt2", dict(target_modules=["wte", "lm_head", "c_attn"], use_dora=True)),
+       ("gpt2", dict(target_modules=["c_fc"], modules_to_save=["lm_head", "ln_f"], bias="all")),
+       ("gemma3_text", dict(target_modules=["embed_tokens", "q_proj"])),
+       ("phi", dict(modules_to_save=["lm_head"], bias="all")),
+       ("gemma3_text", dict(target_modules=["embed_tokens", "lm_head"], use_dora=True)), ("opt", dict(bias="lora_only"))]
+
+
+@pytest.mark.parametrize("four_bits", [False, True], ids=["dense", "4 bits"])
+@pytest.mark.parametrize("family, settings", ODD)
+def test_kinds_on_odd_layers(family, settings, four_bits, tmp_path):
+    "Weights stored transposed, embeddings that scale, tied heads, biases in the head: PEFT's file here, ours there."
+    base = families.build(family)
+    if four_bits: quantize_model(base)
+    def dense(): return decoded(base, lambda: families.build(family)) if four_bits else families.build(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = shake(get_peft_model(dense(), config(**settings))).eval()
+        theirs.save_pretrained(tmp_path / "theirs")
+    expected, make = families.logits(theirs), dense()
+    ours = load_adapter(base, tmp_path / "theirs").eval()
+    assert torch.allclose(families.logits(ours), expected, atol=2e-5)
+    save_adapter(ours, tmp_path / "ours")
+    assert torch.allclose(families.logits(in_peft(make, tmp_path / "ours")), expected, atol=2e-5)
+
+
+def test_a_model_that_classifies(tmp_path):
+    "PEFT trains its new head whole, without being told: `score` comes along."
+    from transformers import AutoModelForSequenceClassification
+    def make():
+        torch.manual_seed(0)
+        return AutoModelForSequenceClassification.from_config(llama().config).eval()
+    theirs = shake(get_peft_model(make(), LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = load_adapter(make(), tmp_path).eval()
+    assert torch.allclose(logits(ours), logits(theirs), atol=1e-5) and ours.score.weight.requires_grad
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
 def test_all_linear_of_peft_means_experts_and_routers(family, tmp_path):
     "PEFT turns the old names of these families into parameters; its file loads on dense experts and on 4 bits."
