@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from .adapter_contents import adapter_tensors
 from .adapter_files import PEFT_PREFIX
 from .data import Split, data_hash
 from .lora import lora_state, trainable
@@ -175,7 +176,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     path = _checkpoint(folder)
     if not path.exists(): return 0
     whole = optimizer.state_dict()
-    adapters = {f"adapter.{PEFT_PREFIX}{n}": p for n, p in model.named_parameters() if "lora_" in n}
+    adapters = {f"adapter.{PEFT_PREFIX}{n}": p for n, p in adapter_tensors(model).items()}
     try:
         with safe_open(path, "pt") as f:
             step, saved = int(f.metadata()["step"]), {k: f.get_tensor(k) for k in f.keys()}

@@ -68,6 +68,11 @@ ALWAYS: dict[Key, str | Callable] = {
     ("quantize_absmax_exactly", "cpu"): "engine.rounding.quantize_absmax",
     ("quantize_absmax_exactly", "cuda"): "engine.rounding.quantize_absmax",
     ("move_pages", "cuda"): "engine.copy_lanes.LaneMover",
+    **{("quantize_experts", d): "engine.experts.quantize_experts" for d in ("cpu", "cuda", "meta")},
+    **{("adapt_experts", d): "engine.expert_adapters.adapt_experts" for d in ("cpu", "cuda", "meta")},
+    **{("peft_names", d): "engine.expert_adapters.peft_names" for d in ("cpu", "cuda", "meta")},
+    **{(f, d): f"engine.adapted_parameters.{f}" for d in ("cpu", "cuda", "meta")
+       for f in ("adapt_parameters", "parameter_shapes", "parameter_names")},
     ("optimizer", "cpu"): "engine.paged_adamw.optimizer",
     ("optimizer", "cuda"): "engine.paged_adamw.optimizer",
 }
