@@ -3,22 +3,24 @@
 Protects: the descriptions of engine/families, the parts that only some families have, and the care in taking a layer.
 """
 import statistics
-import warnings
 
 import pytest
 import torch
+from test_fused import gradients, ids, off, small
 from torch import nn
+from transformers import AutoConfig
 
 from conftest import devices
 from qlora_lab.checkpointing import checkpoint_layers, decoder_layers
-from qlora_lab.engine import decoder_layer, families, fusing
+from qlora_lab.engine import decoder_layer
+from qlora_lab.engine.adapted_linear import adapted_linear
 from qlora_lab.engine.dispatch import use_kernels
 from qlora_lab.engine.families import LAYERS, parts_of, window_of
-from qlora_lab.engine.fusing import fuse_layers, fused_part, is_fused
+from qlora_lab.engine.fusing import fuse_layers, is_fused
+from qlora_lab.engine.piecewise_loss import fused_loss
 from qlora_lab.engine.rehearsal import Settings, rehearse
 from qlora_lab.linear4bit import saved_for_backward
 from qlora_lab.lora import LoRALinear
-from test_fused import gradients, ids, off, small
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ODD_HEADS = IDS | {"head_dim": 24}  # heads times size is not the width
@@ -133,7 +135,8 @@ def test_a_family_rounds_no_worse_than_the_plain_layer(family, more, device):
     assert statistics.median(ratios) < 1.3
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "olmo2", "cohere", "phi", "granite", "gpt_neox", "qwen3_moe"])
+@pytest.mark.parametrize("family", [
+    "qwen3", "gemma3_text", "olmo2", "cohere", "phi", "granite", "gpt_neox", "qwen3_moe"])
 @pytest.mark.parametrize("again", [False, True])
 def test_backward_twice(family, again):
     "What the first backward pass writes over must be its own, a norm's input and experts' graphs too."
@@ -159,18 +162,135 @@ def test_a_checkpointed_layer_keeps_its_input(family):
     x, layer = random(2, 24, 64).requires_grad_(), decoder_layers(model)[0]
     angles = tables(model, layer, x, torch.arange(24)[None])
     with saved_for_backward(model) as kept: layer(x, attention_mask=None, position_embeddings=angles)
-    assert sorted(n for _, _, n in kept.values()) == sorted([x.nbytes, *{t.data_ptr(): t.nbytes for t in angles}.values()])
+    assert sorted(n for _, _, n in kept.values()) == sorted([x.nbytes, *(t.nbytes for t in angles)])
 
 
 @pytest.mark.parametrize("family", [name for name, family in zip(FAMILIES, LAYERS.values()) if not family.experts])
 @pytest.mark.parametrize("again", [False, True])
 def test_a_family_can_be_rehearsed(family, again):
-    "On tensors without bytes, by the kernels' arrays: the same moments as with the plain operations' own shapes."
-    from transformers import AutoConfig
-    from qlora_lab.engine.adapted_linear import adapted_linear
-    from qlora_lab.engine.piecewise_loss import fused_loss
+    "On tensors without bytes, by the arrays that the kernels would make."
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = AutoConfig.for_model(family, **IDS | shape | {"vocab_size": 128, "num_hidden_layers": 3} | FAMILIES[family])
+    shape |= {"vocab_size": 128, "num_hidden_layers": 3}
+    config = AutoConfig.for_model(family, **IDS | shape | FAMILIES[family])
     kernels = adapted_linear, fuse_layers, fused_loss, None
     _, timeline, fused = rehearse(config, Settings(rank=4, sequence=33, checkpointing=again), 2, kernels)
     assert fused and timeline.peak > 0
+
+
+WINDOWED = {
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+    "gemma3_text": FAMILIES["gemma3_text"] | {"sliding_window": 8, "layer_types": [
+        "sliding_attention", "full_attention", "sliding_attention"]},
+    "phi3": FAMILIES["phi3"] | {"sliding_window": 8}, "mixtral": {"num_local_experts": 4, "sliding_window": 8},
+}
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("family", WINDOWED)
+@pytest.mark.parametrize("tokens", [8, 9, 24, 27])
+def test_a_window_is_kept_without_a_mask(family, tokens, device):
+    "Sequences longer than the window: the plain layers by transformers' mask, the fused ones by the mask of one entry."
+    use_kernels(False)
+    plain = gradients(made(family, WINDOWED[family], device=device), tokens)
+    use_kernels()
+    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    for again in (False, True):
+        model = fuse_layers(made(family, WINDOWED[family], again, device=device))
+        assert off(gradients(model, tokens, attention_mask=no_mask), plain) < 1e-5
+    found = [window_of(parts_of(layer)) for layer in decoder_layers(model)]
+    kinds = getattr(model.config, "layer_types", None) or ["sliding_attention"] * 3
+    assert found == [8 if kind == "sliding_attention" else None for kind in kinds]
+
+
+def test_a_window_that_a_family_does_not_read_is_none():
+    assert window_of(parts_of(decoder_layers(small("llama", sliding_window=8))[0])) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fused_layer_is_used(family, monkeypatch):
+    "Without this, every comparison above could be of the plain path with itself."
+    used, real = [], decoder_layer.attend
+    monkeypatch.setattr(decoder_layer, "attend", lambda *args: used.append(1) or real(*args))
+    gradients(fuse_layers(made(family, FAMILIES[family], True)))
+    assert len(used) == 6  # three layers, each twice
+
+
+def swapped(model, kind):
+    "A model with one part that is not transformers' own."
+    layer = decoder_layers(model)[1]
+    if kind == "norm": layer.input_layernorm = nn.RMSNorm(64).requires_grad_(False)
+    elif kind == "head norm": layer.self_attn.q_norm = nn.RMSNorm(24).requires_grad_(False)
+    elif kind == "forward": layer.mlp.forward = layer.mlp.forward
+    elif kind == "hook": layer.self_attn.register_forward_hook(lambda *args: None)
+    elif kind == "subclass": layer.__class__ = type(type(layer).__name__, (type(layer),), {})
+    elif kind == "mlp": layer.mlp.__class__ = type("OtherMLP", (type(layer.mlp),), {})
+    elif kind == "adapter":
+        part = layer.self_attn.q_proj
+        part.__class__ = type("OtherLoRA", (LoRALinear,), {})
+    elif kind == "scaling": layer.mlp.down_proj.scaling = 3.
+    elif kind == "head norm learns": layer.self_attn.k_norm.weight.requires_grad_()
+    elif kind == "bidirectional": layer.self_attn.is_causal = False
+    return model
+
+
+@pytest.mark.parametrize("kind", ["norm", "head norm", "forward", "hook", "subclass", "mlp", "adapter", "scaling",
+                                  "head norm learns", "bidirectional"])
+def test_whatever_is_not_as_transformers_made_it_stays_plain(kind):
+    model = swapped(made("qwen3", ODD_HEADS), kind)
+    assert fuse_layers(model) is None and not any(map(is_fused, decoder_layers(model)))
+
+
+def test_a_patched_class_stays_plain(monkeypatch):
+    "As kernels of other libraries patch transformers: the class keeps its name, its forward pass is theirs."
+    model = made("qwen3", ODD_HEADS)
+    kind = type(decoder_layers(model)[0].mlp)
+    real = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: real(self, x))
+    assert fuse_layers(model) is None
+
+
+@pytest.mark.parametrize("family, more", [
+    ("phi3", {"resid_pdrop": 0.1}), ("starcoder2", {"residual_dropout": 0.1}), ("gpt_neox", {"hidden_dropout": 0.1}),
+    ("stablelm", {"hidden_dropout": 0.1}), ("stablelm", {"qk_layernorm": True}), ("phi", {"qk_layernorm": True}),
+    ("phi", {"resid_pdrop": 0.1}), ("olmoe", {"clip_qkv": 5.}), ("mixtral", {"router_jitter_noise": 0.1}),
+    ("qwen3", {"attention_dropout": 0.1}), ("gemma2", {"attn_implementation": "eager"}),
+    ("gemma3_text", {"use_bidirectional_attention": True})], ids=str)
+def test_settings_that_change_a_layer_keep_it_plain(family, more):
+    assert fuse_layers(made(family, FAMILIES[family] | more)) is None
+
+
+def test_what_routers_found_goes_the_plain_way():
+    "A loss that reads it needs a graph from there to the layers before."
+    model, plain = (made("mixtral", FAMILIES["mixtral"]) for _ in range(2))
+    fuse_layers(model)
+    assert torch.equal(*(gradients(m, output_router_logits=True) for m in (model, plain)))
+    for m in (model, plain): m.config.output_router_logits = True
+    assert torch.equal(*map(gradients, (model, plain)))
+
+
+def test_whatever_learns_among_experts_gets_its_gradient():
+    "A router set to learn, after fusing: it is a parameter of the node from then on."
+    model, plain = (made("qwen3_moe", FAMILIES["qwen3_moe"]) for _ in range(2))
+    fuse_layers(checkpoint_layers(model))
+    for m in (model, plain): decoder_layers(m)[1].mlp.gate.weight.requires_grad_()
+    assert off(gradients(model), gradients(plain)) < 1e-5
+    assert decoder_layers(model)[1].mlp.gate.weight.grad.any()
+
+
+def test_hooks_that_sleep_do_not_matter():
+    "transformers leaves its own behind once hidden states were asked for."
+    model = made("qwen3", ODD_HEADS)
+    model(input_ids=ids("cpu"), output_hidden_states=True, use_cache=False)
+    assert fuse_layers(model) is model
+
+
+def test_queries_and_keys_are_kept_twice_only_with_norms():
+    "What a layer that is not checkpointed holds: the turned ones beside what the product wrote."
+    def held(family, **more):
+        model = fuse_layers(made(family, {"head_dim": 16, "num_hidden_layers": 1} | more))
+        x, layer = random(2, 24, 64).requires_grad_(), decoder_layers(model)[0]
+        angles = tables(model, layer, x, torch.arange(24)[None])
+        with saved_for_backward(model) as kept: layer(x, attention_mask=None, position_embeddings=angles)
+        return sum(n for _, _, n in kept.values())
+    assert held("qwen3") - held("llama") == 2 * 24 * (64 + 32) * 4

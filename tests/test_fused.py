@@ -318,7 +318,8 @@ KINDS = sorted(set(norms.NORMS.values()))
 @pytest.mark.parametrize("rows, width", WIDTHS)
 def test_norms_by_kernels(rows, width, room, kind):
     "Rows that no power of two fills, with and without bias, residual, rstd; by Triton's interpreter without a GPU."
-    x, g, around, onto, w, bias = (normal(*shape, seed=i) for i, shape in enumerate([(rows, width)] * 4 + [(width,)] * 2))
+    x, g, around, onto = (normal(rows, width, seed=i) for i in range(4))
+    w, bias = (normal(width, seed=i) for i in (4, 5))
     for more in ((), (kind, None, onto), (kind, bias if kind.centred else None)):
         (y, rstd), (plain, r) = (f(wider(x), w, 1e-5, room, *more) for f in (norms.norm_kernel, norms.norm_plain))
         assert y.shape == plain.shape == (rows, width + room) and torch.allclose(rstd, r)
@@ -329,7 +330,8 @@ def test_norms_by_kernels(rows, width, room, kind):
         grads = [f(g, o[:, :width], w, 1e-5, kept, add, room, kind, o) for f, o in zip(both, outs)]  # over x itself
         new = norms.norm_backward_kernel(g, x, w, 1e-5, kept, add, room, kind)
         assert torch.allclose(*(t[:, :width] for t in grads), atol=1e-4) and new.shape == (rows, width + room)
-        assert grads[0] is outs[0] and (outs[0][:, width:] == 7).all() and torch.equal(new[:, :width], outs[0][:, :width])
+        assert grads[0] is outs[0] and (outs[0][:, width:] == 7).all()
+        assert torch.equal(new[:, :width], outs[0][:, :width])
 
 
 @needs_triton
@@ -408,7 +410,8 @@ def test_norms_of_heads_by_kernels(heads, size, positions, rows, way, kind):
     def part(t): return wider(t.flatten(1)).unflatten(1, (heads, size))
     x, g, turn = normal(rows, heads, size), normal(rows, heads, size, seed=1), angles(positions, size, pairs)
     outs, backs = [part(torch.zeros_like(x)) for _ in range(2)], [part(x) for _ in range(2)]
-    for f, out in zip((head_norms.norm_and_turn_kernel, head_norms.norm_and_turn_plain), outs): f(n, part(x), out, *turn)
+    for f, out in zip((head_norms.norm_and_turn_kernel, head_norms.norm_and_turn_plain), outs):
+        f(n, part(x), out, *turn)
     assert torch.allclose(*outs, atol=1e-5)
     both = head_norms.norm_and_turn_backward_kernel, head_norms.norm_and_turn_backward_plain
     for f, back in zip(both, backs): f(n, g, back, back, *turn)
@@ -435,7 +438,8 @@ def test_the_flash_kernel_knows_windows(size):
     "In bfloat16, values and gradients, as by blocks; it is what a card takes."
     device = torch.device("cuda")
     assert attention.flash_knows_windows(torch.device("cuda", torch.cuda.current_device()))
-    q, k, v, g = (normal(2, heads, 300, size, seed=i).to(device, torch.bfloat16) for i, heads in enumerate((8, 4, 4, 8)))
+    shapes = [(2, heads, 300, size) for heads in (8, 4, 4, 8)]
+    q, k, v, g = (normal(*shape, seed=i).to(device, torch.bfloat16) for i, shape in enumerate(shapes))
     found = []
     for way in (attention.windowed_by_flash, attention.windowed_by_blocks, attention.windowed):
         leaves = [t.clone().requires_grad_() for t in (q, k, v)]
@@ -479,10 +483,12 @@ def test_more_than_two_to_the_31_numbers(what):
         assert torch.equal(whole[-2:], small_part)
 
 
-@pytest.mark.parametrize("name", ["norms.norm_plain", "norms.norm_backward_plain", "rotation.rotate", "activation.activation",
-                                  "activation.activation_backward", "head_norms.norm_and_turn_plain"])
+@pytest.mark.parametrize("name", [
+    "norms.norm_plain", "norms.norm_backward_plain", "rotation.rotate", "activation.activation",
+    "activation.activation_backward", "head_norms.norm_and_turn_plain"])
 def test_each_operation_has_a_name(name):
     "A function with its own entry in the documentation, which a lambda is not."
     module, _, what = name.partition(".")
-    found = getattr({"norms": norms, "rotation": rotation, "activation": activation, "head_norms": head_norms}[module], what)
+    modules = {"norms": norms, "rotation": rotation, "activation": activation, "head_norms": head_norms}
+    found = getattr(modules[module], what)
     assert found.__name__ == what and found.__doc__

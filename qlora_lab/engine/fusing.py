@@ -35,10 +35,11 @@ from torch import Tensor, nn
 
 from ..checkpointing import decoder_layers, is_checkpointed
 from .activation import CURVES
-from .decoder_layer import DecoderLayer, FusedLayer
+from .decoder_layer import DecoderLayer
 from .families import Parts, parts_of, size_of
 from .gpu import gpu_lack
 from .head_norms import fits_heads
+from .layer_parts import FusedLayer
 from .norms import NORMS
 from ..linear4bit import Linear4bit
 from ..lora import LoRALinear
@@ -73,7 +74,7 @@ def _untouched(layer: nn.Module, parts: Parts) -> bool:
     if parts.down is None: inside = [m for m in inside if m not in set(parts.mlp.modules())]
     kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     hooks = [hook for m in inside for kind in kinds for hook in getattr(m, kind).values()]
-    hooks = [hook for hook in hooks if getattr(hook, "__name__", "") != "output_capturing_hook"]  # asleep, transformers'
+    hooks = [hook for hook in hooks if getattr(hook, "__name__", "") != "output_capturing_hook"]  # these sleep
     return not hooks and not any("forward" in m.__dict__ for m in inside)
 
 def _by_kernels(parts: Parts) -> bool:

@@ -90,6 +90,7 @@ def _z(n: HeadNorm, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     z, rstd = scaled(x.reshape(shape), n.eps, n.kind)
     return z, rstd, n.weight.view(1, 1, -1) if n.together else n.weight
 
+# %% ../../nbs/engine/head_norms.ipynb #2f9608f5
 def norm_and_turn_plain(
     n: HeadNorm,
     x: Tensor,       # [tokens, heads, size]
@@ -130,6 +131,8 @@ if triton:
         if KIND & 16: found = tl.sum(found, axis=0)[None, :] / HEADS
         return found
 
+# %% ../../nbs/engine/head_norms.ipynb #957af2cd
+if triton:
     @triton.jit
     def _weights(
         weight_ptr,          # [2 * HALF], or [HEADS, 2 * HALF]
@@ -193,7 +196,7 @@ if triton:
 # %% ../../nbs/engine/head_norms.ipynb #eb9a0c73
 if triton:
     @triton.jit
-    def _before_norm(
+    def _back(
         a,                   # [heads, lanes] float32, gradients of first numbers
         b,                   # [heads, lanes] float32, gradients of second numbers
         x_ptr,               # [HEADS, 2 * HALF], a token's heads before the norm
@@ -264,12 +267,11 @@ if triton:
         HALF_TILE: tl.constexpr,  # the power of two that holds HALF
     ):
         "One token, all its heads: the gradient turned back, through the weight, through the norm."
-        token = tl.program_id(0).to(tl.int64)
-        head, lane = tl.arange(0, HEADS_TILE)[:, None], tl.arange(0, HALF_TILE)[None, :]
-        a, b = load_heads(grad_ptr + token * (2 * HALF * HEADS), head, lane, 2 * HALF, HEADS, HALF, PAIRS)
+        token, head, lane = tl.program_id(0), tl.arange(0, HEADS_TILE)[:, None], tl.arange(0, HALF_TILE)[None, :]
+        a, b = load_heads(grad_ptr + token.to(tl.int64) * (2 * HALF * HEADS), head, lane, 2 * HALF, HEADS, HALF, PAIRS)
         a, b = turn_pairs(a, b, cos_ptr, sin_ptr, token % positions, lane, -1, HALF, PAIRS)
-        a, b = _before_norm(a, b, x_ptr + token * x_stride, weight_ptr, head, lane, eps, KIND, HEADS, HALF, PAIRS)
-        store_heads(out_ptr + token * x_stride, a, b, head, lane, 2 * HALF, HEADS, HALF, PAIRS)
+        a, b = _back(a, b, x_ptr + token.to(tl.int64) * x_stride, weight_ptr, head, lane, eps, KIND, HEADS, HALF, PAIRS)
+        store_heads(out_ptr + token.to(tl.int64) * x_stride, a, b, head, lane, 2 * HALF, HEADS, HALF, PAIRS)
 
 # %% ../../nbs/engine/head_norms.ipynb #b3117fa1
 if triton is None: _norm_and_turn = _norm_and_turn_backward = None

@@ -26,7 +26,6 @@ __all__ = ['in_pairs', 'angles', 'rotate_plain', 'rotate_kernel', 'rotate']
 # `rotate` chooses by device. On `meta` nothing runs. Lesson 14b; built in nbs/engine/rotation.ipynb.
 
 # %% ../../nbs/engine/rotation.ipynb #d034ba58
-import torch
 from torch import Tensor
 
 from .gpu import on_device, tl, triton
