@@ -16,7 +16,7 @@ from qlora_lab.engine import decoder_layer
 from qlora_lab.engine.adapted_linear import adapted_linear
 from qlora_lab.engine.dispatch import use_kernels
 from qlora_lab.engine.families import LAYERS, parts_of, window_of
-from qlora_lab.engine.fusing import fuse_layers, is_fused
+from qlora_lab.engine.fusing import fuse_layers, fused_part, is_fused
 from qlora_lab.engine.piecewise_loss import fused_loss
 from qlora_lab.engine.rehearsal import Settings, rehearse
 from qlora_lab.linear4bit import saved_for_backward
@@ -294,3 +294,12 @@ def test_queries_and_keys_are_kept_twice_only_with_norms():
         with saved_for_backward(model) as kept: layer(x, attention_mask=None, position_embeddings=angles)
         return sum(n for _, _, n in kept.values())
     assert held("qwen3") - held("llama") == 2 * 24 * (64 + 32) * 4
+
+
+def test_a_norm_that_is_exchanged_after_fusing_is_noticed():
+    model, plain = (made("qwen3", ODD_HEADS) for _ in range(2))
+    fuse_layers(model)
+    for m in (model, plain): decoder_layers(m)[1].self_attn.k_norm = nn.RMSNorm(24).requires_grad_(False)
+    layer = decoder_layers(model)[1]
+    assert fused_part(layer, 24, torch.float32, torch.device("cpu")) is None
+    assert off(gradients(model), gradients(plain)) < 1e-5

@@ -27,7 +27,6 @@ __all__ = ['CAPPING', 'SPECIAL', 'fits', 'is_fused', 'fused_part', 'fuse_layers'
 
 # %% ../../nbs/engine/fusing.ipynb #f77fab3a
 import warnings
-from operator import is_
 from types import MethodType
 
 import torch
@@ -135,8 +134,7 @@ def fused_part(
 ) -> FusedLayer | None:  # what does the pass; None where the layer was changed since, or does not take it
     "What stands in for a layer's own forward pass."
     f = layer._fused
-    if not f.takes(tokens, dtype, device): return None
-    return f if (parts := parts_of(layer)) and all(map(is_, f.parts, parts.linears)) else None
+    return f if f.takes(tokens, dtype, device) and f.unchanged() else None
 
 # %% ../../nbs/engine/fusing.ipynb #508e6a4a
 def fuse_layers(

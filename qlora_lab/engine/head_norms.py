@@ -34,8 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from .gpu import on_device, tl, triton
-from .norms import (
-    NORMS, NormKind, before_scale, before_weight, before_weight_kernel, scaled, times_weight, weighted)
+from .norms import NORMS, NormKind, before_scale, before_weight, scaled, times_weight, unweighted, weighted
 from .rotation import load_heads, rotate_plain, store_heads, turn_pairs
 
 # %% ../../nbs/engine/head_norms.ipynb #2b8cbdba
@@ -213,8 +212,8 @@ if triton:
         x_a, x_b = load_heads(x_ptr, head, lane, 2 * HALF, HEADS, HALF, PAIRS)
         z_a, z_b, rstd = _z_pairs(x_a, x_b, head, lane, eps, KIND, HEADS, HALF)
         w_a, w_b = _weights(weight_ptr, head, lane, KIND, HEADS, HALF, PAIRS)
-        a = before_weight_kernel(a, w_a, KIND)
-        b = before_weight_kernel(b, w_b, KIND)
+        a = unweighted(a, w_a, KIND)
+        b = unweighted(b, w_b, KIND)
         inner = _mean(a * z_a + b * z_b, KIND, HEADS, HALF)
         taken = _mean(a + b, KIND, HEADS, HALF) if KIND & 4 else 0.
         return rstd * (a - taken - z_a * inner), rstd * (b - taken - z_b * inner)

@@ -41,11 +41,17 @@ from .rotation import rotate
 class _LayerGroups:
     "The products of a decoder layer."
     def __init__(self, layer: nn.Module, parts: Parts):  # see `parts_of` and `fits`
-        self.layer_parts, self.parts, self.norms = parts, parts.linears, parts.norms
+        self.layer_parts, self.norms = parts, parts.norms
         self.qkv, self.out = Group(*parts.qkv), Group(parts.out)
         self.up, self.down = (Group(*parts.up), Group(parts.down)) if parts.up else (None, None)
         self.mlp = None if parts.up else parts.mlp
         self.groups = [group for group in (self.qkv, self.out, self.up, self.down) if group is not None]
+        owners = [layer, parts.attention, *([parts.mlp] if parts.up else [])]
+        self.places = [(owner._modules, name, child) for owner in owners for name, child in owner._modules.items()]
+
+    def unchanged(self) -> bool:
+        "Whether the layer is made of the modules that were put together; experts may change, they are only called."
+        return all(there.get(name) is child for there, name, child in self.places)
 
     @property
     def params(self) -> list[nn.Parameter]:
