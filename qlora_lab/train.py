@@ -59,9 +59,9 @@ def answer_losses(
 ) -> tuple[Tensor, Tensor]:    # nats of each learned token [tokens] float32; the row it stands in [tokens] int64
     "The surprise at each token of the answers; logits are computed at those places alone, a piece at a time."
     device, (at, targets) = next(model.parameters()).device, answer_places(batch)
+    rows, targets, at = (at // batch["labels"].shape[1]).to(device), targets.to(device), at.to(device)
     inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
-    losses = place_losses(model, inputs, at.to(device), targets.to(device))
-    return losses, (at // batch["labels"].shape[1]).to(device)
+    return place_losses(model, inputs, at, targets), rows
 
 # %% ../nbs/10_train.ipynb #5a160b99
 @torch.no_grad()
