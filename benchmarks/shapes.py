@@ -27,9 +27,8 @@ SHAPES = {
                           max_position_embeddings=40960, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
 }
 TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=320, max_position_embeddings=256, sliding_window=40, bos_token_id=None, eos_token_id=1,
-            pad_token_id=1)
-SMALLER = dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)  # where there are such
+            vocab_size=320, max_position_embeddings=256, bos_token_id=None, eos_token_id=1, pad_token_id=1)
+SMALLER = dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, sliding_window=40)
 
 
 def shape_config(name: str, tiny: bool = False):
@@ -37,7 +36,7 @@ def shape_config(name: str, tiny: bool = False):
     from transformers import AutoConfig
     fields = dict(SHAPES[name])
     if tiny:
-        fields |= {k: v for k, v in (TINY | SMALLER).items() if k in fields or k not in SMALLER}
+        fields |= TINY | {k: v for k, v in SMALLER.items() if k in fields}
         if name == "phi-4-mini":
             fields["rope_parameters"] |= dict(short_factor=[1.] * 6, long_factor=[1.] * 6)
             fields["original_max_position_embeddings"] = 128

@@ -10,10 +10,10 @@ __all__ = ['ALONE', 'LOOKS', 'PIECE', 'Followed', 'Head', 'states_and_head', 'sl
 # Cross entropy of a causal model at chosen places, the logits of one piece of them at a time.
 #
 # Before the head: a hook in front of it takes the states as the model's own code hands them over, whatever comes before
-# (projections, casts, wrappers of vision models), and lets one place through. After the head: that place is a tensor
-# that notes each function it goes through. Scaling, capping and casts treat each number alone, so the same functions
-# serve any piece. A model that does anything else (cuts columns, masks some, has no head) has all its logits at once,
-# as transformers makes them; that is noticed, never assumed.
+# (projections, casts, wrappers of vision models), and lets none through. After the head: the logits of no place are a
+# tensor that notes each function it goes through. Scaling, capping and casts treat each number alone, so the same
+# functions serve any piece. A model that does anything else (cuts columns, masks some, has no head) has all its logits
+# at once, as transformers makes them; that is noticed, never assumed.
 #
 # A frozen head, in 16 or 4 bits, with bias or adapter: the slope of a piece goes back through the head at once and
 # takes the place of the piece's states; the backward pass only scales it and puts it where it belongs. A head that
@@ -85,12 +85,12 @@ def states_and_head(
     model: nn.Module,  # a causal model of transformers, wrapped by PEFT or not
     inputs: dict,      # what it is called with: [batch, tokens] ids, mask
 ) -> tuple[Tensor, Head] | None:  # [batch * tokens, width]; None where logits have to be had whole
-    "One pass of the model in which its head sees one place alone."
+    "One pass of the model in which its head sees no place."
     module, came, went = model.get_output_embeddings(), [], []
     if module is None: return None
     def before(_, args):
         came.append(args[0].flatten(0, -2))
-        return came[-1].detach()[None, :1], *args[1:]
+        return came[-1].detach()[None, :0], *args[1:]
     def after(_, args, out):
         went.append(out.as_subclass(Followed))
         went[-1].steps = ()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from step_families import family
+from step_families import FAMILIES, family
 from test_fused import small
 from torch import nn
 
@@ -597,6 +597,46 @@ def test_gradients_stay_where_the_recording_writes_them(to_none):
     graphs = model._graph.graphs
     assert all(graph is not None for graph, _, _ in graphs.values())
     assert [makes for _, makes in graphs] == ([True, False] if to_none else [False])  # the last pass above adds
+
+
+WAITS = {"bloom", "mpt", "falcon alibi", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "gpt_oss",
+         "deepseek_v3", "glm4_moe", "llama4_text", "mamba", "mamba2"}  # may have to ask the card for a number
+
+
+@needs_gpu
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_on_a_card(name, checkpointed):
+    "Recorded, or with one line of notice not; loss and gradients are the plain ones, with their mask."
+    model = family(name).cuda()
+    if checkpointed: checkpoint_layers(model)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = steps_of(model, [ragged((40, 27)), ragged((12, 30)), ragged((40, 27))], 30)
+    recorded = [g for g, _, _ in model._graph.graphs.values() if g is not None]
+    notices = [w for w in said if "without a graph" in str(w.message) or "no step is recorded" in str(w.message)]
+    assert len(recorded) + len(notices) == 1 and (recorded or name in WAITS), [str(w.message) for w in notices]
+    use_kernels(False)
+    for lengths, step in zip(((40, 27), (12, 30), (40, 27)), found):
+        loss = answer_losses(model, ragged(lengths))[0].sum() / 30
+        gradients = torch.autograd.grad(loss, trainable(model), allow_unused=True)
+        expected = torch.cat([loss.detach()[None], *(g.flatten() for g in gradients if g is not None)])
+        assert (step - expected).norm() < 1e-4 * expected.norm()
+
+
+@needs_gpu
+def test_dropout_under_checkpoints_is_not_recorded_in_silence():
+    "The second run inside a recording would drop other numbers, and the comparison sees it; without checkpoints none."
+    for checkpointed in (False, True):
+        model = family("llama", attention_dropout=0.)
+        for layer in model.model.layers: layer.mlp.act_fn = nn.Sequential(layer.mlp.act_fn, nn.Dropout(0.5))
+        model = model.cuda().train()
+        if checkpointed: checkpoint_layers(model)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            steps_of(model, [ragged((40, 27))] * 3, 30)
+        assert any("recorded" in str(w.message) or "graph" in str(w.message) for w in said) == checkpointed
+        assert bool(model._graph.graphs) != checkpointed
 
 
 @needs_gpu
