@@ -201,6 +201,20 @@ def test_a_failed_recording_leaves_nothing_behind(recordings):
     assert recordings[1].own is not recordings[0].own and recordings[1].replays == 1
 
 
+def test_a_model_that_waits_is_tried_once(recordings):
+    "What asks the card for a number does so in every shape: one notice, no further trial."
+    p = nn.Parameter(torch.ones(3))
+    graph = StepGraph([p])
+    def passes(t):
+        if graph.recording: raise RuntimeError("operation not permitted when stream is capturing")
+        return product(p)(t)
+    with pytest.warns(UserWarning, match="the model runs without a graph .operation not") as said:
+        for n in (1, 1, 2, 2, 1):
+            p.grad = None
+            assert graph(passes, torch.ones(n, 1)).tolist() == [[1.]] * n and p.grad.tolist() == [n] * 3
+    assert len(said) == 1 and len(recordings) == 1
+
+
 def test_gradients_are_made_by_the_first_recording(recordings):
     "They stay where it puts them; another shape, and a second pass, add to them there."
     p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))

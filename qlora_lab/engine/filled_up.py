@@ -91,7 +91,8 @@ def _influence(model: nn.Module, tokens: int = EVEN) -> Tensor:
     def note(_, args, out):
         kept.append(out.detach().requires_grad_())
         return kept[-1]
-    ids = torch.arange(tokens, device=table.weight.device)[None] % min(50, len(table.weight))
+    words = getattr(model.config.get_text_config(), "vocab_size", None) or 50
+    ids = torch.arange(tokens, device=next(model.parameters()).device)[None] % min(50, words)
     hook, inputs = table.register_forward_hook(note), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     try:
         with torch.enable_grad(), without_mask(model): found = states_and_head(model, inputs)
@@ -108,7 +109,8 @@ def causal(
     "Whether no place of the model sees what is behind it; tried once for each model."
     if model not in _CAUSAL:
         gpus = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-        with torch.random.fork_rng(gpus, device_type="cuda"): found = _influence(model)
+        aside = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)  # nobody counts what it keeps
+        with torch.random.fork_rng(gpus, device_type="cuda"), aside: found = _influence(model)
         front, behind = found.tensor_split(2)
         _CAUSAL[model] = bool(front.any()) and not bool(behind.any())
     return _CAUSAL[model]

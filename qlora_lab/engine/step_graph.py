@@ -117,9 +117,11 @@ class Recorder(Recordings):
             for p in self.params if makes else (): p.grad = None
             torch.cuda.set_stream(before)
             if not isinstance(e, RuntimeError): raise
-            notice = f"batches of shape {tuple(shape[0])} run without a graph ({str(e).splitlines()[0]})"
-            warnings.warn(notice, stacklevel=2)
-            graph = held = result = None
+            short = isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e)
+            who = f"batches of shape {tuple(shape[0])} run" if short else "the model runs"
+            warnings.warn(f"{who} without a graph ({str(e).splitlines()[0]})", stacklevel=2)
+            if not short: self.most = 0  # what waits for the card does so in every shape
+            graph = held = result = self.start = None
         finally: self.recording = False
         if graph is None: torch.cuda.empty_cache()
         self.graphs[key] = graph, held, result
