@@ -1,10 +1,12 @@
 """The lab beside its peers on a GPU: decoding, quantizing, one layer, the optimizer's update, training steps.
 
-    make bench-gpu        # or python -m benchmarks.gpu; on an H100 about six minutes
+    make bench-gpu                      # or python -m benchmarks.gpu; on an H100 about half an hour
+    make bench-gpu ARGS="--only steps"  # or kernels: about six minutes both; or fast, with benchmarks.fast's options
 
-Prints a table for each and writes results/gpu.json (kernels and layers) and results/gpu_steps.json (training steps),
-which lessons 14, 14b and 14c and the engine's pages show. Peers, plain path, 16-bit layers and torch's own copy in one
-run; torchao where it is installed. Steps run in processes of their own, random weights in real shapes.
+Prints a table for each and writes results/gpu.json (kernels and layers), results/gpu_steps.json (training steps),
+which lessons 14, 14b and 14c and the engine's pages show, and results/gpu_fast.json (models as people bring them).
+Peers, plain path, 16-bit layers and torch's own copy in one run; torchao where it is installed. Steps run in processes
+of their own, random weights in real shapes.
 """
 import argparse
 import gc
@@ -20,7 +22,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from benchmarks.common import random_batch, random_model, random_peer, save_result, spread_of
+from benchmarks import fast
+from benchmarks.common import peer_step, random_batch, random_model, random_peer, save_result, spread_of
 from benchmarks.memory import PAPER, peer_optimizer
 from qlora_lab.blockwise import dequantize_blockwise
 from qlora_lab.checkpointing import decoder_layers
@@ -238,7 +241,9 @@ def step(name: str, batch_size: int, who: str, rounds: int = 7) -> dict:
             for part in decoder_layers(model): part.compile()
         optimizer = peer_optimizer(trainable(model), settings)
     batch = random_batch(batch_size, 512)
-    def work(): return train_step(model, optimizer, [batch], 1e-4, 0.3)
+    def work():
+        lab = who.startswith("lab")
+        return train_step(model, optimizer, [batch], 1e-4, 0.3) if lab else peer_step(model, optimizer, batch)
     first = work()[0]
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
@@ -284,9 +289,11 @@ def show(part) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("kernels", "steps"))
+    parser.add_argument("--only", choices=("kernels", "steps", "fast"))
     parser.add_argument("--step", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
+    if args.only == "fast": return fast.main(more)
+    if more: parser.error(f"unknown: {' '.join(more)}")
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a GPU; its recorded runs are benchmarks/results/gpu.json and "
                          "gpu_steps.json")
@@ -294,6 +301,7 @@ def main() -> None:
     parts = ceilings, decoding, grown, torchao, quantizing, layer, updating
     if args.only != "steps": print(save_result("gpu", {part.__name__: show(part) for part in parts}))
     if args.only != "kernels": show(steps)
+    if args.only is None: fast.main([])
 
 
 if __name__ == "__main__": main()

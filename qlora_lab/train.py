@@ -11,8 +11,8 @@ __all__ = ['answer_places', 'answer_losses', 'score', 'attach_adapters', 'trim_b
 #
 # A step: forward and backward passes over one or several batches, the gradient shortened to max_grad_norm, a constant
 # rate after linear warm-up, AdamW on the adapters. The loss is the mean over the learned tokens of all passes together;
-# the output head sees only their places. Loops that divide each pass by its own count of tokens give short answers more
-# weight.
+# the output head sees only their places, a piece at a time (`head_loss`). Loops that divide each pass by its own count
+# of tokens give short answers more weight.
 #
 # Nothing depends on what ran before a step: order and dropout follow from the seed and the number of the step. With
 # bitsandbytes' layers under PEFT's adapters the same loop takes the same steps.
@@ -35,6 +35,7 @@ from .batches import batch_indices, longest_batch
 from .checkpointing import checkpoint_layers, decoder_layers
 from .data import Example, Split, collate, tokenize
 from .engine.dispatch import faster
+from .head_loss import place_losses
 from .linear4bit import saved_for_backward
 from .lora import add_lora, reset_lora, save_adapter, trainable
 from .model import answer
@@ -56,15 +57,11 @@ def answer_losses(
     model: nn.Module,
     batch: dict[str, Tensor],  # of `collate`
 ) -> tuple[Tensor, Tensor]:    # nats of each learned token [tokens] float32; the row it stands in [tokens] int64
-    "The surprise at each token of the answers; logits are computed at those places alone."
+    "The surprise at each token of the answers; logits are computed at those places alone, a piece at a time."
     device, (at, targets) = next(model.parameters()).device, answer_places(batch)
     rows, targets, at = (at // batch["labels"].shape[1]).to(device), targets.to(device), at.to(device)
     inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[at],))
-    try: logits = model(**inputs, use_cache=False).logits
-    finally: hook.remove()
-    return F.cross_entropy(logits.float(), targets, reduction="none"), rows
+    return place_losses(model, inputs, at, targets), rows
 
 # %% ../nbs/10_train.ipynb #5a160b99
 @torch.no_grad()

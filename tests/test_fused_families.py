@@ -17,7 +17,7 @@ from qlora_lab.engine.adapted_linear import adapted_linear
 from qlora_lab.engine.dispatch import use_kernels
 from qlora_lab.engine.families import LAYERS, parts_of, window_of
 from qlora_lab.engine.fusing import fuse_layers, fused_part, is_fused
-from qlora_lab.engine.piecewise_loss import fused_loss
+from qlora_lab.engine.filled_up import filled_loss
 from qlora_lab.engine.rehearsal import Settings, rehearse
 from qlora_lab.linear4bit import saved_for_backward
 from qlora_lab.lora import LoRALinear

@@ -51,7 +51,8 @@ FASTER: dict[Key, str | Callable] = {
     ("quantize_absmax", "cuda"): "engine.triton_quantize.quantize_absmax_triton",
     ("adapted_linear", "cuda"): "engine.adapted_linear.adapted_linear",
     ("fuse_layers", "cuda"): "engine.fusing.fuse_layers",
-    ("summed_loss", "cuda"): "engine.piecewise_loss.fused_loss",
+    ("summed_loss", "cuda"): "engine.filled_up.filled_loss",
+    ("slopes", "cuda"): "engine.piecewise_loss.slopes_triton",
     ("forward_backward", "cuda"): "engine.step_graph.forward_backward",
     ("forget", "cuda"): "engine.step_graph.forget",
     ("adamw", "cuda"): "engine.fused_adamw.adamw_triton",
@@ -80,7 +81,7 @@ ALWAYS: dict[Key, str | Callable] = {
 # %% ../../nbs/engine/dispatch.ipynb #4f329919
 LACK = {"cpu": "engine.c_functions.c_lack", "cuda": "engine.gpu.gpu_lack"}  # device type to where its reason is found
 TRIAL = {"cuda": "engine.gpu.first_kernel"}  # where a device is tried, the first time that a twin is to work on it
-REHEARSED = "adapted_linear", "fuse_layers", "summed_loss", "adamw"  # the twins that change what a step holds
+REHEARSED = "adapted_linear", "fuse_layers", "summed_loss", "slopes", "adamw"  # they change what a step holds
 IN_TORCH = {"adapted_linear"}  # written in torch's operations: they need neither a compiler nor Triton
 
 # %% ../../nbs/engine/dispatch.ipynb #4d720f62
