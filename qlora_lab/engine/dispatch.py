@@ -59,7 +59,9 @@ FASTER: dict[Key, str | Callable] = {
 
 # %% ../../nbs/engine/dispatch.ipynb #53d987c8
 ALWAYS: dict[Key, str | Callable] = {
-    ("dequantize", "meta"): "engine.rehearsal.decode_empty",
+    ("dequantize", "meta"): "engine.empty_answers.decode_empty",
+    ("quantize", "meta"): "engine.empty_answers.quantize_empty",
+    ("quantize_absmax", "meta"): "engine.empty_answers.quantize_absmax_empty",
     ("nearest_code", "cpu"): "engine.tables.nearest_by_table",
     ("dequantize_packed", "cpu"): "engine.tables.dequantize_by_table",
     ("dequantize_packed", "cuda"): "engine.tables.dequantize_by_table",
@@ -68,6 +70,8 @@ ALWAYS: dict[Key, str | Callable] = {
     ("quantize_absmax_exactly", "cpu"): "engine.rounding.quantize_absmax",
     ("quantize_absmax_exactly", "cuda"): "engine.rounding.quantize_absmax",
     ("move_pages", "cuda"): "engine.copy_lanes.LaneMover",
+    ("host_checkpoints", "cuda"): "engine.host_checkpoints.keep_on_host",
+    ("host_checkpoints", "meta"): "engine.host_checkpoints.keep_on_host",
     ("optimizer", "cpu"): "engine.paged_adamw.optimizer",
     ("optimizer", "cuda"): "engine.paged_adamw.optimizer",
 }
