@@ -140,7 +140,7 @@ def check_few_against_all(config, s):
 @given(st.integers(1, 7), st.integers(0, 7), st.sampled_from([2, 64, 200]), st.sampled_from([2, 32]),
        st.sampled_from(["nf4", None]), st.integers(1, 2), st.sampled_from(["float32", "bfloat16"]))
 def test_few_layers_speak_for_all(layers, checkpointed, sequence, rank, quantize, accumulation, adapter_dtype):
-    "Rehearsing every layer gives the same moments as four of them, or some more where checkpoints end."
+    "Rehearsing every layer gives the same moments as five of them, or some more where checkpoints end."
     checkpointed = min(checkpointed, layers)
     s = Settings(sequence=sequence, rank=rank, checkpointing=checkpointed > 0, checkpointed_layers=checkpointed,
                  quantize=quantize, accumulation=accumulation, adapter_dtype=adapter_dtype,

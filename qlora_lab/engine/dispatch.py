@@ -72,6 +72,8 @@ ALWAYS: dict[Key, str | Callable] = {
     ("move_pages", "cuda"): "engine.copy_lanes.LaneMover",
     ("host_checkpoints", "cuda"): "engine.host_checkpoints.keep_on_host",
     ("host_checkpoints", "meta"): "engine.host_checkpoints.keep_on_host",
+    ("within_budget", "cpu"): "engine.budget.within_budget",
+    ("within_budget", "cuda"): "engine.budget.within_budget",
     ("optimizer", "cpu"): "engine.paged_adamw.optimizer",
     ("optimizer", "cuda"): "engine.paged_adamw.optimizer",
 }

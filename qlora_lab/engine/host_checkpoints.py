@@ -141,7 +141,7 @@ class HostCheckpoints:
         if not torch.is_grad_enabled() or not isinstance(x, Tensor) or not x.is_contiguous():
             return self.open.append(None)
         kept, memory = Kept(x, self.places, self.latest and self.latest(), stays), x.untyped_storage()._cdata
-        self.leaving, self.latest, size = (None, None, x.numel()) if stays else (kept, weakref.ref(kept), x.numel())
+        self.leaving, self.latest, size = None if stays else kept, weakref.ref(kept), x.numel()
         def pack(t):  # must not hold x
             mine = t.untyped_storage()._cdata == memory and t.numel() == size and t.is_contiguous()
             return (kept, t.shape) if mine else (t, t._version)

@@ -15,7 +15,7 @@ __all__ = ['MOST_TOKENS', 'Settings', 'empty_quantized', 'dtype_named', 'empty_m
 # plan is for: a twin (see engine.dispatch) is a function of tensors, so it runs on empty ones too. What a model asks of
 # values that are not there is answered by engine.empty_answers.
 #
-# A few layers speak for all: one of each kind in each neighbourhood (engine.layer_kinds), four where all are alike.
+# A few layers speak for all: one of each kind in each neighbourhood (engine.layer_kinds), five where all are alike.
 # Gradients count by the pieces of memory that they lie in: adapters that read the same input may have theirs side by
 # side in one piece.
 #
@@ -27,7 +27,7 @@ __all__ = ['MOST_TOKENS', 'Settings', 'empty_quantized', 'dtype_named', 'empty_m
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, prod
@@ -40,7 +40,7 @@ from ..checkpointing import checkpoint_layers, decoder_layers
 from ..double_quant import BLOCKSIZES, STATS_BLOCK, QuantizedTensor, levels_by_code
 from .allocator import ROUNDED
 from .dispatch import REHEARSED, faster, standing_in
-from .empty_answers import Answers, empty_attention
+from .empty_answers import Answers, register_attention, without_padding
 from .known_models import model_config
 from .layer_kinds import in_all, kind_of, representatives, told
 from .state_formats import BLOCK
@@ -126,38 +126,13 @@ def empty_quantized(
 # %% ../../nbs/engine/rehearsal.ipynb #923d36ed
 def dtype_named(name: str) -> torch.dtype: return getattr(torch, name)
 
-def _unpadded(*args, **kwargs) -> Tensor | None:
-    "The mask of sequences without padding: none, but where a layer's window is shorter."
-    from transformers.masking_utils import sdpa_mask
-    return sdpa_mask(*args, **kwargs | {"attention_mask": None})
-
-@contextmanager
-def _without_padding():
-    "A block in which models that have no attention by name (Falcon, Qwen3-Next) need not look at a mask's values."
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
-    before, masks["sdpa"] = masks["sdpa"], _unpadded
-    try: yield
-    finally: masks["sdpa"] = before
-
-@lru_cache(maxsize=1)
-def _register_attention() -> None:
-    "Give transformers attention by the kernels of each device; masks are those of sequences without padding."
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    for device in ROUNDED:
-        def attention(module, query, key, value, mask, scaling=None, device=device, **kwargs):
-            if mask is not None and mask.numel() == 1: mask = None  # says that none is needed
-            out = empty_attention(device, query, key, value, mask, is_causal=mask is None, scale=scaling)
-            return out.transpose(1, 2).contiguous(), None
-        ALL_ATTENTION_FUNCTIONS.register(f"rehearsal_{device}", attention)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(f"rehearsal_{device}", _unpadded)
-
 # %% ../../nbs/engine/rehearsal.ipynb #7d112695
 def _bare_model(config: "PretrainedConfig", s: Settings, attention: str | None = None) -> nn.Module:
     "The model as transformers builds it, on the meta device."
     from transformers import AutoModelForCausalLM
-    _register_attention()
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, dtype=dtype_named(s.dtype))
+    register_attention()
+    own = deepcopy(config)  # which is changed below
+    with torch.device("meta"): model = AutoModelForCausalLM.from_config(own, dtype=dtype_named(s.dtype))
     usual = model.config._attn_implementation
     named = attention or (f"rehearsal_{s.device}" if usual == "sdpa" and model._supports_attention_backend else usual)
     model.set_attn_implementation(named)
@@ -229,7 +204,7 @@ def rehearse(
 ) -> tuple[nn.Module, MemoryTimeline, bool]:
     "A model of these layers, its step by the device's kernels, and whether they fuse layers and record steps."
     model, device = empty_model(config, s, layers), torch.device("meta")
-    with rehearsing(kernels), Answers(s.device), _without_padding():
+    with rehearsing(kernels), Answers(s.device), without_padding():
         fused = faster("fuse_layers", device, model) is not None
         if s.accumulation > 1:
             for p in trainable(model): p.grad = torch.empty_like(p)
