@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..adapter_targets import adapter_targets
 from ..checkpointing import checkpoint_layers, decoder_layers
 from ..double_quant import BLOCKSIZES, STATS_BLOCK, QuantizedTensor, levels_by_code
 from .allocator import ROUNDED
@@ -46,7 +47,7 @@ from .layer_kinds import in_all, kind_of, representatives, told
 from .state_formats import BLOCK
 from ..held import held_tensors
 from ..linear4bit import quantize_model
-from ..lora import add_lora, target_layers, trainable
+from ..lora import add_lora, trainable
 from ..memory import Moment, watch_step
 from ..records import LabError
 from ..timeline import MemoryTimeline
@@ -216,7 +217,7 @@ def _adapted(model: nn.Module, s: Settings) -> set[str]:
     if not _by_place(s): return set()
     from peft import LoraConfig
     wanted = s.targets if isinstance(s.targets, str) else [*s.targets]
-    return set(target_layers(model, LoraConfig(target_modules=wanted)))
+    return set(adapter_targets(model, LoraConfig(target_modules=wanted)))
 
 @lru_cache(maxsize=64)
 def chosen_layers(config_json: str, s: Settings) -> tuple[list[int], list[int]]:
