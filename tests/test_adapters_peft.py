@@ -401,6 +401,13 @@ def test_a_grown_vocabulary_is_told(tmp_path):
         load_adapter(llama(tie=False, vocab_size=352), tmp_path / "a")
 
 
+@pytest.mark.parametrize("changes", [dict(r=8), dict(use_dora=True), dict(lora_bias=True)])
+def test_a_config_that_disagrees_with_the_tensors(changes, tmp_path):
+    "Another rank, or parts that the file lacks: the folder is at fault, not the model."
+    with pytest.raises(LabError, match="the two files disagree.*lora_"):
+        load_adapter(llama(), written(tmp_path, **changes))
+
+
 @pytest.mark.parametrize("settings, says", [
     (dict(target_modules=["mlp"]), "LlamaMLP: the lab adapts linear layers"),
     (dict(rank_pattern={"q_prj": 2}), "q_prj"),
