@@ -422,6 +422,16 @@ def test_a_config_that_names_nothing_changes_nothing(settings, says):
     assert {n: p.requires_grad for n, p in model.named_parameters()} == before
 
 
+@pytest.mark.parametrize("field, value", [("use_dora", True), ("lora_dropout", 0.1), ("lora_bias", True)])
+@pytest.mark.parametrize("parameter", ["gate.weight", "down_proj"])
+def test_what_a_parameter_cannot_have_is_refused_first(parameter, field, value):
+    "As PEFT refuses it, and before anything is changed."
+    model = families.build("mixtral")
+    with pytest.raises(LabError, match=rf"LoraConfig\.{field}=.* together with target_parameters"):
+        add_lora(model, config(target_modules=["q_proj"], target_parameters=[parameter], **{field: value}))
+    assert all(p.requires_grad for p in model.parameters()) and not adapted_layers(model)
+
+
 def test_no_table_for_a_family():
     "target_modules=None where PEFT has no layers on record: what is there is named."
     model = families.build("smollm3")
