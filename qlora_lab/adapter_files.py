@@ -125,8 +125,19 @@ def read_adapter(
 # %% ../nbs/reference/adapter_files.ipynb #b6d1e92f
 SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
-def _otherwise(name: str, got: tuple | None, here: tuple | None, vocabulary: tuple[str, ...]) -> str | None:
+def _by_config(name: str, wanted: dict, saved: dict) -> bool:
+    "Whether a layer is adapted in both, and differs in its rank or in which parts it has: the config is at fault."
+    stem, half, _ = name.partition(".lora_")
+    if not half or not all(any(k.startswith(stem + half) for k in side) for side in (wanted, saved)): return False
+    if name not in wanted or name not in saved: return True
+    a, b = wanted[name], saved[name].shape
+    return len(a) == len(b) == 2 and (a[1] == b[1] if re.search(r"\.lora_(embedding_)?A", name) else a[0] == b[0])
+
+def _otherwise(name: str, wanted: dict, saved: dict, vocabulary: tuple[str, ...]) -> str | None:
     "Why a tensor may not fit although the model is the right one; None where that says nothing."
+    got, here = tuple(saved[name].shape) if name in saved else None, wanted.get(name)
+    if _by_config(name, wanted, saved):
+        return f"the two files disagree: {name} is {got or 'missing'}, and by {ADAPTER_FILES[0]} {here or 'missing'}"
     if got and here and vocabulary and name.startswith(vocabulary):
         return (f"made for another vocabulary: {name} is {got} in the file and {here} in this model; call "
                 f"model.resize_token_embeddings({max(got)}) before the adapter is loaded")
@@ -147,7 +158,7 @@ def check_fits(
     for name in sorted(wanted.keys() | saved.keys()):
         got = tuple(saved[name].shape) if name in saved else None
         if got == wanted.get(name): continue
-        if why := _otherwise(name, got, wanted.get(name), vocabulary): raise LabError(f"{folder}: {why}")
+        if why := _otherwise(name, wanted, saved, vocabulary): raise LabError(f"{folder}: {why}")
         raise LabError(
             f"{folder}: made for another model: {name} is {got or 'missing'} in the file and "
             f"{wanted.get(name) or 'missing'} in this model"

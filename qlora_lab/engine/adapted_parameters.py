@@ -63,6 +63,13 @@ def _experts_alone(config: "LoraConfig", model: nn.Module) -> "LoraConfig":
     left.target_parameters = [name for name in config.target_parameters if not is_matrix(name)]
     return left
 
+def _check_settings(config: "LoraConfig") -> None:
+    "Refuse what PEFT refuses for parameters, before anything is changed."
+    for name in ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out"):
+        if not getattr(config, name): continue
+        raise LabError(f"LoraConfig.{name}={getattr(config, name)!r} together with target_parameters: an adapter on a "
+                       "parameter has neither dropout, DoRA nor bias, here as in PEFT; leave it off")
+
 def _check_apart(matrices: dict, experts: dict) -> None:
     "Refuse a matrix whose module has adapted experts too: their names in a file would hang together."
     owners = {full.rpartition(".")[0] for full in experts}
@@ -79,6 +86,7 @@ def parameter_shapes(
     "What a file of these adapters holds; raises LabError for a name that means nothing."
     matrices, left = named_matrices(model, config), _experts_alone(config, model)
     experts, shapes = target_parameters(model, left.target_parameters), {}
+    if matrices or experts: _check_settings(config)
     _check_apart(matrices, experts)
     for full, weight in matrices.items():
         (out, into), r, owner = weight.shape, rank_and_alpha(config, full)[0], full.rpartition(".")[0]
