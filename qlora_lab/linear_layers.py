@@ -27,6 +27,7 @@ __all__ = ['LINEAR', 'PLAIN', 'TRANSPOSED', 'known', 'is_transposed', 'weight_of
 import ast
 import inspect
 import re
+import sys
 import textwrap
 from functools import cache
 
@@ -103,14 +104,31 @@ def _reads(node: ast.AST, tests: tuple, found: list) -> None:
     for child in ast.iter_child_nodes(node): _reads(child, tests, found)
 
 # %% ../nbs/reference/linear_layers.ipynb #732f221b
+_A_READ = re.compile(r"self(\s*\.\s*\w+)+?\s*\.\s*(weight|bias)\b")
+
+@cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    "The classes of a module; none where no line of it could be a read, which spares the parsing."
+    text = inspect.getsource(sys.modules[module])
+    if not _A_READ.search(text): return {}
+    return {n.name: n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ClassDef)}
+
+def _source(cls: type) -> ast.AST | None:
+    "A class as it is written; None where nothing of interest is written, or nothing at all."
+    try:
+        outer = cls.__qualname__ == cls.__name__ and cls.__module__ != "__main__"
+        if outer: return _classes(cls.__module__).get(cls.__name__)
+        return ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError, KeyError): return None  # written in C, or made on the fly
+
+# %% ../nbs/reference/linear_layers.ipynb #9b76bbd5
 @cache
 def _reads_of_class(cls: type) -> tuple:
     "What the methods of a class read in passing: (name below the module, tests on the way)."
     found = []
     for base in cls.__mro__[:-1]:
-        if base is nn.Module: continue
-        try: tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError): continue  # written in C, or made on the fly
+        tree = None if base is nn.Module else _source(base)
+        if tree is None: continue
         methods = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name not in _SETUP]
         for method in methods: _reads(method, (), found)
     return tuple(found)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['answer_places', 'answer_losses', 'score', 'attach_adapters', 'trim_between_layers', 'make_optimizer', 'summed_loss',
-           'activation_bytes', 'train_step', 'one_step', 'run_steps', 'begin', 'finish', 'train']
+           'activation_bytes', 'train_step', 'as_chosen', 'one_step', 'run_steps', 'begin', 'finish', 'train']
 
 # %% ../nbs/10_train.ipynb #2563e113
 # Fine-tuning adapters on a frozen model in 4 bits.
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import batch_indices, longest_batch
+from .batches import batch_indices, longest_batch, regrouped
 from .checkpointing import checkpoint_layers, decoder_layers
 from .data import Example, Split, collate, tokenize
 from .engine.dispatch import faster
@@ -108,7 +108,8 @@ def attach_adapters(
         lora.base_model_name_or_path = getattr(model, "lab_source", None)
         add_lora(model, lora, dtype=dtype)
     reset_lora(model, config.seed)
-    if config.checkpointing: checkpoint_layers(model)
+    if config.checkpointing:
+        checkpoint_layers(model, layers=config.checkpointed_layers or None, where=config.checkpoints_in)
     device = next(model.parameters()).device
     faster("fuse_layers", device, model)
     return trim_between_layers(model) if device.type == "cpu" else model
@@ -179,13 +180,20 @@ def train_step(
     return sum(part.item() for part in parts), norm.item()  # only now does Python wait for a GPU
 
 # %% ../nbs/10_train.ipynb #0df954d6
+def as_chosen(config: TrainConfig, model: nn.Module, learn: list) -> tuple[TrainConfig, dict]:
+    "The config with what the planner chooses for its budget, if it has one, and what run.json says of that."
+    if not config.budget: return config, {}
+    config, said = faster("within_budget", next(model.parameters()).device, config, model, learn)  # nbs/engine/budget
+    print(said, flush=True)
+    return config, {"chosen": said, "config": asdict(config) | {"folder": str(config.folder)}}
+
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, learn: list, config: TrainConfig, step: int) -> dict:
     "One optimizer step, counted from 0, on the batches that are its own; returns what metrics.jsonl says of it."
     torch.manual_seed(config.seed * 1_000_003 + step)  # dropout depends on the step alone, not on what ran before
     lengths = [len(t.ids) for t in learn]
     passes = range(step * config.accumulation, (step + 1) * config.accumulation)
     chosen = [batch_indices(lengths, config.batch_size, k, config.seed) for k in passes]
-    batches = [collate([learn[i] for i in indices]) for indices in chosen]
+    batches = [collate([learn[i] for i in indices]) for indices in regrouped(chosen, lengths, config.pass_size)]
     lr, start = config.lr * min(1, (step + 1) / max(1, config.warmup)), time.perf_counter()
     loss, norm = train_step(model, optimizer, batches, lr, config.max_grad_norm)
     release_memory()
@@ -256,10 +264,12 @@ def train(
     learn = [tokenize(tokenizer, e, longest) for e in data.train]
     held = [tokenize(tokenizer, e, longest) for e in spread(data.held_out, config.eval_examples)]
     asked = spread(data.held_out, config.eval_prompts)
+    config, chosen = as_chosen(config, model, learn)
     model = attach_adapters(model, config).train()
     optimizer = make_optimizer(trainable(model), config)
     if record is None: record = begin(folder, identity, config, model, tokenizer, held, asked)
-    activations = activation_bytes(model, collate(longest_batch(learn, config.batch_size)))
+    record |= chosen
+    activations = activation_bytes(model, collate(longest_batch(learn, config.pass_size or config.batch_size)))
     run_steps(folder, model, optimizer, learn, config, progress)
     finish(folder, record, model, tokenizer, held, step_memory(model, optimizer, activations))
     return Run.load(folder)

@@ -33,12 +33,14 @@ from ..assets import quiet
 from ..batches import longest_batch
 from ..data import tokenize
 from ..engine.allocator import CONTEXT_GIB
+from ..engine.budget import fastest, frugal, told_of
 from ..engine.fitting import CARDS, advice, cards, largest
 from ..engine.known_models import KNOWN
 from ..engine.planner import MemoryPlan, plan
 from ..engine.rehearsal import Settings
 from ..loading import best_dtype, find_model
 from ..records import LabError
+from ..runs import gib_of
 
 # isort: split
 from .report import heading, show, table, waiting
@@ -83,12 +85,14 @@ def plan_report(
     parts: list[RenderableType] = [_planned(p), Text(), table(["GiB at the highest moment", ""], [
         *([f"  {name}", f"{size / gib:,.2f}"] for name, size in p.parts.items()),
         ["  total", f"{p.total_gib:,.2f}"], ["  the device must offer", f"{p.card_gib:,.2f}"]])]
-    host = f"\nin host memory  {p.host / gib:,.2f} GiB of the optimizer's state" if p.host else ""
+    waits = {"the optimizer's state": p.host, "inputs of checkpointed layers": p.host_inputs}
+    host = "".join(f"\nin host memory  {size / gib:,.2f} GiB of {what}" for what, size in waits.items() if size)
     return Group(*parts, Text(f"\nhighest moment  {p.peak}{host}\n{_fitting(p)}"))
 
 # %% ../../nbs/commands/planning.ipynb #fe41d80a
 _Budget = Annotated[int | None, arg(metavar="MIB", help_behavior_hint="(default: all of it)")]
 _Model = Annotated[str, arg(metavar="MODEL", help=f"a config.json, its folder, or one of {', '.join(KNOWN)}")]
+_Size = Annotated[str, arg(metavar="SIZE", help_behavior_hint="(such as 24GiB)")]
 _Card = Annotated[float | None, arg(metavar="GIB", help_behavior_hint="(default: no card)")]
 
 @dataclass(frozen=True)
@@ -105,13 +109,19 @@ class Plan:
     Exit code 1: it does not fit."""
     model: Positional[_Model]
     gpu_gib: _Card = None  # memory of the card
+    budget: _Size = ""     # the fastest step that fits into so much memory, and the longest text
     step: OmitArgPrefixes[StepOptions] = field(default_factory=StepOptions)
 
     def run(self) -> int:
         "Plan, and say so; the exit code: 1 if it does not fit."
         asked = {f.name: getattr(self.step, f.name) for f in fields(Settings)}
         asked["device_budget"] = self.step.device_budget << 20 if self.step.device_budget else None
-        with waiting("rehearsing a step"): p = plan(self.model, self.gpu_gib, **asked)
+        card = gib_of(self.budget) if self.budget else self.gpu_gib
+        with waiting("rehearsing a step"): p = plan(self.model, card, **asked)
+        if self.budget:
+            with waiting("looking for the fastest step"): p = fastest(p)
+            show(Text(f"chosen          {told_of(p)}"))
+            show(Text(f"longest text    {largest(frugal(p), limit=1 << 18):,} tokens, with all that saves memory\n"))
         show(*plan_report(p).renderables)
         return 1 if p.fits is False else 0
 
@@ -124,6 +134,7 @@ def foresee(
 ) -> str:
     "What the run will take, and a warning where this machine has less."
     from transformers import AutoConfig, AutoTokenizer
+    if config.budget: return f"memory  {config.budget} at most; what is chosen for it is said before the first step"
     source = find_model(asked.model)
     try:
         with quiet(): model, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
@@ -144,6 +155,7 @@ def _step_of_run(asked, config, data, device, model, tokenizer) -> dict:
     return dict(
         rank=config.rank, targets=config.targets, batch_size=len(tokens), sequence=len(tokens[-1].ids),
         learned=sum(int(t.mask[1:].sum()) for t in tokens), checkpointing=config.checkpointing,
+        checkpointed_layers=config.checkpointed_layers, checkpoints_in=config.checkpoints_in,
         quantize=None if asked.quantize == "none" else asked.quantize, double_quant=asked.double_quant,
         dtype="float32" if device.type == "cpu" else compute, compute_dtype=compute,
         adapter_dtype=config.adapter_dtype,

@@ -60,7 +60,9 @@ FASTER: dict[Key, str | Callable] = {
 
 # %% ../../nbs/engine/dispatch.ipynb #53d987c8
 ALWAYS: dict[Key, str | Callable] = {
-    ("dequantize", "meta"): "engine.rehearsal.decode_empty",
+    ("dequantize", "meta"): "engine.empty_answers.decode_empty",
+    ("quantize", "meta"): "engine.empty_answers.quantize_empty",
+    ("quantize_absmax", "meta"): "engine.empty_answers.quantize_absmax_empty",
     ("nearest_code", "cpu"): "engine.tables.nearest_by_table",
     ("dequantize_packed", "cpu"): "engine.tables.dequantize_by_table",
     ("dequantize_packed", "cuda"): "engine.tables.dequantize_by_table",
@@ -69,6 +71,15 @@ ALWAYS: dict[Key, str | Callable] = {
     ("quantize_absmax_exactly", "cpu"): "engine.rounding.quantize_absmax",
     ("quantize_absmax_exactly", "cuda"): "engine.rounding.quantize_absmax",
     ("move_pages", "cuda"): "engine.copy_lanes.LaneMover",
+    **{("quantize_experts", d): "engine.experts.quantize_experts" for d in ("cpu", "cuda", "meta")},
+    **{("adapt_experts", d): "engine.expert_adapters.adapt_experts" for d in ("cpu", "cuda", "meta")},
+    **{("peft_names", d): "engine.expert_adapters.peft_names" for d in ("cpu", "cuda", "meta")},
+    **{(f, d): f"engine.adapted_parameters.{f}" for d in ("cpu", "cuda", "meta")
+       for f in ("adapt_parameters", "parameter_shapes", "parameter_names")},
+    ("host_checkpoints", "cuda"): "engine.host_checkpoints.keep_on_host",
+    ("host_checkpoints", "meta"): "engine.host_checkpoints.keep_on_host",
+    ("within_budget", "cpu"): "engine.budget.within_budget",
+    ("within_budget", "cuda"): "engine.budget.within_budget",
     ("optimizer", "cpu"): "engine.paged_adamw.optimizer",
     ("optimizer", "cuda"): "engine.paged_adamw.optimizer",
 }
