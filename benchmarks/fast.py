@@ -145,6 +145,8 @@ def write_folder(name: str, folder: str, tiny: bool) -> None:
     for path, m in list(model.named_modules()):
         if isinstance(m, LoRALinear): set_submodule(model, path, m.base_layer)
     model.config.architectures = [type(model).__name__]
+    gib = sum(t.nbytes for t in model.state_dict().values()) / 2 ** 30
+    if gib > 24: raise SystemExit(f"{gib:.0f} GiB to write: are the experts in 4 bits?")
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3}, unk_token="<unk>"))
     save_quantized(model, folder, PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"))
@@ -170,7 +172,8 @@ def unsloth_side(name: str, folders: Path, tiny: bool, rounds: int, limit: int) 
         if failed: return failed
     asked = dict(row._asdict(), folder=str(folder), rank=64, targets=PHI if row.shape.startswith("phi") else LLAMA_LIKE,
                  words=1000, warmup=WARMUP, rounds=rounds)
-    return run([sys.executable, str(Path(__file__).parent / "unsloth_side.py"), json.dumps(asked)], limit)
+    script = Path(__file__).parent / "unsloth_side.py"
+    return run([sys.executable, "-P", str(script), json.dumps(asked)], limit)  # -P: no module beside it is imported
 
 
 def one_side(name: str, who: str, args, folders: Path) -> dict:

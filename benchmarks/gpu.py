@@ -31,8 +31,10 @@ from qlora_lab.double_quant import DYNAMIC8, quantize_4bit
 from qlora_lab.engine.dispatch import AT_WORK, use_kernels
 from qlora_lab.engine.known_models import model_config
 from qlora_lab.engine.paged_adamw import PagedAdamW
+from qlora_lab.engine.piecewise_loss import slopes_triton
 from qlora_lab.engine.rehearsal import Settings
 from qlora_lab.engine.triton_dequantize import dequantize_triton
+from qlora_lab.head_loss import slopes
 from qlora_lab.linear4bit import Linear4bit
 from qlora_lab.lora import trainable
 from qlora_lab.train import train_step
@@ -226,6 +228,20 @@ def updating(rank: int = 64) -> dict:
     return row | {"equal": all(torch.equal(*pair) for plain, lab in both for pair in zip(plain, lab, strict=True))}
 
 
+def losses(places: int = 1024) -> list[dict]:
+    "Loss and slope of 1,024 places from their logits in bfloat16: plain torch, and the kernel in place."
+    rows = []
+    for vocabulary in (32_000, 151_936, 262_208):
+        logits = torch.randn(places, vocabulary, device="cuda", dtype=torch.bfloat16) * 4
+        targets = torch.randint(vocabulary, (places,), device="cuda")
+        (nats, slope), own = slopes(logits, targets), logits.clone()
+        off = (slopes_triton(own, targets) - nats).abs().max().item(), (own.float() - slope).abs().max().item()
+        row = {"vocabulary": vocabulary, "loss_off": off[0], "slope_off": off[1]}
+        row |= entry("plain", timed(partial(slopes, logits, targets)), 36 * logits.numel())  # 2 + 4 + 3 (4 + 4) + 4 + 2
+        rows.append(row | entry("lab", timed(partial(slopes_triton, own, targets)), 4 * logits.numel()))
+    return rows
+
+
 def step(name: str, batch_size: int, who: str, rounds: int = 7) -> dict:
     """A training step, forward to optimizer: r = 64 on all linear layers, adapters in bfloat16, checkpointed, 512
     tokens a sequence, all of them learned."""
@@ -298,7 +314,7 @@ def main() -> None:
         raise SystemExit("this benchmark needs a GPU; its recorded runs are benchmarks/results/gpu.json and "
                          "gpu_steps.json")
     if args.step: return print(json.dumps(step(*json.loads(args.step))))
-    parts = ceilings, decoding, grown, torchao, quantizing, layer, updating
+    parts = ceilings, decoding, grown, torchao, quantizing, layer, updating, losses
     if args.only != "steps": print(save_result("gpu", {part.__name__: show(part) for part in parts}))
     if args.only != "kernels": show(steps)
     if args.only is None: fast.main([])

@@ -209,6 +209,14 @@ def test_frequencies_that_are_chosen_by_length(kind, monkeypatch):
             assert not torch.allclose(filled_loss(model, batch), expected, rtol=1e-5)
 
 
+def test_a_model_that_scales_its_embeddings_in_place():
+    "As CTRL does."
+    from transformers import CTRLConfig, CTRLLMHeadModel
+    torch.manual_seed(0)
+    model = CTRLLMHeadModel(CTRLConfig(vocab_size=128, n_embd=32, dff=48, n_layer=2, n_head=4)).requires_grad_(False)
+    assert causal(model)
+
+
 def test_asking_draws_no_random_numbers():
     "Dropout of the first step is that of a run that is taken up again."
     model = family("llama")

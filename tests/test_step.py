@@ -30,7 +30,7 @@ from qlora_lab.engine.dispatch import (
     twin,
     use_kernels,
 )
-from qlora_lab.engine.filled_up import filled_loss, padded
+from qlora_lab.engine.filled_up import causal, filled_loss, padded
 from qlora_lab.engine.fused_adamw import adamw_triton
 from qlora_lab.engine.fusing import fuse_layers
 from qlora_lab.engine.gpu import triton
@@ -399,6 +399,26 @@ def test_measuring_leaves_gradients_and_random_numbers():
     graph.measured(passes, (torch.ones(3),))
     assert p.grad is place and p.grad.tolist() == [5.] * 3 and q.grad is None
     assert torch.equal(before, torch.get_rng_state())
+
+
+def on_a_module(model, hook): return model.model.layers[0].register_forward_hook(hook)
+def before_a_module(model, hook): return model.lm_head.register_forward_pre_hook(hook)
+def on_a_parameter(model, hook): return trainable(model)[0].register_hook(hook)
+def after_a_parameter(model, hook): return trainable(model)[0].register_post_accumulate_grad_hook(hook)
+
+
+@pytest.mark.parametrize("put", [on_a_module, before_a_module, on_a_parameter, after_a_parameter])
+def test_a_hook_hears_every_step(put, recordings):
+    "As long as it is there nothing is recorded; autocast is not either, whose casts a recording would keep."
+    model, batch, heard = plain_model(), ragged((9, 5)), []
+    causal(model)
+    hook = put(model, lambda *args: heard.append(1))
+    for _ in range(3): assert forward_backward(model, batch, 7) is None
+    for _ in range(3): train_step(model, PagedAdamW(trainable(model), lr=1e-3), [batch], 1e-3, 1.)
+    assert len(heard) >= 3 and not recordings
+    hook.remove()
+    with torch.autocast("cpu", torch.bfloat16): assert forward_backward(model, batch, 7) is None
+    assert forward_backward(model, batch, 7) is not None
 
 
 def in_eval_mode(model): model.eval()

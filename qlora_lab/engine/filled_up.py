@@ -90,7 +90,7 @@ def _influence(model: nn.Module, tokens: int = EVEN) -> Tensor:
     table, kept = model.get_input_embeddings(), []
     def note(_, args, out):
         kept.append(out.detach().requires_grad_())
-        return kept[-1]
+        return kept[-1].clone()  # which the model may change in place
     words = getattr(model.config.get_text_config(), "vocab_size", None) or 50
     ids = torch.arange(tokens, device=next(model.parameters()).device)[None] % min(50, words)
     hook, inputs = table.register_forward_hook(note), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
