@@ -303,3 +303,8 @@ def test_a_norm_that_is_exchanged_after_fusing_is_noticed():
     layer = decoder_layers(model)[1]
     assert fused_part(layer, 24, torch.float32, torch.device("cpu")) is None
     assert off(gradients(model), gradients(plain)) < 1e-5
+
+
+def test_capped_scores_are_said():
+    model = made("gemma2", FAMILIES["gemma2"] | {"attn_implementation": "eager"})
+    with pytest.warns(UserWarning, match="capped: decoder layers stay"): assert fuse_layers(model) is None

@@ -67,6 +67,13 @@ def _without_dropout(layer: nn.Module, parts: Parts) -> bool:
     return not any(rates) and len({p.scaling for p in adapted}) < 2
 
 # %% ../../nbs/engine/fusing.ipynb #eabadc81
+CAPPING = "eager", "flex_attention", "flash_attention_2", "flash_attention_3"  # ways of attention that cap scores
+
+def _capped(parts: Parts) -> bool:
+    "Whether scores are capped before softmax, and the model's way of attention does it."
+    a = parts.attention
+    return getattr(a, "attn_logit_softcapping", None) is not None and a.config._attn_implementation in CAPPING
+
 def _untouched(layer: nn.Module, parts: Parts) -> bool:
     "Whether no part has a forward pass or hooks that somebody put there; experts may, they are called as a module."
     inside = [m for m in layer.modules() if m is not layer]
@@ -78,9 +85,8 @@ def _untouched(layer: nn.Module, parts: Parts) -> bool:
 
 def _by_kernels(parts: Parts) -> bool:
     "Whether norms, activation and heads are of kinds that there are kernels for, and attention is plain and causal."
-    a, size = parts.attention, size_of(parts)
-    capped = getattr(a, "attn_logit_softcapping", None) is not None and a.config._attn_implementation in CAPPING
-    if capped or not getattr(a, "is_causal", True) or size % 8: return False
+    size = size_of(parts)
+    if _capped(parts) or not getattr(parts.attention, "is_causal", True) or size % 8: return False
     heads = parts.out.in_features // size, (sum(p.out_features for p in parts.qkv) - parts.out.in_features) // size // 2
     if not all(map(fits_heads, parts.head_norms, heads, (size, size))): return False
     others = [norm for norm in (*parts.before, *parts.after) if norm is not None]
@@ -88,8 +94,6 @@ def _by_kernels(parts: Parts) -> bool:
     return parts.down is None or type(parts.act).__name__ in CURVES
 
 # %% ../../nbs/engine/fusing.ipynb #105d79ec
-CAPPING = "eager", "flex_attention", "flash_attention_2", "flash_attention_3"  # ways of attention that cap scores
-
 def fits(
     layer: nn.Module,  # any
 ) -> bool:
@@ -151,6 +155,8 @@ def fuse_layers(
         if device != "meta" and any(p.dtype == torch.float16 for p in model.parameters()):
             warnings.warn("float16: decoder layers stay in plain torch operations; "
                           "bfloat16 and float32 are fused", stacklevel=2)
+        if any(_capped(parts) for layer in layers if (parts := parts_of(layer))):
+            warnings.warn("scores of attention are capped: decoder layers stay in plain torch operations", stacklevel=2)
         return None
     for layer in layers:
         if not is_fused(layer): layer._unfused, layer.forward = layer.forward, MethodType(_forward, layer)
