@@ -97,6 +97,8 @@ def takes(model: nn.Module, batch: dict[str, Tensor]) -> bool:
     head, ids, mask = model.get_output_embeddings(), model.get_input_embeddings().weight, batch["attention_mask"]
     layers, _ = parts(model) or ((), ())
     if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad: return False
+    scales = "final_logit_softcapping", "logits_scaling", "logit_scale"  # of logits, behind the head
+    if any(getattr(model.config, name, None) not in (None, 1) for name in scales): return False
     if not len(layers): return False
     tokens = -(-batch["input_ids"].shape[1] // EVEN) * EVEN
     if not all(is_fused(layer) and fused_part(layer, tokens, ids.dtype, ids.device) for layer in layers): return False
