@@ -7,20 +7,20 @@ import statistics
 import pytest
 import torch
 from test_fused import gradients, ids, off, small
+from test_step import ragged
 from torch import nn
 from transformers import AutoConfig
 
 from conftest import devices
 from qlora_lab.checkpointing import checkpoint_layers, decoder_layers
 from qlora_lab.engine import decoder_layer
-from qlora_lab.engine.adapted_linear import adapted_linear
-from qlora_lab.engine.dispatch import use_kernels
+from qlora_lab.engine.dispatch import REHEARSED, twin, use_kernels
 from qlora_lab.engine.families import LAYERS, parts_of, window_of
-from qlora_lab.engine.fusing import fuse_layers, fused_part, is_fused
-from qlora_lab.engine.filled_up import filled_loss
+from qlora_lab.engine.fusing import fuse_layers, fused_part, is_fused, needs_no_mask
 from qlora_lab.engine.rehearsal import Settings, rehearse
 from qlora_lab.linear4bit import saved_for_backward
 from qlora_lab.lora import LoRALinear
+from qlora_lab.train import answer_losses
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ODD_HEADS = IDS | {"head_dim": 24}  # heads times size is not the width
@@ -172,7 +172,7 @@ def test_a_family_can_be_rehearsed(family, again):
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape |= {"vocab_size": 128, "num_hidden_layers": 3}
     config = AutoConfig.for_model(family, **IDS | shape | FAMILIES[family])
-    kernels = adapted_linear, fuse_layers, fused_loss, None
+    kernels = [twin(name, "cuda") for name in REHEARSED]
     _, timeline, fused = rehearse(config, Settings(rank=4, sequence=33, checkpointing=again), 2, kernels)
     assert fused and timeline.peak > 0
 
@@ -303,3 +303,29 @@ def test_a_norm_that_is_exchanged_after_fusing_is_noticed():
     layer = decoder_layers(model)[1]
     assert fused_part(layer, 24, torch.float32, torch.device("cpu")) is None
     assert off(gradients(model), gradients(plain)) < 1e-5
+
+
+def test_capped_scores_are_said():
+    model = made("gemma2", FAMILIES["gemma2"] | {"attn_implementation": "eager"})
+    with pytest.warns(UserWarning, match="capped: decoder layers stay"): assert fuse_layers(model) is None
+
+
+SCALED = {"gemma2": {"final_logit_softcapping": 2.}, "granite": {"logits_scaling": 4.}, "cohere": {"logit_scale": 0.3}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_of_a_family_is_the_plain_one(family):
+    "As a step takes it, filled up and without a mask; or left to the plain path, as where logits are scaled."
+    more = FAMILIES[family] | SCALED.get(family, {})
+    found = twin("summed_loss", "cuda")(fuse_layers(made(family, more)), ragged((60, 40)))
+    plain = answer_losses(made(family, more), ragged((60, 40)))[0].sum()
+    assert found is None or torch.allclose(found, plain, rtol=1e-5)
+    assert found is not None or family in ("phi", *SCALED)  # a head with a bias, or something behind it
+
+
+def test_no_mask_is_needed_where_every_layer_takes_the_pass():
+    model = fuse_layers(made("gemma3_text", WINDOWED["gemma3_text"]))
+    assert needs_no_mask(model, 27) and not needs_no_mask(made("llama", {}), 27)
+    decoder_layers(model)[2].mlp.requires_grad_(False)
+    decoder_layers(model)[2].self_attn.q_norm.weight.requires_grad_()
+    assert not needs_no_mask(model, 27)

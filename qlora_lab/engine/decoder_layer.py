@@ -42,13 +42,15 @@ def attend(
     sin: Tensor,
     batch: int,                # sequences
     keep: bool,                # a graph for attention's backward pass
-) -> tuple[Tensor, list]:      # the shape of x; and what the backward pass needs
+    whole: bool = True,        # False leaves out what the backward pass does not need
+) -> tuple[Tensor | None, list]:  # the shape of x; and what the backward pass needs
     "x plus attention of its norm."
     h, rstd = f.norm_in.forward(x)
     qkv = group_forward(f.qkv, h)
     heads = [t.unflatten(0, (batch, -1)).transpose(1, 2) for t in f.turn(qkv, cos, sin)]
     out, leaves = attention(*heads, keep, **f.how)
     o = f.out.with_room(out.detach().transpose(1, 2).reshape(len(x), -1))
+    if not whole and f.norm_behind is None: return None, [x, h, rstd, qkv, f.out.filled(o), out, *leaves]
     y, behind = f.put(f.out, o, x, f.norm_behind, False)
     return y, [x, h, rstd, qkv, o, out, *leaves, *behind]
 
@@ -76,13 +78,15 @@ def experts(
     residual: Tensor,                # the same shape
     batch: int,                      # sequences
     keep: bool,                      # a graph for the backward pass
-) -> tuple[Tensor, list]:            # the shape of x; and what the backward pass needs
+    whole: bool = True,              # False leaves out what the backward pass does not need
+) -> tuple[Tensor | None, list]:     # the shape of x; and what the backward pass needs
     "The residual plus the model's own MLP of the norm of x."
     h, rstd = f.norm_middle.forward(x)
     with torch.set_grad_enabled(keep):
         leaf = h.unflatten(0, (batch, -1)).detach().requires_grad_(keep)
         out = f.mlp(leaf)
-    return residual + out.detach().view(x.shape), [x, rstd, leaf, out]
+    y = residual + out.detach().view(x.shape) if whole else None
+    return y, [x, rstd, leaf, out]
 
 def experts_backward(f: FusedLayer, grad: Tensor, saved: list, own: bool) -> tuple[Tensor, list[Tensor | None]]:
     "As `mlp_backward`. Where the graph was cut off the MLP runs again; that of a second run is used up."
@@ -95,7 +99,7 @@ def experts_backward(f: FusedLayer, grad: Tensor, saved: list, own: bool) -> tup
     learns = [p for p in f.mlp.parameters() if p.requires_grad]
     how = {"retain_graph": not own, "allow_unused": True}  # an expert may have had no token
     g_h, *g_learns = torch.autograd.grad(out, [leaf, *learns], grad.view(out.shape), **how)
-    return f.norm_middle.backward(g_h.reshape(x.shape), x, rstd, grad), g_learns
+    return f.norm_middle.backward(g_h.reshape(x.shape).contiguous(), x, rstd, grad), g_learns
 
 # %% ../../nbs/engine/decoder_layer.ipynb #a343d4f7
 def mlp_backward(
@@ -151,10 +155,10 @@ def _run(
     f: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor, batch: int, keep: bool, whole: bool,
 ) -> tuple[Tensor | None, list, list]:
     "The output for x [batch * tokens, width], and what the two halves of the backward pass need."
-    middle, kept = attend(f, x, cos, sin, batch, keep)
+    middle, kept = attend(f, x, cos, sin, batch, keep, whole or not f.parallel)
     if not keep: kept.clear()
     below = x if f.parallel else middle
-    if f.mlp is not None: y, more = experts(f, below, middle, batch, keep)
+    if f.mlp is not None: y, more = experts(f, below, middle, batch, keep, whole)
     else: y, more = mlp(f, below, middle, f.parallel or not keep, whole)
     return y, kept, more
 

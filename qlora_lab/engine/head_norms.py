@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from .gpu import on_device, tl, triton
-from .norms import NORMS, NormKind, before_scale, before_weight, scaled, times_weight, unweighted, weighted
+from .norms import NORMS, NormKind, before_scale, before_weight, scaled, times_weight, unweigh, weighted
 from .rotation import load_heads, rotate_plain, store_heads, turn_pairs
 
 # %% ../../nbs/engine/head_norms.ipynb #2b8cbdba
@@ -212,8 +212,8 @@ if triton:
         x_a, x_b = load_heads(x_ptr, head, lane, 2 * HALF, HEADS, HALF, PAIRS)
         z_a, z_b, rstd = _z_pairs(x_a, x_b, head, lane, eps, KIND, HEADS, HALF)
         w_a, w_b = _weights(weight_ptr, head, lane, KIND, HEADS, HALF, PAIRS)
-        a = unweighted(a, w_a, KIND)
-        b = unweighted(b, w_b, KIND)
+        a = unweigh(a, w_a, KIND)
+        b = unweigh(b, w_b, KIND)
         inner = _mean(a * z_a + b * z_b, KIND, HEADS, HALF)
         taken = _mean(a + b, KIND, HEADS, HALF) if KIND & 4 else 0.
         return rstd * (a - taken - z_a * inner), rstd * (b - taken - z_b * inner)
@@ -280,9 +280,10 @@ def _launch(kernel, n: HeadNorm, tensors: tuple[Tensor, ...], heads: int, size: 
     if tensors[0].is_meta: return
     kind = n.kind.bits + 8 * (n.weight.numel() > size) + 16 * n.together
     tiles = {"HEADS_TILE": triton.next_power_of_2(heads), "HALF_TILE": triton.next_power_of_2(size // 2)}
+    how = tiles | {"num_warps": 8 if tiles["HEADS_TILE"] * tiles["HALF_TILE"] >= 2048 else 4}
     with on_device(tensors[0].device):
         kernel[(len(tensors[0]),)](*tensors, n.eps, *numbers, KIND=kind, HEADS=heads, HALF=size // 2,
-                                   PAIRS=int(n.pairs), **tiles, num_warps=4)
+                                   PAIRS=int(n.pairs), **how)
 
 def norm_and_turn_kernel(n: HeadNorm, x: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
     "As `norm_and_turn_plain`, a program for each token."

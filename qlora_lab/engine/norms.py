@@ -153,7 +153,7 @@ if triton:
         return y
 
     @triton.jit
-    def unweighted(grad, weight, KIND: tl.constexpr):
+    def unweigh(grad, weight, KIND: tl.constexpr):
         "The gradient of z, in float32; arguments as of `times_weight`."
         return grad.to(tl.float32) * ((KIND & 2) // 2 + weight.to(tl.float32))
 
@@ -222,13 +222,13 @@ if triton:
         lane, row = tl.arange(0, TILE), tl.program_id(0).to(tl.int64)
         x, rstd = _read(x_ptr + row * x_stride, lane, eps, WIDTH, KIND)
         if rstd_ptr is not None: rstd = tl.load(rstd_ptr + row)
-        u = unweighted(_lanes(grad_ptr + row * WIDTH, lane, WIDTH), _lanes(weight_ptr, lane, WIDTH), KIND)
+        u = unweigh(_lanes(grad_ptr + row * WIDTH, lane, WIDTH), _lanes(weight_ptr, lane, WIDTH), KIND)
         inner = _before_scale(u, x * rstd, rstd, lane, WIDTH, KIND)
         if around_ptr is not None: inner += _lanes(around_ptr + row * around_stride, lane, WIDTH)
         tl.store(out_ptr + row * out_stride + lane, inner.to(out_ptr.dtype.element_ty), mask=lane < WIDTH)
 
 # %% ../../nbs/engine/norms.ipynb #2d6d0479
-if triton is None: _norm = _norm_backward = times_weight = unweighted = None
+if triton is None: _norm = _norm_backward = times_weight = unweigh = None
 
 def _on_rows(kernel, x: Tensor, kind: NormKind, *args) -> None:
     "A program for each row; on `meta` there is nothing to run."
