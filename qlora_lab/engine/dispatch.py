@@ -50,6 +50,7 @@ FASTER: dict[Key, str | Callable] = {
     ("quantize", "cuda"): "engine.triton_quantize.quantize_triton",
     ("quantize_absmax", "cuda"): "engine.triton_quantize.quantize_absmax_triton",
     ("adapted_linear", "cuda"): "engine.adapted_linear.adapted_linear",
+    ("experts", "cuda"): "engine.grouped_experts.grouped_experts",
     ("fuse_layers", "cuda"): "engine.fusing.fuse_layers",
     ("summed_loss", "cuda"): "engine.piecewise_loss.fused_loss",
     ("forward_backward", "cuda"): "engine.step_graph.forward_backward",
@@ -60,6 +61,7 @@ FASTER: dict[Key, str | Callable] = {
 # %% ../../nbs/engine/dispatch.ipynb #53d987c8
 ALWAYS: dict[Key, str | Callable] = {
     ("dequantize", "meta"): "engine.rehearsal.decode_empty",
+    ("experts", "meta"): "engine.grouped_experts.grouped_experts",
     ("nearest_code", "cpu"): "engine.tables.nearest_by_table",
     ("dequantize_packed", "cpu"): "engine.tables.dequantize_by_table",
     ("dequantize_packed", "cuda"): "engine.tables.dequantize_by_table",
@@ -79,7 +81,7 @@ ALWAYS: dict[Key, str | Callable] = {
 LACK = {"cpu": "engine.c_functions.c_lack", "cuda": "engine.gpu.gpu_lack"}  # device type to where its reason is found
 TRIAL = {"cuda": "engine.gpu.first_kernel"}  # where a device is tried, the first time that a twin is to work on it
 REHEARSED = "adapted_linear", "fuse_layers", "summed_loss", "adamw"  # the twins that change what a step holds
-IN_TORCH = {"adapted_linear"}  # written in torch's operations: they need neither a compiler nor Triton
+IN_TORCH = {"adapted_linear", "experts"}  # written in torch's operations: they need neither a compiler nor Triton
 
 # %% ../../nbs/engine/dispatch.ipynb #4d720f62
 AT_WORK: dict[Key, str | Callable] = {}  # the twins that answer now

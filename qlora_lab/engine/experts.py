@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ..bnb_format import bnb_tensors, from_bnb_tensors
 from ..double_quant import STATS_BLOCK, QuantizedTensor, quantize_4bit
-from .held_experts import choose_forward, hold, NamedExperts
+from .held_experts import HeldExperts, NamedExperts, choose_forward, hold
 from ..linear4bit import PackedWeight
 from ..linear_layers import _kept_in_float32
 
@@ -84,22 +84,21 @@ class Experts4bit(_Stored):
     "The experts of a layer in 4 bits, frozen; packed as one tensor, decoded one by one."
     def kept(self) -> tuple[Tensor, ...]: return self.weight, self.stats
 
-    def decode(self, e: int, dtype: torch.dtype) -> Tensor:
-        piece, first = self._piece(e)
-        shape = self.shape[1:]
-        if piece.shape == shape: return piece.dequantize(dtype)
-        return piece.dequantize(dtype)[first:first + prod(shape)].view(shape)
+    def decode(self, e: int, dtype: torch.dtype) -> Tensor: return self.decode_some(e, e + 1, dtype)[0]
 
-    def _piece(self, e: int) -> tuple[QuantizedTensor, int]:
-        "The blocks that cover an expert, and how many numbers of theirs come before it."
-        n, every = prod(self.shape[1:]), self.blocksize * (1 if self.absmax2 is None else STATS_BLOCK)
-        start = e * n // every * every
-        end = min(ceil((e + 1) * n / every) * every, prod(self.shape))
-        def cut(t, of): return None if t is None else t[start // of:ceil(end / of)]
-        shape = self.shape[1:] if end - start == n else torch.Size((end - start,))
-        second = None if self.absmax2 is None else cut(self.absmax2, every)
-        return QuantizedTensor(cut(self.weight.detach(), 2), cut(self.stats, self.blocksize), shape, self.weight_dtype,
-                               self.blocksize, self.quant_type, second, self.offset), e * n - start
+    def decode_some(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
+        shape = (end - first, *self.shape[1:])
+        piece, before = self._piece(first * prod(shape[1:]), end * prod(shape[1:]))
+        return piece.dequantize(dtype)[before:before + prod(shape)].view(shape)
+
+    def _piece(self, first: int, end: int) -> tuple[QuantizedTensor, int]:
+        "The blocks that cover the numbers from `first` to `end`, and how many numbers of theirs come before."
+        every = self.blocksize * (1 if self.absmax2 is None else STATS_BLOCK)
+        start, stop = first // every * every, min(ceil(end / every) * every, prod(self.shape))
+        def cut(t, of): return None if t is None else t[start // of:ceil(stop / of)]
+        return QuantizedTensor(
+            cut(self.weight.detach(), 2), cut(self.stats, self.blocksize), torch.Size((stop - start,)),
+            self.weight_dtype, self.blocksize, self.quant_type, cut(self.absmax2, every), self.offset), first - start
 
 # %% ../../nbs/engine/experts.ipynb #fcf63c16
 _UNDERSTOOD = re.compile(r"\[\w+\](\.float\(\)|\.t\(\)|\.T\b)?\s*([,)\n]|$)| is None|\.(shape|dtype|device)\b")
@@ -121,7 +120,7 @@ def oddity_of_experts(module: nn.Module, name: str) -> str | None:
 def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     "(name of the module, module, name of the parameter) of experts that are held in one parameter, in order."
     for at, m in model.named_modules():
-        if "experts" not in type(m).__name__.lower(): continue
+        if isinstance(m, HeldExperts) or "experts" not in type(m).__name__.lower(): continue
         for name, p in m._parameters.items():
             if p is not None and p.dim() == 3 and p.is_floating_point(): yield at, m, name
 

@@ -12,9 +12,9 @@ __all__ = ['BLOCK', 'E2M1', 'decode_mxfp4', 'ExpertsMX', 'open_mxfp4', 'save_mxf
 # A block's scale is one byte e, for 2^(e - 127); 255 means NaN and is refused. 4 + 8 / 32 = 4.25 bits a weight, and
 # decoding is exact in bfloat16.
 #
-# Layout of gpt-oss: for a parameter [E, in, out], NAME_blocks uint8 [E, out, in / 32, 16], two codes a byte, the first in
-# the LOW half (bitsandbytes: in the high one), and NAME_scales uint8 [E, out, in / 32]. So a block runs along `in`, and
-# the matrix of an expert is decoded transposed. `ExpertsMX` holds both; its state dict has the file's own names.
+# Layout of gpt-oss: for a parameter [E, in, out], NAME_blocks uint8 [E, out, in / 32, 16], two codes a byte, the first
+# in the LOW half (bitsandbytes: in the high one), and NAME_scales uint8 [E, out, in / 32]. So a block runs along `in`,
+# and the matrix of an expert is decoded transposed. `ExpertsMX` holds both; its state dict has the file's own names.
 #
 # `open_mxfp4` keeps the experts so, or puts them into NF4 or another type one parameter at a time, or decodes them.
 # transformers decodes all experts on devices without its kernels, and does not train through the packed ones.
@@ -92,12 +92,14 @@ class ExpertsMX(_Blocks):
     def packed_parts(self) -> tuple: return self.weight, self.shape.numel(), (self.scales,)
     def extra_repr(self) -> str: return f"{tuple(self.shape)}, mxfp4"
 
-    def decode(self, e: int, dtype: torch.dtype) -> Tensor:
-        return decode_mxfp4(self.weight[e], self.scales[e], dtype).t()
+    def decode(self, e: int, dtype: torch.dtype) -> Tensor: return self.decode_some(e, e + 1, dtype)[0]
+
+    def decode_some(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
+        return decode_mxfp4(self.weight.detach()[first:end], self.scales[first:end], dtype).transpose(1, 2)
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         "[E, in, out]: all of them."
-        return decode_mxfp4(self.weight.detach(), self.scales, dtype).transpose(1, 2).contiguous()
+        return self.decode_some(0, len(self), dtype).contiguous()
 
 # %% ../../nbs/engine/mxfp4.ipynb #4ab98545
 def _files(source: str) -> list[str]:
