@@ -2,12 +2,12 @@
 import copy
 import json
 
+import families
 import pytest
 import torch
 from bitsandbytes.nn.parametrize import replace_parameter_4bit, replace_parameter_4bit_prequantized
 from torch import nn
 
-import families
 from conftest import devices
 from qlora_lab.bnb_format import packed_names, take_packed
 from qlora_lab.double_quant import quantize_4bit
@@ -298,7 +298,7 @@ def test_the_plain_loop_and_held_dense_experts_agree():
     model = families.build("olmoe")
     model.set_experts_implementation("eager")
     said = families.logits(model)
-    for at, m, name in list(expert_parameters(model)):
+    for _, m, name in list(expert_parameters(model)):
         hold(m, name, DenseExperts(m._parameters[name]))
         choose_forward(m)
     assert torch.equal(families.logits(model), said)

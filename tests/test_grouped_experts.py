@@ -1,8 +1,8 @@
 "Experts in groups against the loop: values, gradients, what autograd keeps, and on a GPU a graph that never waits."
+import families
 import pytest
 import torch
 
-import families
 from conftest import devices
 from qlora_lab.engine import dispatch
 from qlora_lab.engine import grouped_experts as groups

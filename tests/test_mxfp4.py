@@ -2,11 +2,11 @@
 import copy
 import json
 
+import families
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import families
 from conftest import devices
 from qlora_lab.double_quant import quantize_4bit
 from qlora_lab.engine.expert_adapters import adapt_experts
