@@ -72,6 +72,8 @@ ALWAYS: dict[Key, str | Callable] = {
     ("move_pages", "cuda"): "engine.copy_lanes.LaneMover",
     **{("quantize_experts", d): "engine.experts.quantize_experts" for d in ("cpu", "cuda", "meta")},
     **{("adapt_experts", d): "engine.expert_adapters.adapt_experts" for d in ("cpu", "cuda", "meta")},
+    ("hold_experts", "cpu"): "engine.experts.hold_experts",
+    ("open_mxfp4", "cpu"): "engine.mxfp4.open_mxfp4",
     **{("peft_names", d): "engine.expert_adapters.peft_names" for d in ("cpu", "cuda", "meta")},
     ("optimizer", "cpu"): "engine.paged_adamw.optimizer",
     ("optimizer", "cuda"): "engine.paged_adamw.optimizer",

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from ..double_quant import quantize_4bit
 from .experts import Experts4bit
 from .held_experts import NamedExperts, choose_forward, hold
+from ..linear4bit import quantize_model
 from ..records import LabError, read_json, whole_folder, write_whole
 
 # %% ../../nbs/engine/mxfp4.ipynb #38c7ed4c
@@ -173,12 +174,12 @@ def _place(model: nn.Module, full: str, t: Tensor, dtype: torch.dtype) -> None:
 def open_mxfp4(
     source: str,                  # a folder or a hub id
     config,                       # its transformers config; loses its quantization_config
-    quantize: str | None = "mxfp4",  # what the experts become: kept, another 4-bit type, or None for `dtype`
+    quantize: str | None = "mxfp4",  # "mxfp4": as it is; another 4-bit type for experts and linear layers; None: dense
+    compute_dtype: torch.dtype | None = None,  # of products with packed weights; that of the input by default
+    dtype: torch.dtype = torch.bfloat16,  # of what is not packed
     blocksize: int = 64,          # of another 4-bit type, like the next
     double_quant: bool = True,
-    dtype: torch.dtype = torch.bfloat16,  # of what is not packed
-    compute_dtype: torch.dtype | None = None,  # of products with packed experts; that of the input by default
-) -> nn.Module:                   # on the CPU, in eval mode; its linear layers as they are in the file
+) -> nn.Module:                   # on the CPU, in eval mode
     "Open a checkpoint whose experts are in MXFP4; raises LabError where file and config do not fit."
     from transformers import AutoModelForCausalLM
     shipped = getattr(config, "quantization_config", None)
@@ -194,6 +195,7 @@ def open_mxfp4(
         left.remove(name)
     _nothing_left(model, left, source)
     model.shipped_quantization = shipped if isinstance(shipped, dict) or shipped is None else shipped.to_dict()
+    if quantize not in (None, "mxfp4"): quantize_model(model, quantize, blocksize, double_quant, compute_dtype)
     return model.requires_grad_(False).eval()
 
 # %% ../../nbs/engine/mxfp4.ipynb #3e4c63a8
