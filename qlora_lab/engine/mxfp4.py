@@ -170,6 +170,16 @@ def _place(model: nn.Module, full: str, t: Tensor, dtype: torch.dtype) -> None:
     if t.is_floating_point(): t = t.to(dtype)
     there[name] = nn.Parameter(t, requires_grad=False) if there is module._parameters else t
 
+def _read_into(model: nn.Module, source: str, how: dict) -> None:
+    "Every tensor of the file to its place, and to every place its tensor."
+    plan, left = _dtypes(model, how["dtype"]), set(model.state_dict())
+    for name, t in _tensors(source):
+        if name not in left: raise LabError(f"{source}: {name} is in the file and not in the model of its config.json")
+        if isinstance(t, tuple): _put(model, name, t, how)
+        else: _place(model, name, t, plan(name))
+        left.remove(name)
+    _nothing_left(model, left, source)
+
 # %% ../../nbs/engine/mxfp4.ipynb #e52c6038
 def open_mxfp4(
     source: str,                  # a folder or a hub id
@@ -187,13 +197,7 @@ def open_mxfp4(
     with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     how = dict(quantize=quantize, blocksize=blocksize, double_quant=double_quant, dtype=dtype,
                compute_dtype=compute_dtype)
-    plan, left = _dtypes(model, dtype), set(model.state_dict())
-    for name, t in _tensors(source):
-        if name not in left: raise LabError(f"{source}: {name} is in the file and not in the model of its config.json")
-        if isinstance(t, tuple): _put(model, name, t, how)
-        else: _place(model, name, t, plan(name))
-        left.remove(name)
-    _nothing_left(model, left, source)
+    _read_into(model, source, how)
     model.shipped_quantization = shipped if isinstance(shipped, dict) or shipped is None else shipped.to_dict()
     if quantize not in (None, "mxfp4"): quantize_model(model, quantize, blocksize, double_quant, compute_dtype)
     return model.requires_grad_(False).eval()
