@@ -2,12 +2,12 @@
 import copy
 import json
 
+import families
 import pytest
 import torch
 from bitsandbytes.nn.parametrize import replace_parameter_4bit, replace_parameter_4bit_prequantized
 from torch import nn
 
-import families
 from conftest import devices
 from qlora_lab.bnb_format import packed_names, take_packed
 from qlora_lab.double_quant import quantize_4bit
@@ -207,6 +207,21 @@ def test_decoded_experts_are_opened_by_transformers(family, tmp_path):
     assert torch.allclose(families.logits(opened.train()), families.logits(model), atol=1e-5)
 
 
+def test_packed_experts_of_a_file_are_held():
+    "As a reader of checkpoints puts them in; another name, or something else than experts, is left to the reader."
+    packed, _ = twins("gpt_oss")
+    read, other = take_packed(packed.state_dict()), families.build("gpt_oss", seed=5)
+    other.load_state_dict({k: v for k, v in packed.state_dict().items() if "experts" not in k}, strict=False)
+    assert len(read) == 4
+    for name, q in read.items(): assert faster("hold_experts", torch.device("cpu"), other, name, q, None) is True
+    for name, p in packed.named_parameters():
+        if name.endswith("_bias"): other.get_parameter(name).data = p.data
+    assert torch.equal(families.logits(other), families.logits(packed))
+    q = next(iter(read.values()))
+    assert not faster("hold_experts", torch.device("cpu"), other, "model.layers.0.mlp.experts.up", q, None)
+    assert not faster("hold_experts", torch.device("cpu"), other, "model.lyers.0.mlp.experts.up", q, None)
+
+
 def test_meta_and_real_experts_have_the_same_bytes():
     "What a plan counts on the meta device is what a model holds."
     from transformers import AutoModelForCausalLM
@@ -298,7 +313,7 @@ def test_the_plain_loop_and_held_dense_experts_agree():
     model = families.build("olmoe")
     model.set_experts_implementation("eager")
     said = families.logits(model)
-    for at, m, name in list(expert_parameters(model)):
+    for _, m, name in list(expert_parameters(model)):
         hold(m, name, DenseExperts(m._parameters[name]))
         choose_forward(m)
     assert torch.equal(families.logits(model), said)

@@ -2,18 +2,18 @@
 import copy
 import json
 
+import families
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import families
 from conftest import devices
 from qlora_lab.double_quant import quantize_4bit
 from qlora_lab.engine.expert_adapters import adapt_experts
 from qlora_lab.engine.experts import Experts4bit, expert_parameters
 from qlora_lab.engine.held_experts import HeldExperts
 from qlora_lab.engine.mxfp4 import E2M1, ExpertsMX, decode_mxfp4, open_mxfp4, save_mxfp4
-from qlora_lab.linear4bit import saved_for_backward
+from qlora_lab.linear4bit import Linear4bit, saved_for_backward
 from qlora_lab.records import LabError
 
 QUANT = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
@@ -124,6 +124,7 @@ def test_turned_into_nf4(double_quant, tmp_path):
             right = quantize_4bit(kept.get_submodule(name).decoded(torch.bfloat16), quant_type, blocksize, double_quant)
             assert all(torch.equal(getattr(held.whole, k), getattr(right, k)) for k in ("packed", "stats"))
         assert sum(isinstance(m, HeldExperts) for m in turned.modules()) == 4
+        assert sum(isinstance(m, Linear4bit) for m in turned.modules()) == 8  # attention, by the ordinary rule
         assert families.logits(turned).isfinite().all()
 
 

@@ -117,6 +117,10 @@ class _Multiplied(nn.Module):
         "[a, b]: the numbers of one expert."
         raise NotImplementedError
 
+    def decode_some(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
+        "[end - first, a, b]: experts that follow each other."
+        return torch.stack([self.decode(e, dtype) for e in range(first, end)])
+
     def kept(self) -> tuple[Tensor, ...]:
         "What `decode` reads, for autograd to watch over."
         raise NotImplementedError
@@ -199,6 +203,7 @@ class DenseExperts(NamedExperts):
     def device(self) -> torch.device: return self.weight.device
 
     def decode(self, e: int, dtype: torch.dtype) -> Tensor: return self.weight[e].to(dtype)
+    def decode_some(self, first, end, dtype): return self.weight[first:end].to(dtype)
     def kept(self) -> tuple[Tensor, ...]: return (self.weight,)
     def extra_repr(self) -> str: return f"{tuple(self.shape)}, {self.dtype}"
 
