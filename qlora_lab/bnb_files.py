@@ -111,9 +111,9 @@ def skip_list(
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    from qlora_lab import bnb_reader
+    from qlora_lab.bnb_reader import fused, single_experts
     twin, four = empty_twin(model, model.dtype), {n for n, m in model.named_modules() if isinstance(m, Linear4bit)}
-    if bnb_reader.fused(twin) and not bnb_reader.fused(model): bnb_reader.single_experts(twin)
+    if fused(twin) and not fused(model): single_experts(twin)
     could = [n for n, m in twin.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)]
     def hits(pattern): return any(not should_convert_module(n, [pattern]) for n in four)
     skip = [f"^{re.escape(n)}$" if hits(n) else n for n in could if n not in four]
@@ -122,7 +122,7 @@ def skip_list(
     if lost: return skip, f"it makes no 4-bit layer of {type(twin.get_submodule(lost[0])).__name__} ({lost[0]}, …)"
     odd = next((n for n, m in model.named_modules() if isinstance(m, PackedWeight) and n not in four), None)
     if odd: return skip, f"it has no 4-bit experts ({odd}, …)"
-    if bnb_reader.fused(model): return skip, f"it wants single layers in place of {bnb_reader.fused(model)}"
+    if fused(model): return skip, f"it wants single layers in place of {fused(model)}"
     return skip, None
 
 # %% ../nbs/reference/bnb_files.ipynb #87956186
@@ -167,11 +167,12 @@ def load_quantized(
     "Open a bitsandbytes 4-bit checkpoint with the lab's layers; raises LabError where file and config do not fit."
     from transformers import AutoModelForCausalLM
 
-    from qlora_lab import bnb_reader  # makes the method known to transformers
+    from qlora_lab.bnb_reader import make_known
+    make_known()
     config, files = copy.deepcopy(config), stored_files(source)
     quant = {k: v for k, v in quantization_of(config).items() if not k.startswith("load_in_")}
     compute = str(compute_dtype).removeprefix("torch.") if compute_dtype else None
-    config.quantization_config = quant | {"quant_method": bnb_reader.LAB_METHOD, "compute_dtype": compute}
+    config.quantization_config = quant | {"quant_method": LAB_METHOD, "compute_dtype": compute}
     model, info = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True,
                                                        ignore_mismatched_sizes=True)
     fits(info, source)

@@ -33,8 +33,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 
 from .admission import LAB_METHOD
 from .against_file import Stored
-from .bnb_format import from_bnb_tensors
-from .bnb_state import as_bytes
+from .bnb_state import read_weight
 from .linear4bit import Linear4bit, set_submodule
 from .records import LabError
 
@@ -50,11 +49,11 @@ class _Gather(ConversionOps):
     "Codes and statistics, as transformers hands them over, to a QuantizedTensor."
     def convert(self, input_dict, model=None, full_layer_name=None, **kwargs):
         tensors: dict[str, Tensor] = {_PARTS[k]: t[0] if isinstance(t, list) else t for k, t in input_dict.items()}
-        packed = tensors.pop("", None)
+        packed = tensors.pop("", torch.empty(0, dtype=torch.uint8))
         if tensors:  # not a plain weight
             place = model.get_submodule(full_layer_name.rpartition(".")[0])
-            try: place.quantized = from_bnb_tensors(as_bytes(packed), tensors)
-            except (ValueError, KeyError, AttributeError) as e: place.fault = f"{full_layer_name}: {e}"
+            try: place.quantized = read_weight(packed, tensors)
+            except (ValueError, KeyError) as e: place.fault = f"{full_layer_name}: {e}"
         return {"weight": packed}
 
 _TAILS = ("nested_absmax", "nested_quant_map", "quant_map", "absmax", "quant_state.bitsandbytes__nf4",
@@ -108,7 +107,7 @@ class LabQuantizer(HfQuantizer):
         for name, weight in _places(model, stored).items():
             try: there = model.get_submodule(name)
             except AttributeError: continue  # transformers will call it unexpected
-            dtype = torch.uint8 if stored.dtype(weight) == "U8" else stored[weight].dtype
+            dtype = stored[weight].dtype if weight in stored.place else torch.uint8
             set_submodule(model, name, Waiting(dtype, getattr(there, "bias", None)))
         return model
 
