@@ -120,7 +120,8 @@ def skip_list(
     rule = [*skip, *(twin._keep_in_fp32_modules or ())]
     lost = sorted(four - {n for n in could if should_convert_module(n, rule)})
     if lost: return skip, f"it makes no 4-bit layer of {type(twin.get_submodule(lost[0])).__name__} ({lost[0]}, …)"
-    odd = next((n for n, m in model.named_modules() if isinstance(m, PackedWeight) and n not in four), None)
+    packed = [n.rpartition(".")[0] for n, p in model.named_parameters() if not p.is_floating_point()]
+    odd = next((n for n in packed if n not in four), None)
     if odd: return skip, f"it has no 4-bit experts ({odd}, …)"
     if fused(model): return skip, f"it wants single layers in place of {fused(model)}"
     return skip, None

@@ -139,17 +139,13 @@ def _open_source(
     special = _special(source, config, wish, compute_dtype, dtype)
     if special is not None: return special, AutoTokenizer.from_pretrained(source), None
     stored = stored_kind(source, config)
-    kind = settle_kind(source, wish, stored)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    kind, tokenizer = settle_kind(source, wish, stored), AutoTokenizer.from_pretrained(source)
     if backend == "bnb" and kind:
         model = _by_bitsandbytes(source, config, stored, kind, compute_dtype, dtype, device)
-        hold_wish(source, wish, kinds_of(model))
-        return model, tokenizer, None
-    if stored:
-        model = load_quantized(source, config, compute_dtype, dtype)
-        hold_wish(source, wish, kinds_of(model))
-        return model if kind else decoded(model, dtype), tokenizer, None
-    return _plainly(source, config, None if kind else dtype), tokenizer, kind
+    elif stored: model = load_quantized(source, config, compute_dtype, dtype)
+    else: return _plainly(source, config, None if kind else dtype), tokenizer, kind
+    hold_wish(source, wish, kinds_of(model))
+    return model if kind else decoded(model, dtype), tokenizer, None
 
 # %% ../nbs/reference/loading.ipynb #a20473dd
 def _special(source: str, config, wish: Wish, compute_dtype: torch.dtype, dtype: torch.dtype):

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from conftest import make_tokenizer
+from conftest import devices, make_tokenizer
 from qlora_lab import bnb_files
 from qlora_lab.against_file import Stored, hold_against, stored_files
 from qlora_lab.bnb_files import save_quantized, skip_list
@@ -155,6 +155,16 @@ def test_float32_products_stay_on_a_cpu(folder, tmp_path):
     packed = save_quantized(made, tmp_path / "packed", tokenizer)
     def compute(**how): return load_model(packed, device="cpu", **how)[0].model.layers[0].mlp.up_proj.compute_dtype
     assert compute() == torch.float32 and compute(compute_dtype=torch.bfloat16) == torch.bfloat16
+
+
+@pytest.mark.parametrize("device", devices())
+def test_rotary_frequencies_are_not_rounded(device, folder):
+    "In a bfloat16 model, on the device where it is used."
+    want = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).model.rotary_emb.inv_freq
+    for how in (dict(quantize=None), {}, dict(backend="bnb")):
+        model, _ = load_model(folder, dtype=torch.bfloat16, compute_dtype=torch.bfloat16, device=device, **how)
+        got = model.model.rotary_emb.inv_freq
+        assert got.dtype == torch.float32 and torch.equal(got.cpu(), want) and got.device.type == device
 
 
 def test_a_loaded_model_does_not_drop(tmp_path):
