@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .gpu import level_tables, on_device, tl, triton
+from .gpu import launch, level_tables, on_device, tl, triton
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,11 +168,10 @@ def dequantize_triton(
     if gap is None: return out.copy_(dequantize_triton(q, dtype, None, wide))
     levels, dynamic = level_tables(q.quant_type, packed.device)
     nested = (q.absmax2, q.offset) if q.nested else (q.stats, q.stats)
-    if wide == 8: packed = packed.view(-1).view(torch.int32)
     large = (out.stride(0) * out.shape[0] if gap else n) >= 1 << 31
-    form = dict(ROW=_row(q, gap, wide), PER_BLOCK=q.blocksize // wide, NESTED=q.nested, WIDE=wide, LARGE=large)
-    sizes, grid = (n // wide, gap // 8), (triton.cdiv(n // wide, 256),)
+    form = _row(q, gap, wide), q.blocksize // wide, q.nested, wide, 256, large
+    arrays, read_as = (packed, q.stats, *nested, dynamic, levels, out), torch.int32 if wide == 8 else torch.uint8
     with on_device(packed.device):
-        _dequantize[grid](packed, q.stats, *nested, dynamic, levels, out, *sizes, **form, TILE=256,
-                          num_warps=2, enable_fp_fusion=False)
+        launch(_dequantize, -(-n // wide // 256), arrays, (n // wide, gap // 8), form, read_as, num_warps=2,
+               enable_fp_fusion=False)
     return out
