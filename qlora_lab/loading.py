@@ -39,6 +39,7 @@ from .bnb_files import decoded, load_quantized
 from .engine.dispatch import faster
 from .linear4bit import PackedWeight
 from .records import LabError
+from .replacing import tell_share, weights_by_name
 
 # %% ../nbs/reference/loading.ipynb #7c529e3e
 def find_model(
@@ -145,6 +146,7 @@ def _open_source(
     elif stored: model = load_quantized(source, config, compute_dtype, dtype)
     else: return _plainly(source, config, None if kind else dtype), tokenizer, kind
     hold_wish(source, wish, kinds_of(model))
+    if kind: tell_share(model, weights_by_name(model), (), {})
     return model if kind else decoded(model, dtype), tokenizer, None
 
 # %% ../nbs/reference/loading.ipynb #a20473dd

@@ -73,7 +73,13 @@ def weights_by_name(model: nn.Module) -> dict[str, int]:
     "Numbers in each parameter that is no embedding; a shared one comes once."
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     found = {name: p for name, p in model.named_parameters() if id(p) not in tables}
-    return {name: p.numel() * (1 if p.is_floating_point() else 2) for name, p in found.items()}
+    return {name: _numel(p) for name, p in found.items()}
+
+def _numel(p: nn.Parameter) -> int:
+    state = getattr(p, "quant_state", None)  # of bitsandbytes
+    return state.shape.numel() if state else p.numel() * (1 if p.is_floating_point() else 2)
+
+def _in_4_bits(p: nn.Parameter) -> bool: return not p.is_floating_point() or bool(getattr(p, "quant_state", None))
 
 def short_names(names: Iterable[str]) -> list[str]:
     "Names with numbers between dots replaced by a star, each once, with how many there are of it."
@@ -128,8 +134,7 @@ def tell_share(
     stay: dict[str, str],    # as `quantizable` gives them
 ) -> float:                  # the share in 4 bits
     "Raise LabError where nothing is in 4 bits; warn, with names and reasons, of less than half, and of odd layers."
-    now = dict(model.named_parameters())
-    packed = {name for name, p in now.items() if not p.is_floating_point()}
+    packed = {name for name, p in model.named_parameters() if _in_4_bits(p)}
     def inside(name): return name in packed or any(name == t or name.startswith(f"{t}.") for t in taken)
     left = {name: n for name, n in before.items() if not inside(name)}
     total = sum(before.values())

@@ -194,6 +194,15 @@ def test_harmless_lines_are_silent_and_the_log_is_as_it_was():
     assert logging.getLogger("transformers").handlers is before
 
 
+def test_bitsandbytes_layers_are_counted_too(tmp_path):
+    "transformers makes none of Falcon's, and few of a mixture's: refused, and said."
+    with pytest.raises(LabError, match="FalconForCausalLM: no weight could be put into 4 bits"):
+        load_model(families.folder("falcon", tmp_path), backend="bnb", **EXACT)
+    folder = families.folder("mixtral", tmp_path)
+    with pytest.warns(UserWarning, match="10% of the weights.*three axes, as fused experts"):
+        load_model(folder, backend="bnb", **EXACT)
+
+
 # saving
 
 def test_a_generation_config_that_transformers_will_not_write(folder, tmp_path):
