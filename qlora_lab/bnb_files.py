@@ -185,10 +185,12 @@ def load_quantized(
 def _same_shapes(model: nn.Module, source: str) -> None:
     "Raise LabError where a shape is not the config's: of a quantized folder transformers does not ask."
     twin, wrong = empty_twin(model, torch.float32), []
-    state, four = model.state_dict(), {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+    held = {n: m for n, m in model.named_modules() if isinstance(m, PackedWeight)}
+    state, four = model.state_dict(), {n: m for n, m in held.items() if isinstance(m, Linear4bit)}
     for name, want in twin.state_dict().items():
         owner, _, last = name.rpartition(".")
         here = state[name].shape if name in state else want.shape
+        if name in held: here = held[name].shape
         if owner in four and last == "weight":
             here, want = (four[owner].out_features, four[owner].in_features), weight_of(twin.get_submodule(owner))
         if tuple(here) != tuple(want.shape): wrong.append(f"{name} {tuple(here)} for {tuple(want.shape)}")
