@@ -210,4 +210,15 @@ def decoded(
         plain.weight = nn.Parameter(weight.t().contiguous() if is_transposed(plain) else weight, requires_grad=False)
         if layer.bias is not None: plain.bias = layer.bias
         set_submodule(model, name, plain.train(layer.training))
+    held = {n for n, m in model.named_modules() if isinstance(m, PackedWeight)}  # what is left are fused experts
+    for owner in dict.fromkeys(n.rpartition(".")[0] for n in held): _decode_experts(model, twin, owner, dtype)
     return model
+
+def _decode_experts(model: nn.Module, twin: nn.Module, owner: str, dtype: torch.dtype) -> None:
+    "Put the module that the model has in 16 bits in place of one that holds packed parameters."
+    old, plain = model.get_submodule(owner), twin.get_submodule(owner)
+    for name, p in list(plain.named_parameters(recurse=False)):
+        there = getattr(old, name)
+        if isinstance(there, PackedWeight): there = there.whole.dequantize(dtype)
+        setattr(plain, name, nn.Parameter(there.data.to(p.dtype), requires_grad=False))
+    set_submodule(model, owner, plain.train(old.training))

@@ -123,7 +123,7 @@ def prepare(model: nn.Module, stored: Stored) -> list[str]:
         set_submodule(model, name, Waiting(dtype, getattr(there, "bias", None)))
     experts = packed_parameters(stored)
     passed_over = [re.escape(n) + r"\." for n in experts]
-    model._keys_to_ignore_on_load_unexpected = [*(model._keys_to_ignore_on_load_unexpected or ()), *passed_over]
+    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *passed_over}
     return experts
 
 def put_layers(model: nn.Module, compute_dtype: torch.dtype | None) -> None:
