@@ -39,10 +39,10 @@ def stored_files(
     source: str,      # a folder or a hub id
 ) -> list[str]:       # paths on this machine
     "The files with a model's weights; raises LabError where there are none."
-    from transformers.utils import cached_file
+    from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file
     from transformers.utils.hub import get_checkpoint_shard_files
     def find(name): return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    for stem in ("model.safetensors", "pytorch_model.bin"):
+    for stem in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
         whole = find(stem)
         if whole: return [whole]
         index = find(f"{stem}.index.json")
@@ -52,13 +52,17 @@ def stored_files(
     raise LabError(f"{source}: no weights; expected model.safetensors, or shards with their index")
 
 # %% ../nbs/reference/against_file.ipynb #f8acee5a
+def _older(file: str) -> dict[str, Tensor]:
+    "The tensors of a file in pytorch's older format, which transformers reads, and nothing but tensors."
+    from transformers.modeling_utils import load_state_dict
+    return load_state_dict(file, map_location="cpu", weights_only=True)
+
 class Stored:
     "Tensors of several files by name, read when they are asked for."
     def __init__(self, files: list[str]):
         self.place, self._open = {}, {}
         for file in files:
-            if Path(file).suffix == ".bin": self._open[file] = torch.load(file, "cpu", mmap=True, weights_only=True)
-            else: self._open[file] = safe_open(file, "pt")
+            self._open[file] = safe_open(file, "pt") if Path(file).suffix == ".safetensors" else _older(file)
             self.place |= dict.fromkeys(self._open[file].keys(), file)
 
     def __getitem__(self, name: str) -> Tensor:

@@ -111,18 +111,19 @@ def skip_list(
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    from qlora_lab import bnb_reader
+    from qlora_lab.bnb_reader import fused, single_experts
     twin, four = empty_twin(model, model.dtype), {n for n, m in model.named_modules() if isinstance(m, Linear4bit)}
-    if bnb_reader.fused(twin) and not bnb_reader.fused(model): bnb_reader.single_experts(twin)
+    if fused(twin) and not fused(model): single_experts(twin)
     could = [n for n, m in twin.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)]
     def hits(pattern): return any(not should_convert_module(n, [pattern]) for n in four)
     skip = [f"^{re.escape(n)}$" if hits(n) else n for n in could if n not in four]
     rule = [*skip, *(twin._keep_in_fp32_modules or ())]
     lost = sorted(four - {n for n in could if should_convert_module(n, rule)})
     if lost: return skip, f"it makes no 4-bit layer of {type(twin.get_submodule(lost[0])).__name__} ({lost[0]}, …)"
-    odd = next((n for n, m in model.named_modules() if isinstance(m, PackedWeight) and n not in four), None)
+    packed = [n.rpartition(".")[0] for n, p in model.named_parameters() if not p.is_floating_point()]
+    odd = next((n for n in packed if n not in four), None)
     if odd: return skip, f"it has no 4-bit experts ({odd}, …)"
-    if bnb_reader.fused(model): return skip, f"it wants single layers in place of {bnb_reader.fused(model)}"
+    if fused(model): return skip, f"it wants single layers in place of {fused(model)}"
     return skip, None
 
 # %% ../nbs/reference/bnb_files.ipynb #87956186
@@ -167,11 +168,12 @@ def load_quantized(
     "Open a bitsandbytes 4-bit checkpoint with the lab's layers; raises LabError where file and config do not fit."
     from transformers import AutoModelForCausalLM
 
-    from qlora_lab import bnb_reader  # makes the method known to transformers
+    from qlora_lab.bnb_reader import make_known
+    make_known()
     config, files = copy.deepcopy(config), stored_files(source)
     quant = {k: v for k, v in quantization_of(config).items() if not k.startswith("load_in_")}
     compute = str(compute_dtype).removeprefix("torch.") if compute_dtype else None
-    config.quantization_config = quant | {"quant_method": bnb_reader.LAB_METHOD, "compute_dtype": compute}
+    config.quantization_config = quant | {"quant_method": LAB_METHOD, "compute_dtype": compute}
     model, info = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True,
                                                        ignore_mismatched_sizes=True)
     fits(info, source)
@@ -183,10 +185,12 @@ def load_quantized(
 def _same_shapes(model: nn.Module, source: str) -> None:
     "Raise LabError where a shape is not the config's: of a quantized folder transformers does not ask."
     twin, wrong = empty_twin(model, torch.float32), []
-    state, four = model.state_dict(), {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+    held = {n: m for n, m in model.named_modules() if isinstance(m, PackedWeight)}
+    state, four = model.state_dict(), {n: m for n, m in held.items() if isinstance(m, Linear4bit)}
     for name, want in twin.state_dict().items():
         owner, _, last = name.rpartition(".")
         here = state[name].shape if name in state else want.shape
+        if name in held: here = held[name].shape
         if owner in four and last == "weight":
             here, want = (four[owner].out_features, four[owner].in_features), weight_of(twin.get_submodule(owner))
         if tuple(here) != tuple(want.shape): wrong.append(f"{name} {tuple(here)} for {tuple(want.shape)}")
@@ -206,4 +210,15 @@ def decoded(
         plain.weight = nn.Parameter(weight.t().contiguous() if is_transposed(plain) else weight, requires_grad=False)
         if layer.bias is not None: plain.bias = layer.bias
         set_submodule(model, name, plain.train(layer.training))
+    held = {n for n, m in model.named_modules() if isinstance(m, PackedWeight)}  # what is left are fused experts
+    for owner in dict.fromkeys(n.rpartition(".")[0] for n in held): _decode_experts(model, twin, owner, dtype)
     return model
+
+def _decode_experts(model: nn.Module, twin: nn.Module, owner: str, dtype: torch.dtype) -> None:
+    "Put the module that the model has in 16 bits in place of one that holds packed parameters."
+    old, plain = model.get_submodule(owner), twin.get_submodule(owner)
+    for name, p in list(plain.named_parameters(recurse=False)):
+        there = getattr(old, name)
+        if isinstance(there, PackedWeight): there = there.whole.dequantize(dtype)
+        setattr(plain, name, nn.Parameter(there.data.to(p.dtype), requires_grad=False))
+    set_submodule(model, owner, plain.train(old.training))

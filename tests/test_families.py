@@ -77,6 +77,8 @@ def test_saved_and_opened_here(family, tmp_path):
     "The same logits, the same bytes when saved again, decoded on request, and in eval mode."
     again, tokenizer = load_model(family.saved, **EXACT)
     assert not again.training and torch.equal(logits(again), family.logits)
+    again.load_state_dict(family.model.state_dict())
+    assert torch.equal(logits(again), family.logits)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         save_quantized(again, tmp_path / "again", tokenizer)

@@ -198,7 +198,14 @@ def test_the_share_in_4_bits_is_told():
         quantize_model(nn.ModuleList(Experts() for _ in range(3)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        quantize_model(toy())
+        quantize_model(toy(), skip=("a",))
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.big, self.small = nn.Linear(64, 256), nn.Linear(64, 64)
+        def forward(self, x): return self.big(x) @ self.small.weight
+    with pytest.warns(UserWarning, match=r"stay as they are: \*\.small \(2\): Reads takes its weight without calling"):
+        quantize_model(nn.ModuleList([Reads(), Reads()]))
 
 
 def test_skip_names_layers_or_nothing():

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from conftest import make_tokenizer
+from conftest import devices, make_tokenizer
 from qlora_lab import bnb_files
 from qlora_lab.against_file import Stored, hold_against, stored_files
 from qlora_lab.bnb_files import save_quantized, skip_list
@@ -58,7 +58,7 @@ def either(request, folder, tmp_path):
     return save_quantized(*load_model(folder, **EXACT)[:1], tmp_path / "packed", make_tokenizer())
 
 
-DOWN = "model.layers.1.mlp.down_proj"
+DOWN, UP = "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize("change, told", [
@@ -157,6 +157,16 @@ def test_float32_products_stay_on_a_cpu(folder, tmp_path):
     assert compute() == torch.float32 and compute(compute_dtype=torch.bfloat16) == torch.bfloat16
 
 
+@pytest.mark.parametrize("device", devices())
+def test_rotary_frequencies_are_not_rounded(device, folder):
+    "In a bfloat16 model, on the device where it is used."
+    want = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).model.rotary_emb.inv_freq
+    for how in (dict(quantize=None), {}, dict(backend="bnb")):
+        model, _ = load_model(folder, dtype=torch.bfloat16, compute_dtype=torch.bfloat16, device=device, **how)
+        got = model.model.rotary_emb.inv_freq
+        assert got.dtype == torch.float32 and torch.equal(got.cpu(), want) and got.device.type == device
+
+
 def test_a_loaded_model_does_not_drop(tmp_path):
     "Eval mode from a plain folder and from one in 4 bits."
     folder = families.folder("opt", tmp_path, dropout=0.5)
@@ -182,6 +192,15 @@ def test_harmless_lines_are_silent_and_the_log_is_as_it_was():
             for text in ("`torch_dtype` is deprecated!", "odd weights", "odd weights"): log.warning(text)
     assert [str(w.message) for w in said] == ["transformers: odd weights"]
     assert logging.getLogger("transformers").handlers is before
+
+
+def test_bitsandbytes_layers_are_counted_too(tmp_path):
+    "transformers makes none of Falcon's, and few of a mixture's: refused, and said."
+    with pytest.raises(LabError, match="FalconForCausalLM: no weight could be put into 4 bits"):
+        load_model(families.folder("falcon", tmp_path), backend="bnb", **EXACT)
+    folder = families.folder("mixtral", tmp_path)
+    with pytest.warns(UserWarning, match="10% of the weights.*three axes, as fused experts"):
+        load_model(folder, backend="bnb", **EXACT)
 
 
 # saving
@@ -232,6 +251,39 @@ def test_shards_are_written_one_by_one(folder, tmp_path):
     whole = load_file(one / "model.safetensors")
     assert shards.keys() == whole.keys() and all(torch.equal(t, whole[k]) for k, t in shards.items())
     assert torch.equal(logits(load_model(many, **EXACT)[0]), logits(model))
+
+
+def test_llama_4_with_single_experts(tmp_path):
+    "As transformers' own 4-bit checkpoints of it have them: opened, saved, and opened by transformers."
+    from qlora_lab.bnb_reader import fused, single_experts
+    folder = families.folder("llama4_text", tmp_path)
+    model, tokenizer = load_model(folder, quantize=None, **EXACT)
+    torch.manual_seed(0)
+    single_experts(model)
+    for m in model.modules():
+        if isinstance(m, nn.Linear) and m.weight.is_meta: m.to_empty(device="cpu").weight.data.normal_(0, 0.02)
+    packed = save_quantized(quantize_model(model), tmp_path / "packed", tokenizer)
+    again, want = load_model(packed, **EXACT)[0], logits(model)
+    experts = [m for n, m in again.named_modules() if ".experts.3.up_proj" in n]
+    assert not fused(again) and experts and all(type(m) is Linear4bit for m in experts)
+    assert torch.equal(logits(again), want)
+    theirs = AutoModelForCausalLM.from_pretrained(packed, device_map={"": "cpu"}).train()
+    assert torch.allclose(logits(theirs), want, atol=1e-3)
+
+
+@pytest.mark.parametrize("spoil, told", [
+    (lambda s: {k: t for k, t in s.items() if k != f"{UP}.nested_absmax"}, "do not belong together|nested"),
+    (lambda s: {k: t for k, t in s.items() if not k.startswith(f"{UP}.quant_s")}, "not a bitsandbytes 4-bit weight"),
+    (lambda s: s | {UP: s[UP][:100].clone()}, "100 of codes"),
+    (lambda s: s | {f"{UP}.quant_map": s[f"{UP}.quant_map"].flip(0)}, "another code book"),
+    (lambda s: {k: t for k, t in s.items() if k != UP}, UP),
+    (lambda s: {k: t for k, t in s.items() if not k.startswith(f"{UP}.")}, "of another shape: .*up_proj"),
+], ids=["nested scales", "numbers", "codes cut", "code book", "codes", "all but codes"])
+def test_a_4bit_weight_that_lacks_a_part(spoil, told, folder, tmp_path):
+    "Each would decode to something, or to nothing: the layer is named."
+    packed = save_quantized(*load_model(folder, **EXACT)[:1], tmp_path / "packed", make_tokenizer())
+    with pytest.raises(LabError, match=told) as e: load_model(rewrite(packed, spoil), **EXACT)
+    assert "up_proj" in str(e.value)
 
 
 def test_names_to_skip_are_no_traps(monkeypatch):
