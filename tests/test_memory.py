@@ -158,7 +158,7 @@ def test_few_layers_of_each_kind_speak_for_all(config, more):
     "Five layers with a window to one without; adapters in some of the layers alone; the first layers without a window."
     config = tiny() | config
     check_few_against_all(config, Settings(rank=4, sequence=40, **more))
-    numbers, stands = chosen_layers(json.dumps(model_config(config).to_dict()), Settings(**more))
+    numbers, _, stands = chosen_layers(json.dumps(model_config(config).to_dict()), Settings(**more))
     assert len(stands) == config["num_hidden_layers"] and len(numbers) <= len(stands)
 
 

@@ -97,8 +97,8 @@ def fastest(
             if found and (best is None or seconds(found) < seconds(best)): best = found
     if best: return best
     least = frugal(p)
-    raise LabError(f"budget of {asked.gpu_gib:g} GiB: the least that this step can do with is {least.card_gib:.1f} GiB, "
-                   f"{told_of(least)}; shorten the examples, or choose a smaller model or rank")
+    raise LabError(f"budget of {asked.gpu_gib:g} GiB: the least that this step can do with is {least.card_gib:.1f} GiB "
+                   f"({told_of(least)}); shorten the examples, or choose a smaller model or rank")
 
 def frugal(p: MemoryPlan) -> MemoryPlan:
     "The same step with all that saves memory."

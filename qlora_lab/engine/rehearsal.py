@@ -28,7 +28,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, prod
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -138,7 +138,7 @@ def _bare_model(config: "PretrainedConfig", s: Settings, attention: str | None =
     model.set_attn_implementation(named)
     return model
 
-def _keep(model: nn.Module, numbers: list[int]) -> None:
+def _keep(model: nn.Module, numbers: tuple[int, ...]) -> None:
     "Leave a model some of its layers."
     layers, config = decoder_layers(model), getattr(model, "get_decoder", lambda: model)().config
     kept, kinds = [layers[i] for i in numbers], vars(config).get("layer_types")
@@ -163,18 +163,19 @@ def _by_place(s: Settings) -> bool:
 def empty_model(
     config: "PretrainedConfig",
     s: Settings,
-    layers: int | list[int] | None = None,  # the first so many, or which; all by default
+    layers: int | tuple[int, ...] | None = None,  # the first so many, or which; all by default
     attention: str | None = None,  # name of the implementation; by default one that the meta device can run
+    checkpointed: tuple[int, ...] | None = None,  # which of these, counted from 0; by default as the settings say
 ) -> nn.Module:  # on the meta device, ready to train
     "The model that would be trained, of tensors without bytes: the lab's own layers in transformers' own architecture."
     model = _bare_model(config, s, attention)
     every, numbers = len(decoder_layers(model)), layers
-    if not isinstance(layers, list): numbers = list(range(every if layers is None else layers))
+    if not isinstance(layers, tuple): numbers = tuple(range(every if layers is None else layers))
     if _by_place(s): _put_in(model, s)  # before the layers have other numbers
     _keep(model, numbers)
     if not _by_place(s): _put_in(model, s)
-    chosen = [n for n, i in enumerate(numbers) if i < (s.checkpointed_layers or every)]
-    if s.checkpointing: checkpoint_layers(model, layers=chosen, where=s.checkpoints_in)
+    if checkpointed is None: checkpointed = [n for n, i in enumerate(numbers) if i < (s.checkpointed_layers or every)]
+    if s.checkpointing: checkpoint_layers(model, layers=checkpointed, where=s.checkpoints_in)
     return model.train()
 
 # %% ../../nbs/engine/rehearsal.ipynb #201c4065
@@ -199,11 +200,12 @@ def rehearsing(kernels: tuple):  # one for each name in REHEARSED; None for plai
 def rehearse(
     config: "PretrainedConfig",
     s: Settings,
-    layers: int | list[int],  # how many to rehearse, or which
-    kernels: tuple,           # as for `rehearsing`
+    layers: int | tuple[int, ...],  # how many to rehearse, or which
+    kernels: tuple,                 # as for `rehearsing`
+    checkpointed: tuple[int, ...] | None = None,  # as for `empty_model`
 ) -> tuple[nn.Module, MemoryTimeline, bool]:
     "A model of these layers, its step by the device's kernels, and whether they fuse layers and record steps."
-    model, device = empty_model(config, s, layers), torch.device("meta")
+    model, device = empty_model(config, s, layers, checkpointed=checkpointed), torch.device("meta")
     with rehearsing(kernels), Answers(s.device), without_padding():
         fused = faster("fuse_layers", device, model) is not None
         if s.accumulation > 1:
@@ -219,17 +221,29 @@ def _adapted(model: nn.Module, s: Settings) -> set[str]:
     return set(target_layers(model, LoraConfig(target_modules=wanted)))
 
 @lru_cache(maxsize=64)
-def chosen_layers(config_json: str, s: Settings) -> tuple[list[int], list[int]]:
-    "Which layers to rehearse; for each layer of the model, which of these stands for it."
+def _kinds(config_json: str, s: Settings) -> list[int]:
+    "A number for what each layer is built of, and which of its parts are adapted."
     model = _bare_model(model_config(json.loads(config_json)), s)
     layers, adapted = decoder_layers(model), _adapted(model, s)
     place = next(name for name, m in model.named_modules() if m is layers)
-    end = s.checkpointed_layers or len(layers)
     def parts(i): return frozenset(n.removeprefix(f"{place}.{i}.") for n in adapted if n.startswith(f"{place}.{i}."))
-    if end > len(layers): raise LabError(f"checkpointed_layers={end}: the model has {len(layers)} layers")
-    kinds = [(kind_of(layer), parts(i), s.checkpointing and i < end) for i, layer in enumerate(layers)]
+    kinds = [(kind_of(layer), parts(i)) for i, layer in enumerate(layers)]
     names = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
-    return representatives([names[kind] for kind in kinds])
+    return [names[kind] for kind in kinds]
+
+# %% ../../nbs/engine/rehearsal.ipynb #8db25333
+def chosen_layers(
+    config_json: str,
+    s: Settings,
+) -> tuple[tuple[int, ...], tuple[int, ...], list[int]]:
+    "Layers to rehearse; which of these are checkpointed; for each layer of the model, which of these stands for it."
+    kinds = _kinds(config_json, Settings(targets=s.targets, dtype=s.dtype, device=s.device))
+    end = (s.checkpointed_layers or len(kinds)) if s.checkpointing else 0
+    if end > len(kinds): raise LabError(f"checkpointed_layers={end}: the model has {len(kinds)} layers")
+    few, stands = representatives([(kind, i < end) for i, kind in enumerate(kinds)])
+    of_kind = {k: (i for i, kind in enumerate(kinds) if kind == k) for k in set(kinds)}
+    numbers = tuple(next(of_kind[kinds[i]]) for i in few)
+    return numbers, tuple(n for n, i in enumerate(few) if i < end), stands
 
 # %% ../../nbs/engine/rehearsal.ipynb #219dad0b
 def gradient_bytes(
@@ -266,12 +280,16 @@ class Rehearsal(NamedTuple):
 
 def _padded(parameters: list[nn.Parameter]) -> int: return sum(ceil(p.numel() / BLOCK) * BLOCK for p in parameters)
 
+@lru_cache(maxsize=64)
+def _heard(config_json: str, s: Settings, numbers: tuple, kernels: tuple, checkpointed: tuple) -> tuple:
+    return rehearse(model_config(json.loads(config_json)), s, numbers, kernels, checkpointed)
+
 @lru_cache(maxsize=256)
 def rehearsed(config_json: str, s: Settings, kernels: tuple) -> Rehearsal:
     "A rehearsal of a few layers, told for all."
-    config, rounded = model_config(json.loads(config_json)), ROUNDED[s.device]
-    numbers, stands = chosen_layers(config_json, s)
-    model, timeline, fused = rehearse(config, s, numbers, kernels)
+    rounded, (numbers, checkpointed, stands) = ROUNDED[s.device], chosen_layers(config_json, s)
+    alike = replace(s, checkpointed_layers=0)  # how many are checkpointed changes `stands` alone
+    model, timeline, fused = _heard(config_json, alike, numbers, kernels, checkpointed)
     adapters = [trainable(layer) for layer in decoder_layers(model)]
     left = [gradient_bytes(some, rounded) for some in adapters]
     inside = {id(p) for some in adapters for p in some}
