@@ -16,8 +16,8 @@ __all__ = ['INDIFFERENT', 'gib_of', 'TrainConfig', 'RunFolder', 'Run', 'fingerpr
 #
 # A folder knows whose it is: the identity holds all settings that change the result, the model, its quantization, and
 # hashes of the data. The same call on the same folder goes on; any other is refused, with the field that differs. Where
-# the folder lies, how often a checkpoint is made and how memory is kept (checkpointing, paging, passes, a budget) change
-# nothing but rounding and belong to no identity.
+# the folder lies, how often a checkpoint is made and how memory is kept (checkpointing, paging, passes, a budget)
+# change nothing but rounding and belong to no identity.
 #
 # Trainers of other libraries keep the state of random generators in their checkpoints. Here order and dropout follow
 # from the number of the step (`batches`, lesson 10), so a checkpoint holds adapters and optimizer and nothing else.

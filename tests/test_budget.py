@@ -9,7 +9,7 @@ from conftest import make_llama
 from qlora_lab import plan
 from qlora_lab.batches import regrouped
 from qlora_lab.checkpointing import decoder_layers, is_checkpointed
-from qlora_lab.data import collate, tokenize
+from qlora_lab.data import tokenize
 from qlora_lab.engine.budget import fastest, frugal, longest, seconds, told_of, within_budget
 from qlora_lab.model import load_model
 from qlora_lab.records import LabError
@@ -103,7 +103,8 @@ def test_a_run_within_a_budget(tiny, data, tmp_path, capsys):
                                                             eval_prompts=1, checkpoint_every=2) | more)
         return train(model, tokenizer, data, config, progress=False)
     plain, within = run("plain"), run("budget", budget="64GiB")
-    assert plain.losses == pytest.approx(within.losses, rel=1e-4) and plain.after.loss == pytest.approx(within.after.loss)
+    assert plain.losses == pytest.approx(within.losses, rel=1e-4)
+    assert plain.after.loss == pytest.approx(within.after.loss, rel=1e-4)
     said = capsys.readouterr().out
     assert said.startswith("budget  64GiB: 1 pass of 8, no layer checkpointed") and within.record["chosen"] in said
     assert within.record["config"]["pass_size"] == 8 and "chosen" not in plain.record
@@ -131,7 +132,6 @@ def test_what_is_chosen_for_a_run_is_its_plan(tiny, data):
     config, said = within_budget(TrainConfig(budget="64GiB", batch_size=4, accumulation=3), model, tokens)
     assert config.pass_size == 12 and not config.checkpointing and "1 pass of 12" in said
     assert within_budget(TrainConfig(budget="64GiB", batch_size=4, dropout=0.1), model, tokens)[0].pass_size == 0
-    assert max(len(t.ids) for t in tokens) == collate(sorted(tokens, key=lambda t: len(t.ids))[-4:])["input_ids"].shape[1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

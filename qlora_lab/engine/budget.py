@@ -11,9 +11,9 @@ __all__ = ['RATE', 'AGAIN', 'ON_HOST', 'PASS_TOKENS', 'BUS', 'PAGED', 'seconds',
 #
 # `fastest` looks at every way to take the step that was asked for: how many layers are checkpointed (the first so many,
 # see lesson 07), where their inputs wait, how much of the optimizer's state is on the device, and into how many forward
-# passes the examples of a step are divided. Of those whose plan fits it takes the one that `seconds` calls fastest. More
-# checkpoints never take more memory, so their least number is found by halving; what cannot be faster than the best so
-# far is not planned at all.
+# passes the examples of a step are divided. Of those whose plan fits it takes the one that `seconds` calls fastest.
+# More checkpoints never take more memory, so their least number is found by halving; what cannot be faster than the
+# best so far is not planned at all.
 #
 # `seconds` is a model, not a measurement: arithmetic by the number of weights and tokens, and four costs measured on an
 # H100. Only the order of two ways matters, so the rate of the card hardly does.
@@ -28,7 +28,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import psutil
-import torch
 from torch import nn
 
 from ..batches import longest_batch
