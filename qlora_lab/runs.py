@@ -75,8 +75,8 @@ class _Checked:
 
 # %% ../nbs/reference/runs.ipynb #10c9f870
 @dataclass(frozen=True)
-class TrainConfig(_Checked):
-    "What a run does; constant rate after warm-up and clipping at 0.3 are QLoRA's, the rate itself is higher."
+class _Learning(_Checked):
+    "What is learned, and how; constant rate after warm-up and clipping at 0.3 are QLoRA's, the rate itself is higher."
     folder: str | Path = "runs/docstrings"  # where the run lives
     steps: int = 100             # optimizer steps
     batch_size: int = 4          # examples a forward pass
@@ -94,6 +94,11 @@ class TrainConfig(_Checked):
     eval_examples: int = 64      # held-out examples that are scored, at most
     eval_prompts: int = 5        # held-out prompts that are answered before and after
     checkpoint_every: int = 20   # steps between checkpoints
+
+# %% ../nbs/reference/runs.ipynb #071114f1
+@dataclass(frozen=True)
+class TrainConfig(_Learning):
+    "What a run does: what is learned, and how its memory is kept."
     checkpointing: bool = False  # keep each layer's input alone and compute the rest again in the backward pass
     checkpointed_layers: int = 0 # of them the first so many; 0 for all
     checkpoints_in: Literal["device", "host"] = "device"  # where the inputs of these layers wait

@@ -140,6 +140,7 @@ def _settings_of(model: nn.Module, config: TrainConfig, tokens: list) -> dict:
         dtype=str(model.dtype).removeprefix("torch."), adapter_dtype=config.adapter_dtype,
         optimizer_bits=config.optimizer_bits, device=model.device.type, kernels=not config.dropout)
 
+# %% ../../nbs/engine/budget.ipynb #dd21e30c
 def within_budget(
     config: TrainConfig,  # with a budget
     model: nn.Module,     # loaded, without adapters
