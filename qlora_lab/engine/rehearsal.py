@@ -242,7 +242,7 @@ def chosen_layers(
     end = (s.checkpointed_layers or len(kinds)) if s.checkpointing else 0
     if end > len(kinds): raise LabError(f"checkpointed_layers={end}: the model has {len(kinds)} layers")
     few, stands = representatives([(kind, i < end) for i, kind in enumerate(kinds)])
-    of_kind = {k: (i for i, kind in enumerate(kinds) if kind == k) for k in set(kinds)}
+    of_kind = {k: iter([i for i, kind in enumerate(kinds) if kind == k]) for k in set(kinds)}
     numbers = tuple(next(of_kind[kinds[i]]) for i in few)
     return numbers, tuple(n for n, i in enumerate(few) if i < end), stands
 
