@@ -49,6 +49,7 @@ def longest_batch(
     "The examples of the batch that takes the most memory, whichever step it would come in."
     return sorted(tokens, key=lambda t: len(t.ids))[-batch_size:]
 
+# %% ../nbs/reference/batches.ipynb #3314a385
 def regrouped(
     batches: list[list[int]],  # which examples, of one optimizer step
     lengths: list[int],        # tokens of each example

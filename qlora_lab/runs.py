@@ -16,8 +16,8 @@ __all__ = ['INDIFFERENT', 'gib_of', 'TrainConfig', 'RunFolder', 'Run', 'fingerpr
 #
 # A folder knows whose it is: the identity holds all settings that change the result, the model, its quantization, and
 # hashes of the data. The same call on the same folder goes on; any other is refused, with the field that differs. Where
-# the folder lies, how often a checkpoint is made and how memory is kept (checkpointing, paging, passes, a budget) change
-# nothing but rounding and belong to no identity.
+# the folder lies, how often a checkpoint is made and how memory is kept (checkpointing, paging, passes, a budget)
+# change nothing but rounding and belong to no identity.
 #
 # Trainers of other libraries keep the state of random generators in their checkpoints. Here order and dropout follow
 # from the number of the step (`batches`, lesson 10), so a checkpoint holds adapters and optimizer and nothing else.
@@ -76,8 +76,8 @@ class _Checked:
 
 # %% ../nbs/reference/runs.ipynb #10c9f870
 @dataclass(frozen=True)
-class TrainConfig(_Checked):
-    "What a run does; constant rate after warm-up and clipping at 0.3 are QLoRA's, the rate itself is higher."
+class _Learning(_Checked):
+    "What is learned, and how; constant rate after warm-up and clipping at 0.3 are QLoRA's, the rate itself is higher."
     folder: str | Path = "runs/docstrings"  # where the run lives
     steps: int = 100             # optimizer steps
     batch_size: int = 4          # examples a forward pass
@@ -95,6 +95,11 @@ class TrainConfig(_Checked):
     eval_examples: int = 64      # held-out examples that are scored, at most
     eval_prompts: int = 5        # held-out prompts that are answered before and after
     checkpoint_every: int = 20   # steps between checkpoints
+
+# %% ../nbs/reference/runs.ipynb #071114f1
+@dataclass(frozen=True)
+class TrainConfig(_Learning):
+    "What a run does: what is learned, and how its memory is kept."
     checkpointing: bool = False  # keep each layer's input alone and compute the rest again in the backward pass
     checkpointed_layers: int = 0 # of them the first so many; 0 for all
     checkpoints_in: Literal["device", "host"] = "device"  # where the inputs of these layers wait

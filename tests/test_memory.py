@@ -22,9 +22,9 @@ from qlora_lab.engine.allocator import CONTEXT_GIB, LIBRARY_BYTES, cuda_block
 from qlora_lab.engine.dispatch import AT_WORK, REHEARSED, twin, use_kernels
 from qlora_lab.engine.fitting import CARDS, advice, cards, largest
 from qlora_lab.engine.known_models import model_config
+from qlora_lab.engine.layer_kinds import gradient_bytes, kind_of, representatives, told
 from qlora_lab.engine.paged_adamw import PagedAdamW
-from qlora_lab.engine.layer_kinds import kind_of, representatives, told
-from qlora_lab.engine.rehearsal import Settings, chosen_layers, empty_batch, empty_model, gradient_bytes
+from qlora_lab.engine.rehearsal import Settings, chosen_layers, empty_batch, empty_model
 from qlora_lab.linear4bit import quantize_model
 from qlora_lab.lora import add_lora, trainable
 from qlora_lab.memory import watch_step
@@ -158,7 +158,7 @@ def test_few_layers_of_each_kind_speak_for_all(config, more):
     "Five layers with a window to one without; adapters in some of the layers alone; the first layers without a window."
     config = tiny() | config
     check_few_against_all(config, Settings(rank=4, sequence=40, **more))
-    numbers, stands = chosen_layers(json.dumps(model_config(config).to_dict()), Settings(**more))
+    numbers, _, stands = chosen_layers(json.dumps(model_config(config).to_dict()), Settings(**more))
     assert len(stands) == config["num_hidden_layers"] and len(numbers) <= len(stands)
 
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.common import random_batch
 from qlora_lab import plan
 from qlora_lab.checkpointing import checkpoint_layers
-from qlora_lab.engine.known_models import KNOWN, model_config
 from qlora_lab.engine.known_models import FAMILIES as PLANNED
+from qlora_lab.engine.known_models import KNOWN, model_config
 from qlora_lab.engine.paged_adamw import PagedAdamW
 from qlora_lab.engine.rehearsal import Settings
 from qlora_lab.linear4bit import quantize_model

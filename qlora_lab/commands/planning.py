@@ -40,7 +40,7 @@ from ..engine.planner import MemoryPlan, plan
 from ..engine.rehearsal import Settings
 from ..loading import best_dtype, find_model
 from ..records import LabError
-from ..runs import gib_of
+from ..runs import TrainConfig, gib_of
 
 # isort: split
 from .report import heading, show, table, waiting
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
     from qlora_lab.commands.training import Train
     from qlora_lab.data import Split
-    from qlora_lab.runs import TrainConfig
 
 # %% ../../nbs/commands/planning.ipynb #56ee8ed3
 def _fitting(p: MemoryPlan) -> str:
@@ -95,11 +94,13 @@ _Model = Annotated[str, arg(metavar="MODEL", help=f"a config.json, its folder, o
 _Size = Annotated[str, arg(metavar="SIZE", help_behavior_hint="(such as 24GiB)")]
 _Card = Annotated[float | None, arg(metavar="GIB", help_behavior_hint="(default: no card)")]
 
+# %% ../../nbs/commands/planning.ipynb #8af38d0c
 @dataclass(frozen=True)
 class StepOptions(Settings):
     "How the model is trained, as far as memory is concerned."
     device_budget: _Budget = None  # MiB of the optimizer's state on the device at once, the rest paged
 
+# %% ../../nbs/commands/planning.ipynb #ae0f1cb4
 @dataclass(frozen=True)
 class Plan:
     """Say how much memory a training step takes, on which cards, and what helps.

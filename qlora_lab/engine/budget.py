@@ -11,9 +11,9 @@ __all__ = ['RATE', 'AGAIN', 'ON_HOST', 'PASS_TOKENS', 'BUS', 'PAGED', 'seconds',
 #
 # `fastest` looks at every way to take the step that was asked for: how many layers are checkpointed (the first so many,
 # see lesson 07), where their inputs wait, how much of the optimizer's state is on the device, and into how many forward
-# passes the examples of a step are divided. Of those whose plan fits it takes the one that `seconds` calls fastest. More
-# checkpoints never take more memory, so their least number is found by halving; what cannot be faster than the best so
-# far is not planned at all.
+# passes the examples of a step are divided. Of those whose plan fits it takes the one that `seconds` calls fastest.
+# More checkpoints never take more memory, so their least number is found by halving; what cannot be faster than the
+# best so far is not planned at all.
 #
 # `seconds` is a model, not a measurement: arithmetic by the number of weights and tokens, and four costs measured on an
 # H100. Only the order of two ways matters, so the rate of the card hardly does.
@@ -28,7 +28,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import psutil
-import torch
 from torch import nn
 
 from ..batches import longest_batch
@@ -97,8 +96,8 @@ def fastest(
             if found and (best is None or seconds(found) < seconds(best)): best = found
     if best: return best
     least = frugal(p)
-    raise LabError(f"budget of {asked.gpu_gib:g} GiB: the least that this step can do with is {least.card_gib:.1f} GiB, "
-                   f"{told_of(least)}; shorten the examples, or choose a smaller model or rank")
+    raise LabError(f"budget of {asked.gpu_gib:g} GiB: the least that this step can do with is {least.card_gib:.1f} GiB "
+                   f"({told_of(least)}); shorten the examples, or choose a smaller model or rank")
 
 def frugal(p: MemoryPlan) -> MemoryPlan:
     "The same step with all that saves memory."
@@ -141,6 +140,7 @@ def _settings_of(model: nn.Module, config: TrainConfig, tokens: list) -> dict:
         dtype=str(model.dtype).removeprefix("torch."), adapter_dtype=config.adapter_dtype,
         optimizer_bits=config.optimizer_bits, device=model.device.type, kernels=not config.dropout)
 
+# %% ../../nbs/engine/budget.ipynb #dd21e30c
 def within_budget(
     config: TrainConfig,  # with a budget
     model: nn.Module,     # loaded, without adapters

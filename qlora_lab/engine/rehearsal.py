@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_TOKENS', 'Settings', 'empty_quantized', 'dtype_named', 'empty_model', 'empty_batch', 'rehearsing', 'rehearse',
-           'chosen_layers', 'gradient_bytes', 'held_bytes', 'Rehearsal', 'rehearsed']
+           'chosen_layers', 'Rehearsal', 'rehearsed']
 
 # %% ../../nbs/engine/rehearsal.ipynb #0e7cd137
 # A training step on tensors that have shapes and no bytes.
@@ -25,10 +25,8 @@ __all__ = ['MOST_TOKENS', 'Settings', 'empty_quantized', 'dtype_named', 'empty_m
 
 # %% ../../nbs/engine/rehearsal.ipynb #c850dd2a
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, prod
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -43,9 +41,8 @@ from .allocator import ROUNDED
 from .dispatch import REHEARSED, faster, standing_in
 from .empty_answers import Answers, register_attention, without_padding
 from .known_models import model_config
-from .layer_kinds import in_all, kind_of, representatives, told
+from .layer_kinds import gradient_bytes, held_bytes, in_all, kind_of, representatives, told
 from .state_formats import BLOCK
-from ..held import held_tensors
 from ..linear4bit import quantize_model
 from ..lora import add_lora, trainable
 from ..memory import Moment, watch_step
@@ -56,8 +53,40 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # %% ../../nbs/engine/rehearsal.ipynb #6625bdc6
+MOST_TOKENS = 1 << 27  # a forward pass, and labels of 1 GiB
+_DTYPES = "float32", "bfloat16", "float16"
+
+def _check(s: "Settings") -> None:
+    "Refuse what cannot be, by the setting's name."
+    def need(ok, name, what):
+        if not ok: raise LabError(f"{name}={getattr(s, name)!r}: expected {what}")
+    least_of = dict(rank=1, batch_size=1, sequence=2, accumulation=1, checkpointed_layers=0)
+    for name, least in least_of.items():
+        whole = isinstance(getattr(s, name), int)
+        need(whole and getattr(s, name) >= least, name, f"a whole number of at least {least}")
+    for name in ("dtype", "compute_dtype", "adapter_dtype"):
+        left_out = name == "compute_dtype" and s.compute_dtype is None
+        need(left_out or getattr(s, name) in _DTYPES, name, "float32, bfloat16 or float16")
+    need(s.optimizer_bits in (8, 32), "optimizer_bits", "32 or 8")
+    need(s.device in ("cuda", "cpu"), "device", "'cuda' or 'cpu'")
+    need(s.checkpoints_in in ("device", "host"), "checkpoints_in", "'device' or 'host'")
+    need(s.blocksize in BLOCKSIZES, "blocksize", f"one of {', '.join(map(str, BLOCKSIZES))}")
+    most = s.batch_size * (s.sequence - 1)
+    need(most < MOST_TOKENS, "batch_size", f"batch_size * sequence below {MOST_TOKENS:,} tokens")
+    need(s.learned is None or 1 <= s.learned <= most, "learned",
+         f"1 to {most} tokens, since nothing foretells the first of an example")
+    if s.quantize is not None: levels_by_code(s.quantize)
+
+# %% ../../nbs/engine/rehearsal.ipynb #ad752afb
+class _Checked:
+    "Refuses what cannot be."
+    def __post_init__(self):
+        if isinstance(self.targets, list): object.__setattr__(self, "targets", tuple(self.targets))  # as JSON has it
+        _check(self)
+
+# %% ../../nbs/engine/rehearsal.ipynb #66f2c3bc
 @dataclass(frozen=True)
-class Settings:
+class Settings(_Checked):
     "How a model is trained, as far as memory is concerned; raises LabError for what cannot be."
     rank: int = 16               # of the adapters
     targets: str | tuple[str, ...] = "all-linear"  # layers with adapters, as PEFT names them
@@ -78,35 +107,6 @@ class Settings:
     accumulation: int = 1  # forward passes an optimizer step: from the second on, gradients are there from the start
     device: str = "cuda"         # "cuda" or "cpu"
     kernels: bool = True         # layers as the device's kernels make them (from lesson 14 on), or all in plain torch
-
-    def __post_init__(self):
-        if isinstance(self.targets, list): object.__setattr__(self, "targets", tuple(self.targets))  # as JSON has it
-        _check(self)
-
-# %% ../../nbs/engine/rehearsal.ipynb #66f2c3bc
-MOST_TOKENS = 1 << 27  # a forward pass, and labels of 1 GiB
-_DTYPES = "float32", "bfloat16", "float16"
-
-def _check(s: Settings) -> None:
-    "Refuse what cannot be, by the setting's name."
-    def need(ok, name, what):
-        if not ok: raise LabError(f"{name}={getattr(s, name)!r}: expected {what}")
-    least_of = dict(rank=1, batch_size=1, sequence=2, accumulation=1, checkpointed_layers=0)
-    for name, least in least_of.items():
-        whole = isinstance(getattr(s, name), int)
-        need(whole and getattr(s, name) >= least, name, f"a whole number of at least {least}")
-    for name in ("dtype", "compute_dtype", "adapter_dtype"):
-        left_out = name == "compute_dtype" and s.compute_dtype is None
-        need(left_out or getattr(s, name) in _DTYPES, name, "float32, bfloat16 or float16")
-    need(s.optimizer_bits in (8, 32), "optimizer_bits", "32 or 8")
-    need(s.device in ("cuda", "cpu"), "device", "'cuda' or 'cpu'")
-    need(s.checkpoints_in in ("device", "host"), "checkpoints_in", "'device' or 'host'")
-    need(s.blocksize in BLOCKSIZES, "blocksize", f"one of {', '.join(map(str, BLOCKSIZES))}")
-    most = s.batch_size * (s.sequence - 1)
-    need(most < MOST_TOKENS, "batch_size", f"batch_size * sequence below {MOST_TOKENS:,} tokens")
-    need(s.learned is None or 1 <= s.learned <= most, "learned",
-         f"1 to {most} tokens, since nothing foretells the first of an example")
-    if s.quantize is not None: levels_by_code(s.quantize)
 
 # %% ../../nbs/engine/rehearsal.ipynb #a4752e0d
 def empty_quantized(
@@ -139,7 +139,7 @@ def _bare_model(config: "PretrainedConfig", s: Settings, attention: str | None =
     model.set_attn_implementation(named)
     return model
 
-def _keep(model: nn.Module, numbers: list[int]) -> None:
+def _keep(model: nn.Module, numbers: tuple[int, ...]) -> None:
     "Leave a model some of its layers."
     layers, config = decoder_layers(model), getattr(model, "get_decoder", lambda: model)().config
     kept, kinds = [layers[i] for i in numbers], vars(config).get("layer_types")
@@ -161,21 +161,23 @@ def _by_place(s: Settings) -> bool:
     "Whether which layers are adapted may depend on their numbers."
     return s.targets != "all-linear" and (isinstance(s.targets, str) or any("." in name for name in s.targets))
 
+# %% ../../nbs/engine/rehearsal.ipynb #af4b7606
 def empty_model(
     config: "PretrainedConfig",
     s: Settings,
-    layers: int | list[int] | None = None,  # the first so many, or which; all by default
+    layers: int | tuple[int, ...] | None = None,  # the first so many, or which; all by default
     attention: str | None = None,  # name of the implementation; by default one that the meta device can run
+    checkpointed: tuple[int, ...] | None = None,  # which of these, counted from 0; by default as the settings say
 ) -> nn.Module:  # on the meta device, ready to train
     "The model that would be trained, of tensors without bytes: the lab's own layers in transformers' own architecture."
     model = _bare_model(config, s, attention)
     every, numbers = len(decoder_layers(model)), layers
-    if not isinstance(layers, list): numbers = list(range(every if layers is None else layers))
+    if not isinstance(layers, tuple): numbers = tuple(range(every if layers is None else layers))
     if _by_place(s): _put_in(model, s)  # before the layers have other numbers
     _keep(model, numbers)
     if not _by_place(s): _put_in(model, s)
-    chosen = [n for n, i in enumerate(numbers) if i < (s.checkpointed_layers or every)]
-    if s.checkpointing: checkpoint_layers(model, layers=chosen, where=s.checkpoints_in)
+    if checkpointed is None: checkpointed = [n for n, i in enumerate(numbers) if i < (s.checkpointed_layers or every)]
+    if s.checkpointing: checkpoint_layers(model, layers=checkpointed, where=s.checkpoints_in)
     return model.train()
 
 # %% ../../nbs/engine/rehearsal.ipynb #201c4065
@@ -200,11 +202,12 @@ def rehearsing(kernels: tuple):  # one for each name in REHEARSED; None for plai
 def rehearse(
     config: "PretrainedConfig",
     s: Settings,
-    layers: int | list[int],  # how many to rehearse, or which
-    kernels: tuple,           # as for `rehearsing`
+    layers: int | tuple[int, ...],  # how many to rehearse, or which
+    kernels: tuple,                 # as for `rehearsing`
+    checkpointed: tuple[int, ...] | None = None,  # as for `empty_model`
 ) -> tuple[nn.Module, MemoryTimeline, bool]:
     "A model of these layers, its step by the device's kernels, and whether they fuse layers and record steps."
-    model, device = empty_model(config, s, layers), torch.device("meta")
+    model, device = empty_model(config, s, layers, checkpointed=checkpointed), torch.device("meta")
     with rehearsing(kernels), Answers(s.device), without_padding():
         fused = faster("fuse_layers", device, model) is not None
         if s.accumulation > 1:
@@ -220,40 +223,29 @@ def _adapted(model: nn.Module, s: Settings) -> set[str]:
     return set(adapter_targets(model, LoraConfig(target_modules=wanted)))
 
 @lru_cache(maxsize=64)
-def chosen_layers(config_json: str, s: Settings) -> tuple[list[int], list[int]]:
-    "Which layers to rehearse; for each layer of the model, which of these stands for it."
+def _kinds(config_json: str, s: Settings) -> list[int]:
+    "A number for what each layer is built of, and which of its parts are adapted."
     model = _bare_model(model_config(json.loads(config_json)), s)
     layers, adapted = decoder_layers(model), _adapted(model, s)
     place = next(name for name, m in model.named_modules() if m is layers)
-    end = s.checkpointed_layers or len(layers)
     def parts(i): return frozenset(n.removeprefix(f"{place}.{i}.") for n in adapted if n.startswith(f"{place}.{i}."))
-    if end > len(layers): raise LabError(f"checkpointed_layers={end}: the model has {len(layers)} layers")
-    kinds = [(kind_of(layer), parts(i), s.checkpointing and i < end) for i, layer in enumerate(layers)]
+    kinds = [(kind_of(layer), parts(i)) for i, layer in enumerate(layers)]
     names = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
-    return representatives([names[kind] for kind in kinds])
+    return [names[kind] for kind in kinds]
 
-# %% ../../nbs/engine/rehearsal.ipynb #219dad0b
-def gradient_bytes(
-    parameters: list[nn.Parameter],
-    rounded: Callable[[int], int] = int,  # bytes asked for to bytes taken
-) -> int:
-    "What the gradients of these take; adapters that read the same input may have theirs in one piece of memory."
-    storages = [p.grad.untyped_storage() for p in parameters if p.grad is not None]
-    return sum(map(rounded, {t._cdata: t.nbytes() for t in storages}.values()))
-
-# %% ../../nbs/engine/rehearsal.ipynb #9779e599
-def held_bytes(
-    model: nn.Module,   # on the meta device, of a few layers
-    stands: list[int],  # for each layer of the real one, which of these stands for it
-    rounded: Callable[[int], int] = int,  # bytes asked for to bytes taken
-) -> dict[str, int]:    # component to bytes
-    "What a model of all layers holds all the time."
-    rows, times, repeated = defaultdict(int), Counter(stands), {}
-    for n, layer in enumerate(decoder_layers(model)):
-        own = [t for m in layer.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        repeated |= {id(t): times[n] for t in own}
-    for kind, t, _ in held_tensors(model): rows[kind] += repeated.get(id(t), 1) * rounded(t.nbytes)
-    return dict(rows)
+# %% ../../nbs/engine/rehearsal.ipynb #8db25333
+def chosen_layers(
+    config_json: str,
+    s: Settings,
+) -> tuple[tuple[int, ...], tuple[int, ...], list[int]]:
+    "Layers to rehearse; which of these are checkpointed; for each layer of the model, which of these stands for it."
+    kinds = _kinds(config_json, Settings(targets=s.targets, dtype=s.dtype, device=s.device))
+    end = (s.checkpointed_layers or len(kinds)) if s.checkpointing else 0
+    if end > len(kinds): raise LabError(f"checkpointed_layers={end}: the model has {len(kinds)} layers")
+    few, stands = representatives([(kind, i < end) for i, kind in enumerate(kinds)])
+    of_kind = {k: iter([i for i, kind in enumerate(kinds) if kind == k]) for k in set(kinds)}
+    numbers = tuple(next(of_kind[kinds[i]]) for i in few)
+    return numbers, tuple(n for n, i in enumerate(few) if i < end), stands
 
 # %% ../../nbs/engine/rehearsal.ipynb #a1d985b2
 class Rehearsal(NamedTuple):
@@ -267,12 +259,17 @@ class Rehearsal(NamedTuple):
 
 def _padded(parameters: list[nn.Parameter]) -> int: return sum(ceil(p.numel() / BLOCK) * BLOCK for p in parameters)
 
+# %% ../../nbs/engine/rehearsal.ipynb #27cb82ba
+@lru_cache(maxsize=64)
+def _heard(config_json: str, s: Settings, numbers: tuple, kernels: tuple, checkpointed: tuple) -> tuple:
+    return rehearse(model_config(json.loads(config_json)), s, numbers, kernels, checkpointed)
+
 @lru_cache(maxsize=256)
 def rehearsed(config_json: str, s: Settings, kernels: tuple) -> Rehearsal:
     "A rehearsal of a few layers, told for all."
-    config, rounded = model_config(json.loads(config_json)), ROUNDED[s.device]
-    numbers, stands = chosen_layers(config_json, s)
-    model, timeline, fused = rehearse(config, s, numbers, kernels)
+    rounded, (numbers, checkpointed, stands) = ROUNDED[s.device], chosen_layers(config_json, s)
+    alike = replace(s, checkpointed_layers=0)  # how many are checkpointed changes `stands` alone
+    model, timeline, fused = _heard(config_json, alike, numbers, kernels, checkpointed)
     adapters = [trainable(layer) for layer in decoder_layers(model)]
     left = [gradient_bytes(some, rounded) for some in adapters]
     inside = {id(p) for some in adapters for p in some}
