@@ -50,6 +50,7 @@ FASTER: dict[Key, str | Callable] = {
     ("quantize", "cuda"): "engine.triton_quantize.quantize_triton",
     ("quantize_absmax", "cuda"): "engine.triton_quantize.quantize_absmax_triton",
     ("adapted_linear", "cuda"): "engine.adapted_linear.adapted_linear",
+    ("experts", "cuda"): "engine.grouped_experts.grouped_experts",
     ("fuse_layers", "cuda"): "engine.fusing.fuse_layers",
     ("summed_loss", "cuda"): "engine.filled_up.filled_loss",
     ("slopes", "cuda"): "engine.piecewise_loss.slopes_triton",
@@ -63,6 +64,7 @@ ALWAYS: dict[Key, str | Callable] = {
     ("dequantize", "meta"): "engine.empty_answers.decode_empty",
     ("quantize", "meta"): "engine.empty_answers.quantize_empty",
     ("quantize_absmax", "meta"): "engine.empty_answers.quantize_absmax_empty",
+    ("experts", "meta"): "engine.grouped_experts.grouped_experts",
     ("nearest_code", "cpu"): "engine.tables.nearest_by_table",
     ("dequantize_packed", "cpu"): "engine.tables.dequantize_by_table",
     ("dequantize_packed", "cuda"): "engine.tables.dequantize_by_table",
@@ -73,6 +75,8 @@ ALWAYS: dict[Key, str | Callable] = {
     ("move_pages", "cuda"): "engine.copy_lanes.LaneMover",
     **{("quantize_experts", d): "engine.experts.quantize_experts" for d in ("cpu", "cuda", "meta")},
     **{("adapt_experts", d): "engine.expert_adapters.adapt_experts" for d in ("cpu", "cuda", "meta")},
+    ("hold_experts", "cpu"): "engine.experts.hold_experts",
+    ("open_mxfp4", "cpu"): "engine.mxfp4.open_mxfp4",
     **{("peft_names", d): "engine.expert_adapters.peft_names" for d in ("cpu", "cuda", "meta")},
     **{(f, d): f"engine.adapted_parameters.{f}" for d in ("cpu", "cuda", "meta")
        for f in ("adapt_parameters", "parameter_shapes", "parameter_names")},
@@ -88,7 +92,7 @@ ALWAYS: dict[Key, str | Callable] = {
 LACK = {"cpu": "engine.c_functions.c_lack", "cuda": "engine.gpu.gpu_lack"}  # device type to where its reason is found
 TRIAL = {"cuda": "engine.gpu.first_kernel"}  # where a device is tried, the first time that a twin is to work on it
 REHEARSED = "adapted_linear", "fuse_layers", "summed_loss", "slopes", "adamw"  # they change what a step holds
-IN_TORCH = {"adapted_linear"}  # written in torch's operations: they need neither a compiler nor Triton
+IN_TORCH = {"adapted_linear", "experts"}  # written in torch's operations: they need neither a compiler nor Triton
 
 # %% ../../nbs/engine/dispatch.ipynb #4d720f62
 AT_WORK: dict[Key, str | Callable] = {}  # the twins that answer now
