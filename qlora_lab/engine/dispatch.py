@@ -60,33 +60,24 @@ FASTER: dict[Key, str | Callable] = {
 }
 
 # %% ../../nbs/engine/dispatch.ipynb #53d987c8
-ALWAYS: dict[Key, str | Callable] = {
-    ("dequantize", "meta"): "engine.empty_answers.decode_empty",
-    ("quantize", "meta"): "engine.empty_answers.quantize_empty",
-    ("quantize_absmax", "meta"): "engine.empty_answers.quantize_absmax_empty",
-    ("experts", "meta"): "engine.grouped_experts.grouped_experts",
-    ("nearest_code", "cpu"): "engine.tables.nearest_by_table",
-    ("dequantize_packed", "cpu"): "engine.tables.dequantize_by_table",
-    ("dequantize_packed", "cuda"): "engine.tables.dequantize_by_table",
-    ("quantize_exactly", "cpu"): "engine.rounding.quantize_blocks",
-    ("quantize_exactly", "cuda"): "engine.rounding.quantize_blocks",
-    ("quantize_absmax_exactly", "cpu"): "engine.rounding.quantize_absmax",
-    ("quantize_absmax_exactly", "cuda"): "engine.rounding.quantize_absmax",
-    ("move_pages", "cuda"): "engine.copy_lanes.LaneMover",
-    **{("quantize_experts", d): "engine.experts.quantize_experts" for d in ("cpu", "cuda", "meta")},
-    **{("adapt_experts", d): "engine.expert_adapters.adapt_experts" for d in ("cpu", "cuda", "meta")},
-    ("hold_experts", "cpu"): "engine.experts.hold_experts",
-    ("open_mxfp4", "cpu"): "engine.mxfp4.open_mxfp4",
-    **{("peft_names", d): "engine.expert_adapters.peft_names" for d in ("cpu", "cuda", "meta")},
-    **{(f, d): f"engine.adapted_parameters.{f}" for d in ("cpu", "cuda", "meta")
-       for f in ("adapt_parameters", "parameter_shapes", "parameter_names")},
-    ("host_checkpoints", "cuda"): "engine.host_checkpoints.keep_on_host",
-    ("host_checkpoints", "meta"): "engine.host_checkpoints.keep_on_host",
-    ("within_budget", "cpu"): "engine.budget.within_budget",
-    ("within_budget", "cuda"): "engine.budget.within_budget",
-    ("optimizer", "cpu"): "engine.paged_adamw.optimizer",
-    ("optimizer", "cuda"): "engine.paged_adamw.optimizer",
-}
+def _on(*devices: str, **twins: str) -> dict[Key, str | Callable]:
+    "Rows of a table: these twins, on each of these devices."
+    return {(operation, device): place for operation, place in twins.items() for device in devices}
+
+ALWAYS: dict[Key, str | Callable] = _on("meta", dequantize="engine.empty_answers.decode_empty",
+    quantize="engine.empty_answers.quantize_empty", quantize_absmax="engine.empty_answers.quantize_absmax_empty",
+    experts="engine.grouped_experts.grouped_experts")
+ALWAYS |= _on("cpu", nearest_code="engine.tables.nearest_by_table", hold_experts="engine.experts.hold_experts",
+    open_mxfp4="engine.mxfp4.open_mxfp4")
+ALWAYS |= _on("cuda", move_pages="engine.copy_lanes.LaneMover")
+ALWAYS |= _on("cuda", "meta", host_checkpoints="engine.host_checkpoints.keep_on_host")
+ALWAYS |= _on("cpu", "cuda", dequantize_packed="engine.tables.dequantize_by_table",
+    quantize_exactly="engine.rounding.quantize_blocks", quantize_absmax_exactly="engine.rounding.quantize_absmax",
+    within_budget="engine.budget.within_budget", optimizer="engine.paged_adamw.optimizer")
+ALWAYS |= _on("cpu", "cuda", "meta", quantize_experts="engine.experts.quantize_experts",
+    adapt_parameters="engine.adapted_parameters.adapt_parameters",
+    parameter_shapes="engine.adapted_parameters.parameter_shapes",
+    parameter_names="engine.adapted_parameters.parameter_names")
 
 # %% ../../nbs/engine/dispatch.ipynb #4f329919
 LACK = {"cpu": "engine.c_functions.c_lack", "cuda": "engine.gpu.gpu_lack"}  # device type to where its reason is found
