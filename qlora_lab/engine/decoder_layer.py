@@ -50,7 +50,9 @@ def attend(
     heads = [t.unflatten(0, (batch, -1)).transpose(1, 2) for t in f.turn(qkv, cos, sin)]
     out, leaves = attention(*heads, keep, **f.how)
     o = f.out.with_room(out.detach().transpose(1, 2).reshape(len(x), -1))
-    if not whole and f.norm_behind is None: return None, [x, h, rstd, qkv, f.out.filled(o), out, *leaves]
+    if not whole and f.norm_behind is None:
+        f.out.fill(o)
+        return None, [x, h, rstd, qkv, o, out, *leaves]
     y, behind = f.put(f.out, o, x, f.norm_behind, False)
     return y, [x, h, rstd, qkv, o, out, *leaves, *behind]
 
@@ -88,6 +90,7 @@ def experts(
     y = residual + out.detach().view(x.shape) if whole else None
     return y, [x, rstd, leaf, out]
 
+# %% ../../nbs/engine/decoder_layer.ipynb #dbbab2a6
 def experts_backward(f: FusedLayer, grad: Tensor, saved: list, own: bool) -> tuple[Tensor, list[Tensor | None]]:
     "As `mlp_backward`. Where the graph was cut off the MLP runs again; that of a second run is used up."
     x, rstd, leaf, out = saved

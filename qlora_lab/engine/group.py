@@ -74,11 +74,6 @@ class _GroupRoom(_GroupLayers):
         inner.addmm_(x[:, :self.inputs], self.all_a(x.dtype).t(), beta=0, alpha=self.scaling)
         rest.zero_()
 
-    def filled(self, x: Tensor) -> Tensor:
-        "x, its room filled."
-        self.fill(x)
-        return x
-
     def fill_back(self, grad: Tensor) -> None:
         "Write s g B to the room of grad [tokens, outputs + room]."
         if not self.room: return
