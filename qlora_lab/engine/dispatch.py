@@ -65,7 +65,6 @@ def _on(*devices: str, **twins: str) -> dict[Key, str | Callable]:
     return {(operation, device): place for operation, place in twins.items() for device in devices}
 
 ALWAYS: dict[Key, str | Callable] = _on("meta", dequantize="engine.empty_answers.decode_empty",
-    quantize="engine.empty_answers.quantize_empty", quantize_absmax="engine.empty_answers.quantize_absmax_empty",
     experts="engine.grouped_experts.grouped_experts")
 ALWAYS |= _on("cpu", nearest_code="engine.tables.nearest_by_table", hold_experts="engine.experts.hold_experts",
     open_mxfp4="engine.mxfp4.open_mxfp4")

@@ -39,7 +39,13 @@ from ..checkpointing import checkpoint_layers, decoder_layers
 from ..double_quant import BLOCKSIZES, STATS_BLOCK, QuantizedTensor, levels_by_code
 from .allocator import ROUNDED
 from .dispatch import REHEARSED, faster, standing_in
-from .empty_answers import Answers, register_attention, without_padding
+from qlora_lab.engine.empty_answers import (
+    Answers,
+    quantize_absmax_empty,
+    quantize_empty,
+    register_attention,
+    without_padding,
+)
 from .known_models import model_config
 from .layer_kinds import gradient_bytes, held_bytes, in_all, kind_of, representatives, told
 from .state_formats import BLOCK
@@ -152,7 +158,8 @@ def _put_in(model: nn.Module, s: Settings) -> None:
     "Quantize the model and put adapters on it, by the functions that do so for training."
     from peft import LoraConfig
     targets = s.targets if isinstance(s.targets, str) else list(s.targets)
-    with torch.device("meta"), Answers(s.device):
+    empty = {("quantize", "meta"): quantize_empty, ("quantize_absmax", "meta"): quantize_absmax_empty}
+    with torch.device("meta"), Answers(s.device), standing_in(empty):
         compute_dtype = dtype_named(s.compute_dtype or s.dtype)
         if s.quantize: quantize_model(model, s.quantize, s.blocksize, s.double_quant, compute_dtype)
         add_lora(model, LoraConfig(r=s.rank, target_modules=targets), dtype=dtype_named(s.adapter_dtype))
