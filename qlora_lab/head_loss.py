@@ -23,6 +23,7 @@ __all__ = ['ALONE', 'LOOKS', 'PIECE', 'Followed', 'Head', 'states_and_head', 'sl
 # bits, in 32, and their slopes. Losses of routers are no part of this. Built in nbs/reference/head_loss.ipynb.
 
 # %% ../nbs/reference/head_loss.ipynb #4a6108e9
+from itertools import repeat
 from typing import NamedTuple
 from weakref import WeakSet
 
@@ -117,32 +118,36 @@ def slopes(
 
 # %% ../nbs/reference/head_loss.ipynb #7806fd5c
 def piece_losses(
-    states: Tensor,   # [places, width]; with `learn` their gradient takes their place
+    states: Tensor,       # [places, width]
     targets: Tensor,
     head: Head,
-    learn: bool,
-) -> Tensor:          # nats of each place
+    slope: Tensor | None, # [places, width], written, may be `states`; None: no gradient is wanted
+) -> Tensor:              # nats of each place
     "One piece of a frozen head's logits, made, used and dropped."
-    here = states.detach().requires_grad_(learn)
+    here, learn = states.detach(), slope is not None
+    here.requires_grad_(learn)
     with torch.set_grad_enabled(learn): logits = head.module(here)
-    numbers, slope = head.numbers(), logits.detach()
-    nats = None if numbers is None else faster("slopes", states.device, slope, targets, *numbers)  # in place
+    numbers, down = head.numbers(), logits.detach()
+    nats = None if numbers is None else faster("slopes", states.device, down, targets, *numbers)  # in place
     if nats is None:
         with torch.set_grad_enabled(learn): logits = head.after(logits)
-        nats, slope = slopes(logits.detach(), targets)
-    if learn: states.copy_(torch.autograd.grad(logits, here, slope)[0])
+        nats, down = slopes(logits.detach(), targets)
+    if learn: slope.copy_(torch.autograd.grad(logits, here, down)[0])
     return nats
 
 # %% ../nbs/reference/head_loss.ipynb #bb4fbcc5
 class InPieces(torch.autograd.Function):
     "The surprise at given places, and its gradient beside it; a frozen head, the logits of a piece at a time."
     @staticmethod
-    def forward(ctx, states: Tensor, at: Tensor, targets: Tensor, head: Head, piece: int) -> Tensor:
-        found, learn = states.index_select(0, at), ctx.needs_input_grad[0]
-        pairs = zip(found.split(piece), targets.split(piece))
+    def forward(ctx, states: Tensor, at: Tensor | None, targets: Tensor, head: Head, piece: int) -> Tensor:
+        found = states if at is None else states.index_select(0, at)
+        if not ctx.needs_input_grad[0]: slope = None
+        else: slope = torch.empty_like(found) if at is None else found
+        slopes = repeat(None) if slope is None else slope.split(piece)
+        pieces = zip(found.split(piece), targets.split(piece), slopes)
         with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach):
-            nats = torch.cat([piece_losses(h, t, head, learn) for h, t in pairs])
-        ctx.save_for_backward(found, at)
+            nats = torch.cat([piece_losses(h, t, head, g) for h, t, g in pieces])
+        ctx.save_for_backward(slope, at)
         ctx.shape = states.shape
         return nats
 
@@ -151,6 +156,7 @@ class InPieces(torch.autograd.Function):
     def backward(ctx, grad):
         slope, at = ctx.saved_tensors
         there = slope * grad.to(slope.dtype)[:, None]
+        if at is None: return there, None, None, None, None
         return slope.new_zeros(ctx.shape).index_add_(0, at, there), None, None, None, None
 
 # %% ../nbs/reference/head_loss.ipynb #c1258da3
@@ -158,8 +164,8 @@ PIECE = 256 << 20  # bytes of logits that are there at once, in the dtype of the
 
 def in_pieces(
     states: Tensor,   # [batch * tokens, width]
-    at: Tensor,       # [places] int64: rows of `states`
-    targets: Tensor,  # [places] int64; negative where a place does not count
+    at: Tensor | None,  # [places] int64: rows of `states`; None: all of them, in order
+    targets: Tensor,    # [places] int64; negative where a place does not count
     head: Head,
     piece: int | None = None,  # places; as `PIECE` says by default, in whole 64s where that many fit
 ) -> Tensor:          # nats of each place, float32
@@ -169,7 +175,7 @@ def in_pieces(
     learns = [p for p in head.module.parameters() if p.requires_grad]
     if not learns: return InPieces.apply(states, at, targets, head, piece)
     def nats(h, t): return F.cross_entropy(head(h).float(), t, reduction="none", ignore_index=-100)
-    found = states.index_select(0, at)
+    found = states if at is None else states.index_select(0, at)
     return torch.cat([checkpoint(nats, h, t, params=learns) for h, t in zip(found.split(piece), targets.split(piece))])
 
 # %% ../nbs/reference/head_loss.ipynb #292c603b
@@ -178,7 +184,7 @@ _WHOLE: WeakSet = WeakSet()  # models that do something else to their logits
 def place_losses(
     model: nn.Module,  # a causal model of transformers, wrapped by PEFT or not
     inputs: dict,      # what it is called with: ids, mask
-    at: Tensor,        # [places] int64: places in the flattened batch
+    at: Tensor | None, # [places] int64: places in the flattened batch; None: all of them, in order
     targets: Tensor,   # [places] int64: the token that comes next there; -100 where a place does not count
     piece: int | None = None,  # places whose logits are there at once
 ) -> Tensor:           # nats of each place, float32
@@ -186,5 +192,6 @@ def place_losses(
     found = None if model in _WHOLE else states_and_head(model, inputs)
     if found is not None: return in_pieces(found[0], at, targets, found[1], piece)
     _WHOLE.add(model)
-    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[at]
+    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
+    if at is not None: logits = logits[at]
     return F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=-100)

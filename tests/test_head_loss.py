@@ -107,6 +107,40 @@ def test_every_kind_of_head(change, name):
     alike(*(gradients((nats * weights).sum(), model) for nats in (whole, pieces)))
 
 
+@pytest.mark.parametrize("change", [biased, in_4_bits, adapted, learning, None])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere"])
+def test_all_places_as_they_lie(change, name):
+    "To the bit what chosen ones give; states stay as they were, and a second backward pass gives the same."
+    model, batch = family(name), ragged((40, 40))
+    if change: change(model)
+    states, head = states_and_head(model, {k: batch[k] for k in ("input_ids", "attention_mask")})
+    targets, own = batch["labels"].flatten(), [p for p in head.module.parameters() if p.requires_grad]
+    states, found = states.detach().requires_grad_(), []
+    before, weights = states.detach().clone(), torch.linspace(0.5, 1.5, len(targets))
+    for at in (None, torch.arange(80)):
+        nats = in_pieces(states, at, targets, head, 7)
+        for keep in (True, False):
+            grads = torch.autograd.grad((nats * weights).sum(), [states, *own], retain_graph=keep)
+            found.append([nats.detach(), *grads])
+    assert torch.equal(states, before) and found[0][1].norm() > 0
+    for other in found[1:]: assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("lengths,copied", [((64, 64), False), ((60, 64), False), ((128,), False), ((128, 20), True)])
+def test_where_all_are_learned_no_place_is_copied(lengths, copied, monkeypatch):
+    "Filled up they are as many as there are; with a shorter row some are chosen. The loss is the plain one either way."
+    model, batch, asked = family("llama"), ragged(lengths), []
+    batch["labels"] = torch.where(batch["attention_mask"] == 1, batch["input_ids"], -100)
+    def noted(states, at, *args, own=head_loss.in_pieces):
+        asked.append(at)
+        return own(states, at, *args)
+    whole = whole_losses(model, batch).sum()
+    monkeypatch.setattr(head_loss, "in_pieces", noted)
+    loss = filled_loss(model, batch)
+    assert (asked[-1] is not None) == copied and torch.allclose(loss, whole, rtol=1e-5)
+    alike(gradients(whole, model), gradients(loss, model))
+
+
 def test_a_head_that_peft_saves():
     "`modules_to_save` puts a copy that learns beside the frozen one."
     model, batch = family("llama"), ragged()

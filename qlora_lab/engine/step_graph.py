@@ -17,8 +17,9 @@ __all__ = ['PATIENCE', 'HOOKS', 'OWN', 'GradientPlaces', 'Recordings', 'Recorder
 #
 # A recording never waits for the card: no .item(), no mask to look at. Rotary tables, which some models choose by the
 # longest position, are made outside and held. What cannot be recorded runs as it is, with one line of notice. The
-# first recording is compared with the step itself, loss and length of the gradient. A change of the model (modules,
-# addresses, what learns, train mode) is noticed before each step, and it is recorded anew.
+# first recording is compared with two passes that ran before it, loss and length of the gradient; between them and the
+# recording freed memory goes back to the card, so there is never a second pass's worth beside the pool. A change of
+# the model (modules, addresses, what learns, train mode) is noticed before each step, and it is recorded anew.
 #
 # torch.cuda.make_graphed_callables records one module for fixed inputs, and keeps inputs, outputs and gradients of
 # each apart. Compiled layers (torch.compile, "reduce-overhead") record each layer. Neither puts gradients where the
@@ -94,8 +95,12 @@ class Recordings(GradientPlaces):
         "Drop all recordings where a pass beside them may find too little memory; they are made anew later."
         sizes = [held[0].numel() for graph, held, _ in self.graphs.values() if graph is not None]
         if not sizes: return
-        idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # that of the recordings, about
-        if torch.cuda.mem_get_info()[0] < idle * inputs[0].numel() / max(sizes):
+        reserved = torch.cuda.memory_reserved()
+        idle = reserved - torch.cuda.memory_allocated()  # that of the recordings, about
+        free, whole = torch.cuda.mem_get_info()
+        limit = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.)()  # torch 2.6 does not tell
+        free = min(free, whole * limit - reserved)
+        if free < idle * inputs[0].numel() / max(sizes):
             self.clear()
             torch.cuda.empty_cache()
 
@@ -107,6 +112,7 @@ class Recorder(Recordings):
         (shape, makes), before = key, torch.cuda.current_stream()
         held, graph = [t.to(self.device) for t in inputs], torch.cuda.CUDAGraph()
         self.stream = self.stream or torch.cuda.Stream()
+        torch.cuda.empty_cache()  # what passes before this one have freed would lie idle beside the recording
         pool = next((g.pool() for g, _, _ in self.graphs.values() if g is not None), None)  # None for the first
         try:
             with torch.cuda.graph(graph, pool=pool, stream=self.stream):
@@ -121,17 +127,16 @@ class Recorder(Recordings):
             who = f"batches of shape {tuple(shape[0])} run" if short else "the model runs"
             warnings.warn(f"{who} without a graph ({str(e).splitlines()[0]})", stacklevel=2)
             if not short: self.most = 0  # what waits for the card does so in every shape
-            graph = held = result = self.start = None
+            graph = held = result = None
         finally: self.recording = False
-        if graph is None: torch.cuda.empty_cache()
         self.graphs[key] = graph, held, result
 
 # %% ../../nbs/engine/step_graph.ipynb #c55028b1
 class Measured(Recorder):
     "Tells what passes give, and leaves gradients as they were."
-    def back(self) -> None:
+    def back(self, start: list[Tensor | None]) -> None:
         "Gradients as they were before what was measured."
-        for p, g in zip(self.params, self.start):
+        for p, g in zip(self.params, start):
             if g is None: p.grad = None
             else: p.grad.copy_(g)
 
@@ -141,36 +146,35 @@ class Measured(Recorder):
         length = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).norm().item() if grads else 0.
         return result.sum().item(), length
 
-    def measured(self, passes: Callable, inputs: tuple[Tensor, ...]) -> tuple[float, float]:
+    def measured(self, passes: Callable, inputs: tuple[Tensor, ...], start: list[Tensor | None]) -> tuple[float, float]:
         "These numbers, of passes that run as they are; random numbers come again afterwards."
-        self.start = [None if p.grad is None else p.grad.clone() for p in self.params]
         gpus = [self.device.index] if self.device.type == "cuda" else []
         with torch.random.fork_rng(gpus, device_type="cuda"):
             found = self.numbers(passes(*(t.to(self.device) for t in inputs)))
-        self.back()
+        self.back(start)
         return found
 
 # %% ../../nbs/engine/step_graph.ipynb #2fe7b9c9
 class Proof(Measured):
     "Holds the first recording against the passes that it records."
-    proven = False  # whether one was found equal
+    proven = False  # whether one was found equal, or as near as these passes are to themselves
 
-    def prove(self, expected: tuple[float, float], found: tuple[float, float], passes: Callable, inputs: tuple) -> bool:
-        "Whether a recording is what it records; if not it is dropped, and gradients are as they were before it."
-        self.proven = expected == found
-        if self.proven:
-            self.start = None
-            return True
+    def expect(self, passes: Callable, inputs: tuple[Tensor, ...]) -> tuple:
+        "What two passes give, and the gradients there were before; nothing else of them is left."
+        start = [None if p.grad is None else p.grad.clone() for p in self.params]
+        return *(self.measured(passes, inputs, start) for _ in range(2)), start
+
+    def prove(self, expected: tuple, found: tuple[float, float]) -> bool:
+        "Whether a recording is what it records; if not all are dropped, and gradients are as they were before."
+        first, second, start = expected
+        may = [10 * abs(a - b) + 1e-6 * abs(a) for a, b in zip(first, second)]
+        self.proven = found == first or all(abs(a - b) <= m for a, b, m in zip(first, found, may))
+        if self.proven: return True
+        self.most = 0
+        warnings.warn(f"a recorded step gave loss {found[0]:.6g} and gradient {found[1]:.6g} where the step itself "
+                      f"gives {first[0]:.6g} and {first[1]:.6g}: no step is recorded", stacklevel=4)
         self.clear()
-        self.back()
-        again = self.measured(passes, inputs)
-        far = [abs(a - b) for a, b in zip(expected, found)]
-        may = [10 * abs(a - b) + 1e-6 * abs(a) for a, b in zip(expected, again)]
-        self.start, self.proven = None, all(a <= b for a, b in zip(far, may))
-        if not self.proven:
-            self.most = 0
-            warnings.warn(f"a recorded step gave loss {found[0]:.6g} and gradient {found[1]:.6g} where the step itself "
-                          f"gives {expected[0]:.6g} and {expected[1]:.6g}: no step is recorded", stacklevel=3)
+        self.back(start)
         return False
 
 # %% ../../nbs/engine/step_graph.ipynb #1b829d07
@@ -182,22 +186,30 @@ class StepGraph(Proof):
         *inputs: Tensor,   # on the CPU
     ) -> Tensor:           # what `passes` returns
         "Run as it is for the first batch of a shape; from the second on recorded once, and replayed."
-        shape, expected = tuple(t.shape for t in inputs), None
+        shape = tuple(t.shape for t in inputs)
         with on_device(self.device):
             makes = (self.grads is None or self.maker == shape) and all(p.grad is None for p in self.params)
             key, known = (shape, makes), shape in self.seen  # to make gradients and to add to them are two recordings
             if not makes: self.attach(known)
             room = key not in self.graphs and len(self.graphs) < self.most
-            if known and room and (makes or self.grads):
-                if not self.proven: expected = self.measured(passes, inputs)
-                self.record(key, passes, inputs)
+            record, first = known and room and bool(makes or self.grads), not self.seen
             self.seen.add(shape)
-            graph, held, result = self.graphs.get(key) or (None, None, None)
-            if graph is not None:
-                out = self.replay(graph, held, result, inputs, makes)
-                if not expected or self.prove(expected, self.numbers(out), passes, inputs): return out
+            out = self.recorded(key, passes, inputs, record)
+            if out is not None: return out
+            if record: torch.cuda.empty_cache()  # it failed, and nothing holds its memory any more
             self.make_room(inputs)
-            return passes(*(t.to(self.device) for t in inputs))
+            out = passes(*(t.to(self.device) for t in inputs))
+            if first: torch.cuda.empty_cache()
+            return out
+
+    def recorded(self, key: tuple, passes: Callable, inputs: tuple[Tensor, ...], record: bool) -> Tensor | None:
+        "The result by a recording, which is made first if that is asked for; None where there is none that holds."
+        expected = self.expect(passes, inputs) if record and not self.proven else None
+        if record: self.record(key, passes, inputs)
+        graph, held, result = self.graphs.get(key) or (None, None, None)
+        if graph is None: return None
+        out = self.replay(graph, held, result, inputs, key[1])
+        return out if not expected or self.prove(expected, self.numbers(out)) else None
 
 # %% ../../nbs/engine/step_graph.ipynb #560ccbef
 def relied_on(modules: list[nn.Module]) -> tuple[list, list]:
