@@ -247,7 +247,8 @@ def overheard(modules: list[nn.Module], params: list[nn.Parameter]) -> bool:
     hooks = [hook for m in modules for kind in HOOKS for hook in m.__dict__[kind].values()]
     for p in params:
         for found in (p._backward_hooks, p._post_accumulate_grad_hooks): hooks += (found or {}).values()
-    return not all((getattr(hook, "__module__", None) or "").split(".")[0] in OWN for hook in hooks)
+    def whose(hook): return whose(hook.func) if isinstance(hook, partial) else getattr(hook, "__module__", None) or ""
+    return not all(whose(hook).split(".")[0] in OWN for hook in hooks)
 
 # %% ../../nbs/engine/step_graph.ipynb #522f48fb
 @contextmanager
