@@ -81,7 +81,7 @@ class Recordings(GradientPlaces):
     def clear(self) -> None:
         "Give back the memory of all recordings."
         super().clear()
-        self.graphs = {}
+        self.graphs, self.pool = {}, 0  # the table; bytes of the recordings' pool
 
     def replay(self, graph, held: list[Tensor], result: Tensor, inputs: tuple[Tensor, ...], makes: bool) -> Tensor:
         "A recording on new inputs; the gradients are at their places then."
@@ -95,12 +95,11 @@ class Recordings(GradientPlaces):
         "Drop all recordings where a pass beside them may find too little memory; they are made anew later."
         sizes = [held[0].numel() for graph, held, _ in self.graphs.values() if graph is not None]
         if not sizes: return
-        reserved = torch.cuda.memory_reserved()
-        idle = reserved - torch.cuda.memory_allocated()  # that of the recordings, about
-        free, whole = torch.cuda.mem_get_info()
+        own = self.pool - sum(g.nbytes for g in self.grads if self.maker)  # what of the pool a replay works in
+        reserved, (free, whole) = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()
         limit = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.)()  # torch 2.6 does not tell
-        free = min(free, whole * limit - reserved)
-        if free < idle * inputs[0].numel() / max(sizes):
+        cached = reserved - torch.cuda.memory_allocated() - own  # freed by passes, for passes
+        if min(free, whole * limit - reserved) + cached < own * inputs[0].numel() / max(sizes):
             self.clear()
             torch.cuda.empty_cache()
 
@@ -113,6 +112,7 @@ class Recorder(Recordings):
         held, graph = [t.to(self.device) for t in inputs], torch.cuda.CUDAGraph()
         self.stream = self.stream or torch.cuda.Stream()
         torch.cuda.empty_cache()  # what passes before this one have freed would lie idle beside the recording
+        reserved = torch.cuda.memory_reserved()
         pool = next((g.pool() for g, _, _ in self.graphs.values() if g is not None), None)  # None for the first
         try:
             with torch.cuda.graph(graph, pool=pool, stream=self.stream):
@@ -130,6 +130,7 @@ class Recorder(Recordings):
             graph = held = result = None
         finally: self.recording = False
         self.graphs[key] = graph, held, result
+        if graph is not None: self.pool += torch.cuda.memory_reserved() - reserved
 
 # %% ../../nbs/engine/step_graph.ipynb #c55028b1
 class Measured(Recorder):
