@@ -300,22 +300,26 @@ def test_a_recording_that_fails_leaves_no_gradients(recordings, error):
 
 
 def test_recordings_go_where_memory_is_short(recordings, monkeypatch):
-    "40 bytes idle in recordings of up to 2 numbers: one of 8 may want 160."
-    p = nn.Parameter(torch.ones(3))
+    "52 bytes of a pool, of which 12 are gradients: 40 for recordings of up to 2 numbers, so one of 8 may want 160."
+    p, card = nn.Parameter(torch.ones(3)), {"free": 1000, "cached": 0, "limit": 1.}
     graph = StepGraph([p])
-    def one_step(n):
+    def reserved(): return 60 + card["cached"] + 52 * bool(graph.graphs)
+    stand_ins = {"memory_reserved": reserved, "memory_allocated": lambda: 60 + 12 * bool(graph.graphs),
+                 "mem_get_info": lambda: (card["free"], 2000), "get_per_process_memory_fraction": lambda: card["limit"]}
+    for name, stand_in in stand_ins.items(): monkeypatch.setattr(torch.cuda, name, stand_in)
+    def one_step(n, **now):
+        card.update(now)
         p.grad = None
         graph(product(p), torch.full((n, 1), 3.))
         return p.grad.tolist() == [3. * n] * 3
-    assert all(map(one_step, (2, 2, 8))) and len(graph.graphs) == 1
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (150, 2000))
-    assert one_step(7) and len(graph.graphs) == 1
+    assert all(map(one_step, (2, 2, 8))) and len(graph.graphs) == 1 and graph.pool == 52
+    assert one_step(7, free=150) and len(graph.graphs) == 1
     assert one_step(9) and not graph.graphs and graph.grads is None
-    assert one_step(2) and len(graph.graphs) == 1  # made anew
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 2000))
-    assert one_step(10) and len(graph.graphs) == 1
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 0.12)  # 240 bytes, of which 100 taken
-    assert one_step(11) and not graph.graphs
+    assert one_step(2, free=1000) and len(graph.graphs) == 1 and graph.pool == 52  # made anew
+    assert one_step(9, free=150, cached=50) and len(graph.graphs) == 2  # what earlier passes left can be had
+    assert one_step(10, free=1000, cached=0) and len(graph.graphs) == 2
+    assert one_step(28, limit=0.12) and len(graph.graphs) == 2  # 240 bytes for this process, of which 112 are taken
+    assert one_step(30) and not graph.graphs
 
 
 def plain_model(name="qwen3"):
@@ -394,7 +398,7 @@ def test_in_which_order_a_step_is_recorded(recordings, monkeypatch, wrong):
             warnings.simplefilter("ignore")
             for n in shapes: graph(passes, torch.ones(n, 1))
         return list(events)
-    assert steps(3) == [("pass", False, False), ("empty", False, False)]
+    assert steps(3) == [("empty", False, False), ("pass", False, False), ("empty", False, False)]
     begun = [("pass", False, False)] * 2 + [("empty", False, False), ("record", False, False)]
     gone = [("empty", False, False), ("pass", False, False)]
     assert steps(3) == [*begun, ("replay", True, False), *(gone if wrong else ())]
@@ -493,7 +497,7 @@ def test_plain_layers_that_were_changed_are_recorded_anew(change, recordings):
     assert model._graph is not first
 
 
-def test_a_model_that_was_moved_is_recorded_anew(recordings):
+def test_a_model_that_was_moved_is_recorded_anew(recordings, monkeypatch):
     "Its old recordings know addresses that are others' by now."
     model = fuse_layers(small())
     batch = ragged((9, 5))
@@ -504,8 +508,10 @@ def test_a_model_that_was_moved_is_recorded_anew(recordings):
     model.to(torch.float64).to(torch.float32)
     forward_backward(model, batch, 7)
     assert model._graph is not first
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("_graph" in model.__dict__))
     forget(model)
-    assert "_graph" not in model.__dict__ and all(p.grad is not None for p in trainable(model))
+    assert emptied == [False] and all(p.grad is not None for p in trainable(model))
 
 
 def fewer_layers(model): model.model.layers = model.model.layers[:1]
