@@ -126,13 +126,16 @@ def test_meta_tensors_pass():
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("most", [1 << 30, 1])
 def test_equals_the_loop_on_a_gpu(family, most, monkeypatch):
-    "bfloat16: as near to the loop as two orders of sums are, in values and gradients."
+    "In float32 up to rounding; in bfloat16 no farther from that than the loop is, in values and gradients."
     monkeypatch.setattr(groups, "MOST", most)
     model = model_of(family, 8, device="cuda", dtype=torch.bfloat16)
-    (got, times), (right, _) = by(groups.grouped_experts, model, rows=4, length=64), by(None, model, rows=4, length=64)
+    how = dict(rows=4, length=64)
+    (got, times), (loop, _) = by(groups.grouped_experts, model, **how), by(None, model, **how)
     assert times == 2
-    for a, b in zip(got, right, strict=True):
-        assert (a.float() - b.float()).norm() < 0.03 * b.float().norm() + 1e-9
+    exact, (near, _) = by(None, model.float(), **how)[0], by(groups.grouped_experts, model, **how)
+    for a, b in zip(near, exact, strict=True): assert (a - b).norm() < 1e-4 * b.norm() + 1e-9
+    far = [[((t.float() - e).norm() / (e.norm() + 1e-9)).item() for t, e in zip(ts, exact)] for ts in (got, loop)]
+    assert max(far[0]) < 2 * max(far[1]) + 1e-3, far
 
 
 @gpu
