@@ -15,6 +15,7 @@ import unsloth
 
 # isort: split
 import gc
+import statistics
 
 import torch
 from unsloth import FastLanguageModel
@@ -42,30 +43,33 @@ def main() -> None:
     ids = torch.randint(0, asked["words"], (asked["batch"], asked["sequence"]),
                         generator=torch.Generator().manual_seed(0)).cuda()
 
-    def step() -> tuple[float, float]:
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+    def step(masked: bool) -> tuple[float, float]:
+        mask = torch.ones_like(ids) if masked else None
+        with torch.autocast("cuda", torch.bfloat16): loss = model(input_ids=ids, attention_mask=mask, labels=ids).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(params, 0.3)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item(), norm.item()
 
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    loading, seconds, said = time.perf_counter() - start, [], []
-    for _ in range(asked["warmup"] + asked["rounds"]):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        said.append(step())
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    gib = 2 ** 30
-    print(json.dumps({"seconds": seconds[asked["warmup"]:], "losses": [loss for loss, _ in said],
-                      "norms": [norm for _, norm in said], "peak_gib": torch.cuda.max_memory_allocated() / gib,
-                      "reserved_gib": torch.cuda.max_memory_reserved() / gib, "loading_s": loading,
-                      "version": unsloth.__version__}))
+    loading, ways = time.perf_counter() - start, {}
+    for masked in (True, False):  # the faster counts: which attention is chosen depends on the mask
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        seconds, said = [], []
+        for _ in range(asked["warmup"] + asked["rounds"]):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            said.append(step(masked))
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        gib = 2 ** 30
+        ways[masked] = {"seconds": seconds[asked["warmup"]:], "losses": [loss for loss, _ in said],
+                        "norms": [norm for _, norm in said], "peak_gib": torch.cuda.max_memory_allocated() / gib,
+                        "reserved_gib": torch.cuda.max_memory_reserved() / gib, "mask of ones": masked}
+    best = min(ways.values(), key=lambda way: statistics.median(way["seconds"]))
+    print(json.dumps(best | {"loading_s": loading, "version": unsloth.__version__}))
 
 
 if __name__ == "__main__": main()

@@ -693,8 +693,8 @@ def test_gradients_stay_where_the_recording_writes_them(to_none):
     assert [makes for _, makes in graphs] == ([True, False] if to_none else [False])  # the last pass above adds
 
 
-WAITS = {"bloom", "mpt", "falcon", "falcon alibi", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "gpt_oss",
-         "deepseek_v3", "glm4_moe", "llama4_text", "mamba", "mamba2"}  # may have to ask the card for a number
+WAITS = {"bloom", "mpt", "falcon", "falcon alibi", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
+         "gpt_oss", "deepseek_v3", "glm4_moe", "llama4_text", "mamba", "mamba2"}  # may have to ask the card for a number
 
 
 @needs_gpu
