@@ -11,23 +11,19 @@ __all__ = ['aten', 'KERNELS', 'KEPT_FROM', 'windowed_by_blocks', 'windowed_by_fl
 #
 #     out = softmax(scale * q k^T + causal mask) v    [batch, heads, tokens, size], k and v perhaps fewer heads
 #
-# torch's scaled_dot_product_attention picks a kernel for the card, and each kernel keeps something else for its
-# backward pass. So attention gets a graph of its own, cut off at q, k and v (the leaves). The layer saves out and
-# leaves, and later asks the graph for the gradients of the leaves. Hooks that keep saved tensors elsewhere
-# (torch.autograd.graph.save_on_cpu) bring back copies without a graph; then attention is run once more. The graph is
-# kept (retain_graph), as a backward pass may be asked for twice.
+# torch's scaled_dot_product_attention picks a kernel for the card, and each keeps something else for its backward pass.
+# So attention gets a graph of its own, cut off at q, k and v (the leaves), and the layer asks it for their gradients.
+# Hooks that keep saved tensors elsewhere (save_on_cpu) bring back copies without a graph; then attention is run once
+# more. The graph is kept (retain_graph), as a backward pass may be asked for twice. Shared heads go by enable_gqa.
 #
 # A window of w tokens: query i sees keys i - w + 1 to i, as in transformers. On NVIDIA's GPUs in 16 bits the flash
-# kernel does it (torch.ops.aten._flash_attention_forward, which torch.nn.attention.varlen calls too), if a trial of
-# it gives the right numbers. Elsewhere queries go in blocks of w, each with the 2 w - 1 keys that it can see and one
-# mask for all blocks: work and memory grow with tokens times w.
-#
-# On `meta` flash attention is taken, as on the GPUs that the kernels are for. Where queries share keys and values, the
-# kernel is told so (enable_gqa).
+# kernel does it (aten._flash_attention_forward, which torch.nn.attention.varlen calls too), if a trial of it gives the
+# right numbers. Elsewhere queries go in blocks of w, each with the 2 w - 1 keys that it can see and one mask for all.
 #
 # A checkpointed layer keeps the result (`Result`) where that spares KEPT_FROM operations a byte: out, logsumexp
 # (float32, [batch, heads, tokens]) and what else the kernel's backward operator takes. That operator is then called by
-# hand, by the kernel that ran forward (`KERNELS`), with queries, keys and values made again.
+# hand, of the kernel that ran forward (KERNELS), with queries, keys and values made again. On `meta`, which has no card
+# to choose for, it is the flash kernel, kept or not.
 #
 # Lesson 14b shows where it belongs; built in nbs/engine/attention.ipynb.
 
