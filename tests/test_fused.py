@@ -2,6 +2,8 @@
 
 Protects: every product and sum of the hand-written backward pass, and what is left to the plain path.
 """
+import copy
+import pickle
 import statistics
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import devices
@@ -256,6 +259,33 @@ def test_a_checkpointed_layer_keeps_its_input():
     assert sorted(n for _, _, n in kept.values()) == sorted([x.nbytes, angles[0].nbytes])
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_fused_model_can_be_copied_and_pickled(again):
+    "The copy is fused, by layers of its own: what happens to its adapters is nothing to the first."
+    model = fuse_layers(checkpoint_layers(small(), again))
+    found = gradients(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(map(is_fused, decoder_layers(other))) and torch.equal(gradients(other), found)
+        for p in trainable(other): p.data.zero_()
+        for layer, first in zip(decoder_layers(other), decoder_layers(model)):
+            assert layer.forward.args[0] is layer and layer._fused.unchanged()
+            assert layer._fused.qkv.layers[0] is layer.self_attn.q_proj is not first.self_attn.q_proj
+        assert not torch.equal(gradients(other), found) and torch.equal(gradients(model), found)
+
+
+def test_a_bias_that_learns_keeps_a_layer_plain():
+    "In a base layer, or in a norm, before the model is fused and after."
+    for name in ("self_attn.q_proj.base_layer.bias", "post_attention_layernorm.weight"):
+        model = small("qwen2")
+        learns = decoder_layers(model)[1].get_parameter(name).requires_grad_()
+        assert not fits(decoder_layers(model)[1]) and fuse_layers(model) is None
+        learns.requires_grad_(False)
+        assert fuse_layers(model) is model
+        learns.requires_grad_()
+        gradients(model)
+        assert learns.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("piece", [0, 1 << 30], ids=["pieces", "whole"])
 def test_a_group_without_adapters_and_onto_something(piece, monkeypatch):
     "A frozen layer passes the gradient on; a residual and a bias are summed in."
@@ -447,6 +477,66 @@ def test_the_flash_kernel_knows_windows(size):
         found.append([out, *torch.autograd.grad(out, leaves, g)])
     assert all(off(a.float(), b.float()) < 0.02 for a, b in zip(*found[:2]))
     assert torch.equal(found[0][0], found[2][0])
+
+
+def kept_result(q, k, v, g, **how):
+    "Out and gradients by a result that a first run keeps and a second reads, and the kernel's name."
+    first = attention.Result()
+    attention.attention(q, k, v, False, **how, result=first)
+    second = attention.Result(first.kernel, first.tensors)
+    out, leaves = attention.attention(q, k, v, **how, result=second)
+    found = attention.attention_backward(g, out, leaves, **how, result=second)
+    return [out, *found], {kernel: name for name, kernel in attention.KERNELS.items()}.get(first.kernel)
+
+
+def by_graph(q, k, v, g, **how):
+    out, leaves = attention.attention(q, k, v, **how)
+    return [out, *attention.attention_backward(g, out, leaves, **how)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window, name", [(None, "cpu"), (40, "cpu"), (8, None)])
+def test_a_kept_result_of_attention(dtype, window, name):
+    "In every bit what the graph gives; where queries go in blocks nothing is kept."
+    how = {"scale": 0.2, "window": window}
+    given = [normal(2, heads, 33, 16, seed=heads).to(dtype) for heads in (4, 2, 2, 4)]
+    found, kernel = kept_result(*given, **how)
+    assert kernel == name and all(map(torch.equal, found, by_graph(*given, **how)))
+
+
+def test_an_operator_that_does_something_else_is_not_called(monkeypatch):
+    "Each is tried beside torch's own graph: one that takes other arguments, and one that is wrong."
+    given = [normal(2, heads, 33, 16, seed=heads) for heads in (4, 2, 2, 4)]
+    right = attention.KERNELS["cpu"]
+    def other(*args): raise TypeError("other arguments")
+    def wrong(*args): return [1.1 * t for t in right.backward(*args)]
+    for backward in (other, wrong):
+        attention._gives_what_torch_gives.cache_clear()
+        monkeypatch.setitem(attention.KERNELS, "cpu", attention.Kernel(right.forward, backward))
+        found, kernel = kept_result(*given)
+        assert kernel is None and all(map(torch.equal, found, by_graph(*given)))
+    attention._gives_what_torch_gives.cache_clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("size", [64, 96, 128, 256])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("shared", [1, 4])
+def test_a_kept_result_of_attention_on_a_gpu(size, window, shared):
+    "In bfloat16, as the layer calls it: views of one product's output; also with the kernels that torch takes second."
+    tokens, heads = 700, (8, 8 // shared, 8 // shared)
+    qkv = normal(2 * tokens, sum(heads) * size).to("cuda", torch.bfloat16)
+    parts = [t.unflatten(1, (-1, size)) for t in qkv.split([n * size for n in heads], 1)]
+    q, k, v = (t.unflatten(0, (2, -1)).transpose(1, 2) for t in parts)
+    g = normal(2, tokens, 8, size, seed=1).to("cuda", torch.bfloat16).transpose(1, 2)
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel([backend, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            expected = by_graph(q, k, v, g, scale=0.1, window=window)
+            found, kernel = kept_result(q, k, v, g, scale=0.1, window=window)
+        assert kernel == ("window" if window else kernel) and torch.equal(found[0], expected[0])
+        assert all(off(a.float(), b.float()) < 0.01 for a, b in zip(found, expected))
+    found, kernel = kept_result(q, k, v, g, window=window)  # what a card takes of itself
+    assert kernel in ("window",) if window else kernel in ("cudnn", "flash")
 
 
 large = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 40 << 30

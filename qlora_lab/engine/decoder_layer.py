@@ -16,9 +16,9 @@ __all__ = ['attend', 'mlp', 'experts', 'experts_backward', 'mlp_backward', 'atte
 #
 # Kept for the way back: x, its norm's output and number a token, queries, keys and values (as multiplied, and turned
 # beside where they have norms), attention's output and graph; for the second half x, norm, gate and up; the input of a
-# norm behind a half. The gate's output is made again. A checkpointed layer (`again`) keeps its input alone, runs
-# forward a second time without the last product (unless a norm behind it reads that), and writes gradients over what
-# that run made (`own`).
+# norm behind a half. The gate's output is made again. A checkpointed layer (`again`) keeps its input, and of a long
+# sequence attention's result (engine/attention), runs forward a second time without what that has and without the last
+# product (unless a norm behind it reads that), and writes gradients over what that run made (`own`).
 #
 # An MLP of experts is called as a module, with a graph of its own. It runs twice in a checkpointed layer, as all does.
 #
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention import attention, attention_backward
+from .attention import Result, attention, attention_backward, worth_keeping
 from .group import adapter_gradients, group_backward, group_forward
 from .layer_parts import FusedLayer
 
@@ -43,12 +43,13 @@ def attend(
     batch: int,                # sequences
     keep: bool,                # a graph for attention's backward pass
     whole: bool = True,        # False leaves out what the backward pass does not need
+    result: Result | None = None,  # of attention, beside a checkpoint
 ) -> tuple[Tensor | None, list]:  # the shape of x; and what the backward pass needs
     "x plus attention of its norm."
     h, rstd = f.norm_in.forward(x)
     qkv = group_forward(f.qkv, h)
     heads = [t.unflatten(0, (batch, -1)).transpose(1, 2) for t in f.turn(qkv, cos, sin)]
-    out, leaves = attention(*heads, keep, **f.how)
+    out, leaves = attention(*heads, keep, **f.how, result=result)
     o = f.out.with_room(out.detach().transpose(1, 2).reshape(len(x), -1))
     if not whole and f.norm_behind is None:
         f.out.fill(o)
@@ -136,6 +137,7 @@ def attend_backward(
     saved: list,                            # of `attend`; is emptied
     own: bool,                              # whether what is saved may be written over
     wanted: bool,                           # whether the input needs a gradient
+    result: Result | None,                  # as for `attend`
 ) -> tuple[Tensor | None, list[Tensor]]:    # of the input; of the adapters
     "The gradients of `attend`."
     x, h, rstd, qkv, o, out, q, k, v, *behind = saved
@@ -144,7 +146,7 @@ def attend_backward(
     g_out = group_backward(f.out, grad, grad.new_empty(len(grad), f.out.inputs))
     g_o = adapter_gradients(f.out, grad, o)
     g_heads = g_out.view(batch, -1, out.shape[1], f.size).transpose(1, 2)
-    parts = attention_backward(g_heads, out, [q, k, v], **f.how)
+    parts = attention_backward(g_heads, out, [q, k, v], **f.how, result=result)
     del o, out, q, k, v, grad, behind
     g_qkv = qkv if own else torch.empty_like(qkv)
     f.turn_back(parts, qkv, g_qkv, *angles)
@@ -155,42 +157,47 @@ def attend_backward(
 
 # %% ../../nbs/engine/decoder_layer.ipynb #fb6ead12
 def _run(
-    f: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor, batch: int, keep: bool, whole: bool,
+    f: FusedLayer, x: Tensor, angles: tuple[Tensor, Tensor], batch: int, keep: bool, whole: bool, result: Result | None,
 ) -> tuple[Tensor | None, list, list]:
     "The output for x [batch * tokens, width], and what the two halves of the backward pass need."
-    middle, kept = attend(f, x, cos, sin, batch, keep, whole or not f.parallel)
+    middle, kept = attend(f, x, *angles, batch, keep, whole or not f.parallel, result)
     if not keep: kept.clear()
     below = x if f.parallel else middle
     if f.mlp is not None: y, more = experts(f, below, middle, batch, keep, whole)
     else: y, more = mlp(f, below, middle, f.parallel or not keep, whole)
     return y, kept, more
 
-def _back(f: FusedLayer, grad: Tensor, angles, batch: int, halves: list[list], own: bool, wanted: bool):
+def _back(f: FusedLayer, grad: Tensor, angles, batch: int, halves: list[list], own: bool, wanted: bool, result):
     "The gradients of the input (if `wanted`) and of all that learns, in the order of `FusedLayer.params`."
     backward = mlp_backward if f.mlp is None else experts_backward
     g_middle, above = backward(f, grad, halves[1], own)
     grads = (grad if f.parallel else g_middle), g_middle
-    g_x, below = attend_backward(f, grads, angles, batch, halves[0], own, wanted)
+    g_x, below = attend_backward(f, grads, angles, batch, halves[0], own, wanted, result)
     return g_x, [*below, *above]
 
 # %% ../../nbs/engine/decoder_layer.ipynb #2a3110ac
 class DecoderLayer(torch.autograd.Function):
-    "A decoder layer as one operation; with `again` it keeps its input alone and runs forward a second time."
+    "A decoder layer as one operation; with `again` it keeps little but its input and runs forward a second time."
     @staticmethod
     def forward(ctx, f, again, x, cos, sin, *params):
         flat = x.reshape(-1, x.shape[-1]).contiguous()
-        y, kept, more = _run(f, flat, cos, sin, len(x), not again, True)
-        ctx.save_for_backward(cos, sin, *([flat] if again else kept + more), *params, *f.frozen)
-        ctx.f, ctx.again, ctx.batch, ctx.counts = f, again, len(x), (len(kept), len(more))
+        result = Result() if again and f.keeps_attention and worth_keeping(x.shape[1], f.how["window"]) else None
+        y, kept, more = _run(f, flat, (cos, sin), len(x), not again, True, result)
+        if again: kept, more = [flat], ([] if result is None else result.tensors)
+        ctx.save_for_backward(cos, sin, *kept, *more, *params, *f.frozen)
+        ctx.f, ctx.again, ctx.batch, ctx.counts = f, again, len(x), (len(kept), len(kept) + len(more))
+        ctx.kernel = None if result is None else result.kernel
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (cos, sin, *saved), f, (some, more) = ctx.saved_tensors, ctx.f, ctx.counts
-        if ctx.again: halves = list(_run(f, saved[0], cos, sin, ctx.batch, True, False)[1:])
-        else: halves = [saved[:some], saved[some:some + more]]
+        halves, result = [saved[:some], saved[some:more]], None
         saved.clear()
+        if ctx.again:
+            result = Result(ctx.kernel, halves[1])
+            halves = list(_run(f, *halves[0], (cos, sin), ctx.batch, True, False, result)[1:])
         flat, wanted = grad.reshape(-1, grad.shape[-1]).contiguous(), ctx.needs_input_grad[2]
-        g_x, found = _back(f, flat, (cos, sin), ctx.batch, halves, ctx.again, wanted)
+        g_x, found = _back(f, flat, (cos, sin), ctx.batch, halves, ctx.again, wanted, result)
         return None, None, g_x if g_x is None else g_x.view(grad.shape), None, None, *found

@@ -27,7 +27,7 @@ __all__ = ['CAPPING', 'SPECIAL', 'fits', 'is_fused', 'fused_part', 'needs_no_mas
 
 # %% ../../nbs/engine/fusing.ipynb #f77fab3a
 import warnings
-from types import MethodType
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +127,7 @@ def _forward(
 
 def is_fused(layer: nn.Module) -> bool:
     "Whether `fuse_layers` is at work in a layer."
-    return getattr(layer.forward, "__func__", None) is _forward
+    return getattr(layer.forward, "func", None) is _forward
 
 # %% ../../nbs/engine/fusing.ipynb #c5430762
 def fused_part(
@@ -153,11 +153,12 @@ def needs_no_mask(
 # %% ../../nbs/engine/fusing.ipynb #508e6a4a
 def fuse_layers(
     model: nn.Module,  # of transformers, with the lab's adapters; checkpointed before, if at all
+    keep_attention: bool = True,  # beside checkpoints of long sequences: faster, and more memory (engine/attention)
 ) -> nn.Module | None: # the same model; None where it stays as it was
     "Let each decoder layer run as one operation, equal to the plain one up to rounding; raises LabError."
     try: layers = decoder_layers(model)
     except LabError: return None  # no list of layers
-    if any(getattr(layer.__dict__.get("_own_forward"), "__func__", None) is _forward for layer in layers):
+    if any(getattr(layer.__dict__.get("_own_forward"), "func", None) is _forward for layer in layers):
         raise LabError("these layers were fused before they were checkpointed and would run three times; "
                        "call checkpoint_layers(model, on=False), then checkpoint and fuse in this order")
     device = next(model.parameters()).device.type
@@ -169,6 +170,7 @@ def fuse_layers(
             warnings.warn("scores of attention are capped: decoder layers stay in plain torch operations", stacklevel=2)
         return None
     for layer in layers:
-        if not is_fused(layer): layer._unfused, layer.forward = layer.forward, MethodType(_forward, layer)
+        if not is_fused(layer): layer._unfused, layer.forward = layer.forward, partial(_forward, layer)
         layer._fused = FusedLayer(layer, parts_of(layer))
+        layer._fused.keeps_attention = keep_attention
     return model
