@@ -52,7 +52,8 @@ def empty_attention(
     enable_gqa: bool = False,
 ) -> Tensor:               # [batch, heads, tokens, size of v]
     "Attention by the kernel that a device would choose."
-    if mask is not None and mask.dtype is torch.bool: mask = mask.new_empty(mask.shape, dtype=q.dtype)
+    if mask is not None and mask.dtype is torch.bool:
+        mask = torch.where(mask, 0., torch.scalar_tensor(-torch.inf, dtype=q.dtype, device=mask.device))
     by_math = not enable_gqa and k.shape[1] != q.shape[1] or device == "cpu" and q.shape[-1] != v.shape[-1]
     if by_math: return F.scaled_dot_product_attention(q, k, v, mask, 0., is_causal, scale=scale)
     if mask is not None: mask = mask.expand(q.shape[0], q.shape[1], -1, -1)
@@ -63,9 +64,10 @@ def empty_attention(
 
 # %% ../../nbs/engine/empty_answers.ipynb #209271c3
 def _unpadded(*args, **kwargs) -> Tensor | None:
-    "The mask of sequences without padding: none, but where a layer's window is shorter."
+    "transformers' mask of texts without padding: one for each text, or none where it can be left out."
     from transformers.masking_utils import sdpa_mask
-    return sdpa_mask(*args, **kwargs | {"attention_mask": None})
+    without = sdpa_mask(*args, **kwargs | {"attention_mask": None})
+    return without if without is None else sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
 
 @contextmanager
 def without_padding():
@@ -77,7 +79,7 @@ def without_padding():
 
 @lru_cache(maxsize=1)
 def register_attention() -> None:
-    "Give transformers its own attention by the kernels of each device; masks are those of texts without padding."
+    "Give transformers its own attention by the kernels of each device, and its masks of texts without padding."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
