@@ -1,5 +1,6 @@
 """The planner takes every family: what it rehearses without bytes is what a live step of that family takes on a CPU."""
 import json
+import warnings
 from dataclasses import asdict
 
 import pytest
@@ -12,10 +13,11 @@ from transformers import AutoModelForCausalLM
 from benchmarks.common import random_batch
 from qlora_lab import plan
 from qlora_lab.checkpointing import checkpoint_layers
+from qlora_lab.engine.dispatch import REHEARSED, faster, twin
 from qlora_lab.engine.known_models import FAMILIES as PLANNED
 from qlora_lab.engine.known_models import KNOWN, model_config
 from qlora_lab.engine.paged_adamw import PagedAdamW
-from qlora_lab.engine.rehearsal import Settings
+from qlora_lab.engine.rehearsal import Settings, empty_model, rehearsing
 from qlora_lab.linear4bit import quantize_model
 from qlora_lab.lora import add_lora, trainable
 from qlora_lab.memory import watch_step
@@ -62,28 +64,43 @@ def compare(config, s, within=0.):
     assert p.held["optimizer state"] == PagedAdamW(trainable(model)).device_bytes
 
 
-WITHIN = {"falcon": 0.15, "stablelm": 0.06, "gemma3_text": 0.04}  # the CPU's attention with a mask; others
-
-
-def families(names):
-    "Each with a mark where adapters cannot be put on the plain model yet (`linear_layers` is not asked by `add_lora`)."
-    late = pytest.mark.xfail(reason="layers that another module reads, Conv1D", strict=False)
-    return [pytest.param(n, marks=late if n in ("gpt2", "mamba", "mamba2", "llama4_text") else ()) for n in names]
+ROUTED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "gpt_oss", "deepseek_v3", "glm4_moe",
+          "llama4_text")
+# Not counted: that a random router gives experts unequal shares; two numbers of 8 bytes that Falcon makes of its mask.
+WITHIN = dict.fromkeys(ROUTED, 0.01) | {"falcon": 1e-4}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", families(sorted(FAMILIES)))
+@pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_a_plan_is_the_step(name, checkpointing):
     s = Settings(rank=4, batch_size=2, sequence=24, dtype="float32", checkpointing=checkpointing, device="cpu")
-    compare(described(name), s, WITHIN.get(name, 0.02))
+    compare(described(name), s, WITHIN.get(name, 0.))
 
 
 @pytest.mark.parametrize("checkpointed", [None, 0, 3])
-@pytest.mark.parametrize("name", families(LAYERED))
+@pytest.mark.parametrize("name", LAYERED)
 def test_a_plan_of_several_kinds_of_layers(name, checkpointed):
     s = Settings(rank=4, batch_size=2, sequence=24, dtype="float32", checkpointing=checkpointed is not None,
                  checkpointed_layers=checkpointed or 0, device="cpu")
-    compare(described(name, **LAYERED[name]), s, WITHIN.get(name, 0.02))
+    compare(described(name, **LAYERED[name]), s, WITHIN.get(name, 0.))
+
+
+def test_experts_are_rehearsed_as_the_device_has_them():
+    "In groups on a GPU, in the model's own loop on a CPU; which of them is no setting of the plan's."
+    model = empty_model(model_config(described("mixtral")), Settings(rank=4))
+    experts = next(m for m in model.modules() if hasattr(m, "gate_up_proj"))
+    x, chosen = torch.empty(24, 64, device="meta"), torch.empty(24, 2, dtype=torch.long, device="meta")
+    def ways(device):
+        with rehearsing([twin(name, device) for name in REHEARSED]):
+            return faster("experts", x.device, experts, x, chosen, torch.empty(24, 2, device="meta"))
+    assert ways("cuda").shape == x.shape and ways("cpu") is None
+
+
+def test_a_plan_does_not_tell_of_a_share():
+    "Of a few layers that are rehearsed: the share in 4 bits is said of the model that is trained."
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan(described("llama"), rank=3)
 
 
 def test_every_family_of_the_matrix_is_planned():
@@ -93,7 +110,7 @@ def test_every_family_of_the_matrix_is_planned():
 @pytest.mark.parametrize("name", ["qwen3-8b", "qwen3-30b-a3b", "gemma-3-4b", "phi-4-mini"])
 def test_known_shapes_are_planned_for_a_card(name):
     "Within seconds; with checkpoints in host memory less is on the card."
-    p = plan(name, 80, rank=64, checkpointing=True, batch_size=2, sequence=1024)
+    p = plan(name, 80, rank=64, checkpointing=True, batch_size=8, sequence=1024)
     assert p.fits and p.again(checkpoints_in="host").total_gib < p.total_gib
 
 

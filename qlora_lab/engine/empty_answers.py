@@ -52,19 +52,22 @@ def empty_attention(
     enable_gqa: bool = False,
 ) -> Tensor:               # [batch, heads, tokens, size of v]
     "Attention by the kernel that a device would choose."
-    if mask is not None: mask = mask.new_empty(mask.shape, dtype=q.dtype).expand(q.shape[0], q.shape[1], -1, -1)
+    if mask is not None and mask.dtype is torch.bool:
+        mask = torch.where(mask, 0., torch.scalar_tensor(-torch.inf, dtype=q.dtype, device=mask.device))
+    by_math = not enable_gqa and k.shape[1] != q.shape[1] or device == "cpu" and q.shape[-1] != v.shape[-1]
+    if by_math: return F.scaled_dot_product_attention(q, k, v, mask, 0., is_causal, scale=scale)
+    if mask is not None: mask = mask.expand(q.shape[0], q.shape[1], -1, -1)
     more = {"attn_mask": mask} if device == "cpu" else {}
     if q.shape[-1] == v.shape[-1] and (mask is None or more):
         return FLASH[device](q, k, v, 0., is_causal, scale=scale, **more)[0]
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) if t.shape[1] < q.shape[1] else t for t in (k, v))
-    if device == "cpu": return F.scaled_dot_product_attention(q, k, v, mask, 0., is_causal, scale=scale)
     return _ATEN._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0., is_causal, scale=scale)[0]
 
 # %% ../../nbs/engine/empty_answers.ipynb #209271c3
 def _unpadded(*args, **kwargs) -> Tensor | None:
-    "The mask of sequences without padding: none, but where a layer's window is shorter."
+    "transformers' mask of texts without padding: one for each text, or none where it can be left out."
     from transformers.masking_utils import sdpa_mask
-    return sdpa_mask(*args, **kwargs | {"attention_mask": None})
+    without = sdpa_mask(*args, **kwargs | {"attention_mask": None})
+    return without if without is None else sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
 
 @contextmanager
 def without_padding():
@@ -76,14 +79,15 @@ def without_padding():
 
 @lru_cache(maxsize=1)
 def register_attention() -> None:
-    "Give transformers attention by the kernels of each device; masks are those of sequences without padding."
+    "Give transformers its own attention by the kernels of each device, and its masks of texts without padding."
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     for device in FLASH:
         def attention(module, query, key, value, mask, scaling=None, device=device, **kwargs):
             if mask is not None and mask.numel() == 1: mask = None  # says that none is needed
-            out = empty_attention(device, query, key, value, mask, is_causal=mask is None, scale=scaling)
-            return out.transpose(1, 2).contiguous(), None
+            with Answers(device):
+                return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs | {"dropout": 0.})
         ALL_ATTENTION_FUNCTIONS.register(f"rehearsal_{device}", attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(f"rehearsal_{device}", _unpadded)
 

@@ -25,6 +25,7 @@ __all__ = ['MOST_TOKENS', 'Settings', 'empty_quantized', 'dtype_named', 'empty_m
 
 # %% ../../nbs/engine/rehearsal.ipynb #c850dd2a
 import json
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -152,6 +153,9 @@ def _keep(model: nn.Module, numbers: tuple[int, ...]) -> None:
     del layers[:]
     layers.extend(kept)
     if kinds: config.layer_types = [kinds[i] for i in numbers]
+    for n, layer in enumerate(layers):  # what a layer reads from the config by its number is its own again
+        for m in layer.modules():
+            if hasattr(m, "layer_idx"): m.layer_idx = n
 
 # %% ../../nbs/engine/rehearsal.ipynb #7b42cce6
 def _put_in(model: nn.Module, s: Settings) -> None:
@@ -159,7 +163,8 @@ def _put_in(model: nn.Module, s: Settings) -> None:
     from peft import LoraConfig
     targets = s.targets if isinstance(s.targets, str) else list(s.targets)
     empty = {("quantize", "meta"): quantize_empty, ("quantize_absmax", "meta"): quantize_absmax_empty}
-    with torch.device("meta"), Answers(s.device), standing_in(empty):
+    # a few layers tell nothing of the share in 4 bits, which quantizing warns of
+    with torch.device("meta"), Answers(s.device), standing_in(empty), warnings.catch_warnings(action="ignore"):
         compute_dtype = dtype_named(s.compute_dtype or s.dtype)
         if s.quantize: quantize_model(model, s.quantize, s.blocksize, s.double_quant, compute_dtype)
         add_lora(model, LoraConfig(r=s.rank, target_modules=targets), dtype=dtype_named(s.adapter_dtype))
