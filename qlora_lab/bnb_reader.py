@@ -16,7 +16,7 @@ __all__ = ['Waiting', 'single_experts', 'fused', 'LabConfig', 'packed_parameters
 #
 # bitsandbytes' quantizer decides by class and by a list of names instead: exact nn.Linear and Conv1D, less the list. So
 # transformers alone opens no checkpoint with, say, Falcon's layers in 4 bits; with this quantizer it does. Importing
-# the module makes it known under the method "qlora_lab", which `save_quantized` writes for such models.
+# the module makes it known under the method "qlora_lab", which `save_quantized` writes with decode=False.
 #
 # Built in nbs/reference/bnb_reader.ipynb.
 
@@ -134,6 +134,8 @@ def put_layers(model: nn.Module, compute_dtype: torch.dtype | None) -> None:
     for name, m in waiting.items(): set_submodule(model, name, Linear4bit(m.quantized, m.bias, compute_dtype))
 
 # %% ../nbs/reference/bnb_reader.ipynb #bad7cd01
+def _operations(rule) -> list: return getattr(rule, "operations", [])
+
 class LabQuantizer(HfQuantizer):
     "Opens bitsandbytes' 4-bit tensors with the lab's layers."
     is_trainable = True
@@ -151,6 +153,8 @@ class LabQuantizer(HfQuantizer):
         put_layers(model, self.quantization_config.compute_dtype)
         hold_experts(model, self.stored, self.experts, self.quantization_config.compute_dtype)
         self.remove_quantization_config(model)
+        rules = getattr(model, "_weight_conversions", None) or []  # transformers would turn them round while saving
+        model._weight_conversions = [r for r in rules if not any(isinstance(o, _Gather) for o in _operations(r))]
         for part in model.modules():
             if hasattr(getattr(part, "config", None), "_is_quantized"): part.config._is_quantized = False
         return model

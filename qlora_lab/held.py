@@ -41,6 +41,7 @@ def component(
 
 def four_bit_parts(m: nn.Module) -> tuple | None:
     "(codes, number of weights, statistics) of a 4-bit layer, the lab's or bitsandbytes'; None for any other."
+    if hasattr(m, "packed_parts"): return m.packed_parts()  # experts in MXFP4
     if isinstance(m, PackedWeight): return m.weight, m.quantized.shape.numel(), (m.stats, m.absmax2, m.offset)
     state = getattr(getattr(m, "weight", None), "quant_state", None)
     if state is None: return None

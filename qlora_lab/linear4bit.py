@@ -36,7 +36,7 @@ from .bnb_state import BnbState
 from .double_quant import QuantizedTensor, quantize_4bit
 from .engine.dispatch import faster
 from .linear_layers import known, quantizable, weight_of
-from .replacing import refuse_unfit, replace_layer, sharing, tell_share, weights_by_name
+from .replacing import no_plain_saving, refuse_unfit, replace_layer, sharing, tell_share, weights_by_name
 
 # %% ../nbs/05_linear4bit.ipynb #91f9bf7d
 @contextmanager
@@ -141,7 +141,8 @@ def quantize_model(
     skip: tuple[str, ...] | None = None,  # names, or last parts of names, that stay; None for the output head
 ) -> nn.Module:                 # the same model
     "Replace each linear layer, in place, by its 4-bit twin; raises ValueError that names a layer it cannot take."
-    take, stay = quantizable(model, skip)
+    (take, stay), device = quantizable(model, skip), next(model.parameters(), torch.empty(0)).device
+    stay |= faster("experts_left_alone", device, model, skip) or {}
     kind, before, taken = (quant_type, blocksize, double_quant), weights_by_name(model), list(take)
     refuse_unfit(take, *kind)
     for layers in sharing(take):  # several where they share one weight: it is quantized once
@@ -150,9 +151,9 @@ def quantize_model(
         for layer, twin in zip(layers, twins):
             twin.weight = twins[0].weight
             replace_layer(model, layer, twin)
-    experts = faster("quantize_experts", next(model.parameters()).device, model, *kind, compute_dtype) or []
+    experts = faster("quantize_experts", device, model, *kind, compute_dtype, skip) or []
     tell_share(model, before, [*taken, *experts], stay)
-    return model
+    return no_plain_saving(model)
 
 # %% ../nbs/05_linear4bit.ipynb #3000d7c5
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -163,4 +164,4 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
 def logical_numel(model: nn.Module) -> int:
     "How many weights a module stands for: a packed byte counts as two; shared weights count once."
     packed = {m.weight: m.quantized.shape.numel() for m in model.modules() if isinstance(m, PackedWeight)}
-    return sum(packed.get(p, p.numel()) for p in model.parameters())
+    return sum(packed.get(p, p.numel() * (1 if p.is_floating_point() else 2)) for p in model.parameters())

@@ -35,7 +35,8 @@ from safetensors import SafetensorError
 from .admission import Kind, Wish, admit, hold_wish, quantization_of, settle_compute, settle_kind, stored_kind
 from .against_file import Stored, fits, hold_against, stored_dtype, stored_files
 from .assets import SMOLLM2, quiet, smollm2_folder
-from .bnb_files import decoded, load_quantized
+from .bnb_files import load_quantized
+from .decoding import decoded
 from .engine.dispatch import faster
 from .linear4bit import PackedWeight
 from .records import LabError
@@ -137,7 +138,7 @@ def _open_source(
     from transformers import AutoTokenizer
     config = admit(source)
     compute_dtype = settle_compute(config, wish, compute_dtype, device)
-    special = _special(source, config, wish, compute_dtype, dtype)
+    special = _special(source, config, wish, backend, compute_dtype, dtype)
     if special is not None: return special, AutoTokenizer.from_pretrained(source), None
     stored = stored_kind(source, config)
     kind, tokenizer = settle_kind(source, wish, stored), AutoTokenizer.from_pretrained(source)
@@ -146,14 +147,22 @@ def _open_source(
     elif stored: model = load_quantized(source, config, compute_dtype, dtype)
     else: return _plainly(source, config, None if kind else dtype), tokenizer, kind
     hold_wish(source, wish, kinds_of(model))
-    if kind: tell_share(model, weights_by_name(model), (), {})
+    if kind: _tell_stored(model, source)
     return model if kind else decoded(model, dtype), tokenizer, None
 
 # %% ../nbs/reference/loading.ipynb #a20473dd
-def _special(source: str, config, wish: Wish, compute_dtype: torch.dtype, dtype: torch.dtype):
+def _special(source: str, config, wish: Wish, backend: str, compute_dtype: torch.dtype, dtype: torch.dtype):
     "A model that an engine page opens; None for all others."
     if quantization_of(config).get("quant_method") != "mxfp4": return None
-    return faster("open_mxfp4", torch.device("cpu"), source, config, wish.quantize, compute_dtype, dtype)
+    if backend == "bnb": raise LabError(f"{source}: bitsandbytes has no layers for MXFP4; take backend='lab'")
+    return faster("open_mxfp4", torch.device("cpu"), source, config, wish.quantize, compute_dtype, dtype,
+                  wish.blocksize, wish.double_quant)
+
+def _tell_stored(model, source: str) -> None:
+    "Warn where little of a 4-bit folder is in 4 bits."
+    if hasattr(model, "decoded_kind"):
+        warnings.warn(f"{source}: all its layers were written decoded, so nothing is in 4 bits", stacklevel=5)
+    else: tell_share(model, weights_by_name(model), (), {})
 
 def _plainly(source: str, config, dtype: torch.dtype | None):
     "As transformers opens it, held against the file; with no dtype in the precision of the file."

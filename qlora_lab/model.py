@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .admission import Wish
 from .assets import SMOLLM2, quiet
 from .casting import cast
+from .head_loss import place_losses
 from .held import held_tensors
 from .linear4bit import quantize_model
 from .loading import open_model, settle
@@ -110,8 +110,8 @@ def token_losses(
     if len(ids) < 2: raise LabError(f"the text has {len(ids)} tokens; perplexity needs at least 2")
     ids, losses = ids.to(next(model.parameters()).device), []
     for part in (ids[start:start + window + 1] for start in range(0, len(ids) - 1, window)):
-        logits = model(input_ids=part[None, :-1], use_cache=False).logits[0].float()
-        losses.append(F.cross_entropy(logits, part[1:], reduction="none").cpu())
+        at = torch.arange(len(part) - 1, device=part.device)
+        losses.append(place_losses(model, {"input_ids": part[None, :-1]}, at, part[1:]).cpu())
     return torch.cat(losses)
 
 def perplexity(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAFE', 'WORTH_A_LINE', 'EXPECTED', 'LOW_SHARE', 'refuse_unfit', 'sharing', 'replace_layer', 'weights_by_name',
-           'short_names', 'reasons', 'tell_odd', 'tell_share']
+           'short_names', 'reasons', 'tell_odd', 'tell_share', 'refuse_plain_saving', 'no_plain_saving']
 
 # %% ../nbs/reference/replacing.ipynb #19ec10ac
 # What stands around the loop that puts a model into 4 bits.
@@ -91,7 +91,7 @@ WORTH_A_LINE = 0.01  # share of the weights
 
 def _reason(name: str, model: nn.Module, stay: dict[str, str]) -> str:
     owner, _, last = name.rpartition(".")
-    if owner in stay: return stay[owner]
+    if name in stay or owner in stay: return stay.get(name) or stay[owner]
     module = model.get_submodule(owner)
     if last != "weight" and getattr(module, last).dim() == 3: return "three axes, as fused experts have"
     return "not a linear layer"
@@ -147,3 +147,17 @@ def tell_share(
                       f"what stays: {reasons(model, left, stay)}", stacklevel=3)
     else: tell_odd(model, stay)
     return share
+
+# %% ../nbs/reference/replacing.ipynb #f0c4d3e2
+def refuse_plain_saving(*_, **__) -> None:
+    "In the place of a 4-bit model's `save_pretrained`."
+    raise LabError("save_pretrained would write a 4-bit model of the lab as nobody can read it; take "
+                   "save_quantized(model, folder), and save_adapter(model, folder) for its adapters")
+
+def no_plain_saving(
+    model: nn.Module,  # in 4 bits now
+) -> nn.Module:        # the same
+    "Let a model of transformers refuse `save_pretrained`; PEFT's own, around it, goes on saving adapters."
+    if hasattr(type(model), "save_pretrained") and not hasattr(model, "peft_config"):
+        model.save_pretrained = refuse_plain_saving
+    return model

@@ -4,6 +4,9 @@ Bits are compared with transformers' own, and with the files.
 """
 import copy
 import json
+import os
+import subprocess
+import sys
 import warnings
 
 import families
@@ -15,19 +18,24 @@ from transformers import AutoModelForCausalLM
 
 from qlora_lab.bnb_files import save_quantized
 from qlora_lab.casting import cast
-from qlora_lab.linear4bit import Linear4bit
+from qlora_lab.engine.experts import Experts4bit
+from qlora_lab.linear4bit import Linear4bit, PackedWeight
 from qlora_lab.model import load_model
 
 EXACT = dict(device="cpu", dtype=torch.float32, compute_dtype=torch.float32)
-ONLY_LAB = {"falcon": "FalconLinear", "llama4_text": "Llama4TextExperts"}  # transformers makes no 4-bit layers of these
+ONLY_LAB = {"falcon": "FalconLinear", "mixtral": "MixtralExperts", "olmoe": "OlmoeExperts",
+            "qwen2_moe": "Qwen2MoeExperts", "qwen3_moe": "Qwen3MoeExperts", "qwen3_next": "Qwen3NextExperts",
+            "gpt_oss": "GptOssExperts", "deepseek_v3": "DeepseekV3Experts", "glm4_moe": "Glm4MoeExperts",
+            "llama4_text": "Llama4TextExperts"}  # transformers makes no 4-bit layers of these
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Family:
-    "A folder with a random model, the lab's 4-bit model of it, and the folder to which that was saved."
+    "A folder with a random model, the lab's 4-bit model of it, and the folders to which that was saved, both ways."
     def __init__(self, name, where):
-        self.name, self.folder, self.saved = name, families.folder(name, where), where / "saved"
+        self.name, self.folder = name, families.folder(name, where)
+        self.saved, self.kept = where / "saved", where / "kept"
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             self.model, self.tokenizer = load_model(self.folder, **EXACT)
@@ -35,6 +43,9 @@ class Family:
             del said[:]
             save_quantized(self.model, self.saved, self.tokenizer)
             self.said_saving = [str(w.message) for w in said]
+            del said[:]
+            save_quantized(self.model, self.kept, self.tokenizer, decode=False)
+            self.said_keeping = [str(w.message) for w in said]
         self.logits = logits(self.model)
 
 
@@ -70,39 +81,105 @@ def test_a_forward_pass_is_that_of_the_decoded_weights(family):
     for name, layer in layers.items():
         weight, decoded = plain.get_submodule(name).weight, layer.quantized.dequantize(torch.float32)
         weight.data.copy_(decoded.t() if type(plain.get_submodule(name)).__name__ == "Conv1D" else decoded)
+    held = {n: m for n, m in family.model.named_modules() if isinstance(m, Experts4bit)}
+    assert bool(held) == (family.name in ONLY_LAB and family.name != "falcon")
+    for name, m in held.items(): plain.get_parameter(name).data.copy_(m.whole.dequantize(torch.float32))
     assert torch.allclose(logits(plain), family.logits, atol=1e-4)
 
 
-def test_saved_and_opened_here(family, tmp_path):
-    "The same logits, the same bytes when saved again, decoded on request, and in eval mode."
-    again, tokenizer = load_model(family.saved, **EXACT)
-    assert not again.training and torch.equal(logits(again), family.logits)
-    again.load_state_dict(family.model.state_dict())
-    assert torch.equal(logits(again), family.logits)
+def quantization_of(folder): return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def opened(folder):
+    "A folder opened here; little of it may be in 4 bits."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        save_quantized(again, tmp_path / "again", tokenizer)
-    assert (tmp_path / "again/model.safetensors").read_bytes() == (family.saved / "model.safetensors").read_bytes()
-    plain, _ = load_model(family.saved, quantize=None, **EXACT)
-    assert not any(isinstance(m, Linear4bit) for m in plain.modules())
+        return load_model(folder, **EXACT)
+
+
+@pytest.mark.parametrize("form", ["saved", "kept"])
+def test_saved_and_opened_here(family, form, tmp_path):
+    "The same logits, the same bytes when saved again, decoded on request, and in eval mode."
+    saved = getattr(family, form)
+    again, tokenizer = opened(saved)
+    equal = torch.equal if form == "kept" or family.name not in ONLY_LAB else torch.allclose
+    assert not again.training and equal(logits(again), family.logits)
+    if form == "kept":
+        again.load_state_dict(family.model.state_dict())
+        assert torch.equal(logits(again), family.logits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save_quantized(again, tmp_path / "again", tokenizer, decode=form == "saved")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()
+    assert quantization_of(tmp_path / "again") == quantization_of(saved)
+    plain, _ = load_model(saved, quantize=None, **EXACT)
+    assert not any(isinstance(m, PackedWeight) for m in plain.modules())
     assert torch.allclose(logits(plain), family.logits, atol=1e-5)
 
 
 def test_saved_and_opened_by_transformers(family):
-    "The same logits with bitsandbytes' layers; where transformers makes none of a class, it is said while saving."
-    quantization = json.loads((family.saved / "config.json").read_text())["quantization_config"]
-    if family.name in ONLY_LAB:
-        assert quantization["quant_method"] == "qlora_lab" and ONLY_LAB[family.name] in family.said_saving[0]
-        return
-    assert quantization["quant_method"] == "bitsandbytes" and not family.said_saving
+    "The same logits; where transformers makes no 4-bit layer of a class, its weights are decoded, and that is said."
+    assert quantization_of(family.saved)["quant_method"] == "bitsandbytes"
+    assert len(family.said_saving) == (family.name in ONLY_LAB)
     theirs, info = AutoModelForCausalLM.from_pretrained(family.saved, output_loading_info=True, device_map={"": "cpu"})
     assert not any(info.values())
     assert torch.allclose(logits(theirs.train()), family.logits, atol=1e-3)  # eval mode would repack the weights
+    if family.name not in ONLY_LAB: return
+    numbers = sum(m.quantized.shape.numel() for m in lost(family.model))
+    assert f"{numbers:,} weights of {ONLY_LAB[family.name]} are written decoded" in family.said_saving[0]
+    assert "decode=False" in family.said_saving[0]
+
+
+def lost(model):
+    "The 4-bit layers of which transformers makes none."
+    held = [m for m in model.modules() if isinstance(m, Experts4bit)]
+    return held or [m for m in model.modules() if isinstance(m, Linear4bit)]
+
+
+def test_kept_in_4_bits_for_the_lab(family):
+    "Nothing decoded: half a byte a weight; the config names the lab's method, where transformers could not open it."
+    method = quantization_of(family.kept)["quant_method"]
+    assert method == ("qlora_lab" if family.name in ONLY_LAB else "bitsandbytes")
+    assert len(family.said_keeping) == (family.name in ONLY_LAB)
+    if family.said_keeping: assert ONLY_LAB[family.name] in family.said_keeping[0]
+    again, _ = opened(family.kept)
+    assert len(lost(again)) == len(lost(family.model))
+
+
+ALONE = """
+import sys
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+ids, out = torch.tensor(eval(sys.argv[2])), {}
+with torch.no_grad():
+    for name in sys.argv[3:]:
+        model = AutoModelForCausalLM.from_pretrained(f"{sys.argv[1]}/{name}", device_map={"": "cpu"})
+        out[name] = model.train()(input_ids=ids).logits.float()
+assert not any(name.startswith("qlora_lab") for name in sys.modules)
+save_file(out, sys.argv[1] + "/logits.safetensors")
+"""
+
+
+def test_without_the_lab(tmp_path):
+    "A process that never imports it opens what was written for every family of which something is decoded."
+    from qlora_lab.linear4bit import quantize_model
+    want = {}
+    for name in ("llama", *ONLY_LAB):
+        model = quantize_model(families.build(name), compute_dtype=torch.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            save_quantized(model, tmp_path / name)
+        want[name] = logits(model)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", ALONE, str(tmp_path), str(families.ids().tolist()), *want],
+                   check=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    got = load_file(tmp_path / "logits.safetensors")
+    assert {n: torch.allclose(got[n], t, atol=1e-4) for n, t in want.items()} == dict.fromkeys(want, True)
 
 
 def test_bitsandbytes_quantizes_the_same_layers(family, tmp_path):
     "To the same bytes, as far as it quantizes them; and what it writes, in shards and as floats, the lab opens."
-    if family.name in ONLY_LAB: pytest.skip("transformers makes no such 4-bit layers")
+    if family.name == "falcon": pytest.skip("transformers makes no such 4-bit layers")
     from transformers import BitsAndBytesConfig
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage="bfloat16")
@@ -122,7 +199,7 @@ def test_bitsandbytes_quantizes_the_same_layers(family, tmp_path):
 
 def test_what_the_file_holds_is_what_the_model_holds(family):
     "Codes, scales and all else under the model's own names; nothing twice."
-    stored, state = load_file(family.saved / "model.safetensors"), family.model.state_dict()
+    stored, state = load_file(family.kept / "model.safetensors"), family.model.state_dict()
     assert stored.keys() <= state.keys() and all(torch.equal(t, state[n]) for n, t in stored.items())
     left = state.keys() - stored.keys()
     assert all(any(state[n].data_ptr() == state[m].data_ptr() for m in stored) for n in left)

@@ -1,6 +1,8 @@
 """What is loaded is what the file says, or it is refused in one sentence; what is asked for is kept or refused."""
+import copy
 import json
 import logging
+import pickle
 import shutil
 import warnings
 
@@ -19,7 +21,8 @@ from qlora_lab.against_file import Stored, hold_against, stored_files
 from qlora_lab.bnb_files import save_quantized, skip_list
 from qlora_lab.linear4bit import Linear4bit, quantize_model
 from qlora_lab.loading import listening
-from qlora_lab.model import answer, load_model
+from qlora_lab.lora import add_lora, save_adapter
+from qlora_lab.model import answer, load_model, token_losses
 from qlora_lab.records import LabError
 
 EXACT = dict(device="cpu", dtype=torch.float32, compute_dtype=torch.float32)
@@ -293,12 +296,43 @@ def test_names_to_skip_are_no_traps(monkeypatch):
     model, twin = quantize_model(toy(), skip=("gate",)), toy()
     model.dtype, twin._keep_in_fp32_modules = torch.float32, None
     monkeypatch.setattr(bnb_files, "empty_twin", lambda *_: twin)
-    skip, lack = skip_list(model)
-    assert lack is None and [n for n in model if should_convert_module(n, skip)] == ["gate_proj", "up"]
+    skip, lost = skip_list(model)
+    assert not lost and [n for n in model if should_convert_module(n, skip)] == ["gate_proj", "up"]
     assert not should_convert_module("gate_proj", ["gate"])  # the control
 
 
+def test_save_pretrained_is_refused(folder, tmp_path):
+    "It would write what nobody reads. Copies refuse too, PEFT saves adapters, and decoded weights can be saved."
+    from peft import LoraConfig, get_peft_model
+    model, tokenizer = load_model(folder, **EXACT)
+    packed = save_quantized(model, tmp_path / "packed", tokenizer)
+    for some in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), load_model(packed, **EXACT)[0]):
+        with pytest.raises(LabError, match="take save_quantized"): some.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+    load_model(packed, quantize=None, **EXACT)[0].save_pretrained(tmp_path / "decoded")
+    assert torch.equal(logits(load_model(tmp_path / "decoded", quantize=None, **EXACT)[0]),
+                       logits(load_model(packed, quantize=None, **EXACT)[0]))
+    save_adapter(add_lora(model, LoraConfig(r=2, target_modules=["q_proj"])), tmp_path / "adapter")
+    theirs = get_peft_model(load_model(folder, quantize=None, **EXACT)[0], LoraConfig(r=2, target_modules=["q_proj"]))
+    quantize_model(theirs, skip=("lm_head", "default")).save_pretrained(tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "adapter_config.json").exists()
+
+
 # answers
+
+def test_surprises_come_without_all_logits(folder, monkeypatch):
+    "The head sees a piece of the places at a time, and the numbers are those of all at once."
+    from qlora_lab import head_loss
+    model, tokenizer = load_model(folder, **EXACT)
+    text, rows = "Down, down, down. There was nothing else to do.", []
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad(): whole = model(input_ids=ids).logits[0, :-1]
+    want = torch.nn.functional.cross_entropy(whole, ids[0, 1:], reduction="none")
+    model.get_output_embeddings().register_forward_hook(lambda m, args, out: rows.append(out.numel() // out.shape[-1]))
+    monkeypatch.setattr(head_loss, "PIECE", 4 * 4 * whole.shape[-1])
+    assert torch.allclose(token_losses(model, tokenizer, text), want, atol=1e-5)
+    assert max(rows) <= 4 < len(want)
+
 
 @pytest.mark.parametrize("names", [None, ["input_ids", "token_type_ids", "attention_mask"]])
 def test_a_tokenizer_that_gives_token_types(names, folder):

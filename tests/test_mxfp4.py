@@ -8,12 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import devices
+from qlora_lab.bnb_files import save_quantized
 from qlora_lab.double_quant import quantize_4bit
 from qlora_lab.engine.expert_adapters import adapt_experts
 from qlora_lab.engine.experts import Experts4bit, expert_parameters
 from qlora_lab.engine.held_experts import HeldExperts
 from qlora_lab.engine.mxfp4 import E2M1, ExpertsMX, decode_mxfp4, open_mxfp4, save_mxfp4
-from qlora_lab.linear4bit import Linear4bit, saved_for_backward
+from qlora_lab.linear4bit import Linear4bit, PackedWeight, logical_numel, quantize_model, saved_for_backward
+from qlora_lab.model import load_model, memory_bill
 from qlora_lab.records import LabError
 
 QUANT = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
@@ -178,6 +180,56 @@ def test_a_file_cut_short_is_refused(tmp_path):
     whole = (tmp_path / "made" / "model.safetensors").read_bytes()
     (tmp_path / "made" / "model.safetensors").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(LabError, match="not a whole safetensors file"): opened(tmp_path / "made")
+
+
+def test_by_the_names_that_everybody_uses(tmp_path):
+    "load_model opens it as it is, with the settings for answers; counted, saved and opened again with the same bytes."
+    state = shipped(tmp_path / "made")
+    families.tokenizer().save_pretrained(tmp_path / "made")
+    (tmp_path / "made" / "generation_config.json").write_text('{"eos_token_id": [1, 7], "temperature": 0.5}')
+    model, tokenizer = load_model(tmp_path / "made", device="cpu", dtype=torch.bfloat16)
+    assert sum(isinstance(m, ExpertsMX) for m in model.modules()) == 4
+    assert model.generation_config.eos_token_id == [1, 7]
+    bill, codes = memory_bill(model), sum(t.numel() for n, t in state.items() if n.endswith("_blocks"))
+    assert bill.loc["4-bit codes", "weights"] == 2 * codes and bill.loc["4-bit codes", "bytes"] == codes
+    assert bill.loc["quantization statistics", "bytes"] * 16 == codes
+    numbers = sum(p.numel() for p in families.build("gpt_oss").parameters())
+    assert logical_numel(model) == bill["weights"].sum() == numbers
+    with pytest.raises(LabError, match="save_quantized"): model.save_pretrained(tmp_path / "plain")
+    for size in ("5GB", "60KB"):
+        again, _ = load_model(save_quantized(model, tmp_path / size, tokenizer, size), device="cpu", dtype=model.dtype)
+        assert torch.equal(families.logits(again), families.logits(model))
+    written = [n for n in (tmp_path / "60KB").iterdir() if n.suffix == ".safetensors"]
+    assert len(written) > 2
+    read = load_file(tmp_path / "5GB" / "model.safetensors")
+    assert read.keys() == state.keys() and all(torch.equal(read[k], t) for k, t in state.items())
+    made, back = (tmp_path / n / "generation_config.json" for n in ("made", "5GB"))
+    assert made.read_bytes() == back.read_bytes()
+
+
+def test_what_is_asked_for(tmp_path):
+    "Another 4-bit type in the blocks that were asked for; what MXFP4 cannot be, and what bitsandbytes cannot."
+    shipped(tmp_path / "made")
+    families.tokenizer().save_pretrained(tmp_path / "made")
+    def load(**kw): return load_model(tmp_path / "made", device="cpu", **kw)[0]
+    kinds = {(m.quant_type, m.blocksize, m.absmax2 is not None) for m in load(quantize="fp4", blocksize=128).modules()
+             if isinstance(m, PackedWeight)}
+    assert kinds == {("fp4", 128, True)}
+    assert not any(isinstance(m, (HeldExperts, PackedWeight)) for m in load(quantize=None).modules())
+    for kw in (dict(blocksize=64), dict(quantize="mxfp4", double_quant=True)):
+        with pytest.raises(LabError, match="stored in MXFP4, blocks of 32"): load(**kw)
+    with pytest.raises(LabError, match="nf5"): load(quantize="nf5")
+    with pytest.raises(LabError, match="bitsandbytes has no layers for MXFP4"): load(backend="bnb")
+
+
+def test_linear_layers_in_4_bits_beside_mxfp4(tmp_path):
+    "By choice, after the reader; what no config could say is not saved."
+    shipped(tmp_path / "made")
+    model = quantize_model(opened(tmp_path / "made", dtype=torch.float32))
+    assert sum(isinstance(m, Linear4bit) for m in model.modules()) == 8
+    assert sum(isinstance(m, ExpertsMX) for m in model.modules()) == 4 and families.logits(model).isfinite().all()
+    with pytest.raises(LabError, match="experts in MXFP4 and .*q_proj in another"):
+        save_quantized(model, tmp_path / "q")
 
 
 def test_what_is_not_in_mxfp4_is_not_saved_as_such(tmp_path):

@@ -67,13 +67,14 @@ def _on(*devices: str, **twins: str) -> dict[Key, str | Callable]:
 ALWAYS: dict[Key, str | Callable] = _on("meta", dequantize="engine.empty_answers.decode_empty",
     experts="engine.grouped_experts.grouped_experts")
 ALWAYS |= _on("cpu", nearest_code="engine.tables.nearest_by_table", hold_experts="engine.experts.hold_experts",
-    open_mxfp4="engine.mxfp4.open_mxfp4")
+    open_mxfp4="engine.mxfp4.open_mxfp4", save_as_shipped="engine.mxfp4.save_as_shipped")
 ALWAYS |= _on("cuda", move_pages="engine.copy_lanes.LaneMover")
 ALWAYS |= _on("cuda", "meta", host_checkpoints="engine.host_checkpoints.keep_on_host")
 ALWAYS |= _on("cpu", "cuda", dequantize_packed="engine.tables.dequantize_by_table",
     quantize_exactly="engine.rounding.quantize_blocks", quantize_absmax_exactly="engine.rounding.quantize_absmax",
     within_budget="engine.budget.within_budget", optimizer="engine.paged_adamw.optimizer")
 ALWAYS |= _on("cpu", "cuda", "meta", quantize_experts="engine.experts.quantize_experts",
+    experts_left_alone="engine.experts.experts_left_alone",
     adapt_parameters="engine.adapted_parameters.adapt_parameters",
     parameter_shapes="engine.adapted_parameters.parameter_shapes",
     parameter_names="engine.adapted_parameters.parameter_names")
