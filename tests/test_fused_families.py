@@ -214,15 +214,15 @@ def test_what_a_window_spares(window, worth):
 
 
 def test_a_rehearsal_sees_the_kept_result(monkeypatch):
-    "In bytes of all layers' results: out, and a logsumexp for each head and token."
+    "In bytes of seven of eight layers' results: out, and a logsumexp for each head and token."
     config = AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_attention_heads=4, vocab_size=128,
                                   num_key_value_heads=2, num_hidden_layers=8)
     kernels, peaks = [twin(name, "cuda") for name in REHEARSED], []
     for floor in (1 << 20, 0):
         monkeypatch.setattr(attention, "KEPT_FROM", floor)
-        peaks.append(rehearse(config, Settings(rank=4, sequence=512, checkpointing=True), 2, kernels)[1].peak)
-    result = 2 * 512 * (64 * 2 + 4 * 4)
-    assert 6 * result < peaks[1] - peaks[0] < 10 * result
+        peaks.append(rehearse(config, Settings(rank=4, sequence=512, checkpointing=True), 8, kernels)[1].peak)
+    result = 512 * (64 * 2 + 4 * 4)
+    assert 6.5 * result < peaks[1] - peaks[0] < 7.5 * result  # the last layer's is there while it runs, kept or not
 
 
 @pytest.mark.parametrize("family", [name for name, family in zip(FAMILIES, LAYERS.values()) if not family.experts])
