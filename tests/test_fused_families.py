@@ -15,9 +15,10 @@ from transformers import AutoConfig
 from conftest import devices
 from qlora_lab.checkpointing import checkpoint_layers, decoder_layers
 from qlora_lab.engine import attention, decoder_layer
-from qlora_lab.engine.dispatch import REHEARSED, twin, use_kernels
+from qlora_lab.engine.dispatch import REHEARSED, standing_in, twin, use_kernels
 from qlora_lab.engine.families import LAYERS, parts_of, window_of
 from qlora_lab.engine.fusing import fuse_layers, fused_part, is_fused, needs_no_mask
+from qlora_lab.engine.host_checkpoints import keep_on_host
 from qlora_lab.engine.rehearsal import Settings, rehearse
 from qlora_lab.linear4bit import saved_for_backward
 from qlora_lab.lora import LoRALinear
@@ -206,6 +207,15 @@ def test_a_long_sequence_keeps_its_result(tokens, kept):
     with saved_for_backward(model) as found: layer(x, attention_mask=None, position_embeddings=angles)
     more = [x.nbytes, 4 * 4 * tokens] if kept else []
     assert sorted(n for _, _, n in found.values()) == sorted([x.nbytes, *(t.nbytes for t in angles), *more])
+
+
+def test_a_kept_result_beside_checkpoints_on_the_host(monkeypatch):
+    "Their hooks take the inputs and let results through; the gradients are those without, in every bit."
+    monkeypatch.setattr(attention, "KEPT_FROM", 0)
+    expected = gradients(fuse_layers(made("llama", {}, True)))
+    with standing_in({("host_checkpoints", "cpu"): keep_on_host}):
+        found = gradients(fuse_layers(checkpoint_layers(made("llama", {}), where="host")))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("window, worth", [(None, True), (1024, False), (2048, True), (8192, True)])
