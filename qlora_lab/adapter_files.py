@@ -63,7 +63,7 @@ def _check_there(folder: Path) -> None:
         if (folder / name).is_file(): continue
         old, below = folder / "adapter_model.bin", sorted(p.parent.name for p in folder.glob(f"*/{ADAPTER_FILES[0]}"))
         if old.is_file() and name == ADAPTER_FILES[1]:
-            raise LabError(f"{old}: tensors in pickle, which can run code; open the adapter with PEFT once and save it "
+            raise LabError(f"{old}: tensors in a form that can run code; open the adapter with PEFT once and save it "
                            "with save_pretrained, which writes safetensors")
         hint = f"an adapter is a folder with {' and '.join(ADAPTER_FILES)}"
         if below: hint = f"the adapters {below} lie in folders of their own, load one of those"

@@ -70,13 +70,15 @@ def save_quantized(
         if tokenizer is not None: tokenizer.save_pretrained(made)
     return Path(folder)
 
+# %% ../nbs/reference/bnb_files.ipynb #6176ae31
 def _told(state: dict[str, Tensor | Decoded], lost: dict[str, str]) -> str:
     "What becomes of weights for which transformers has no 4-bit layers."
     made = [t.empty for t in state.values() if isinstance(t, Decoded)]
     kinds, n = ", ".join(dict.fromkeys(lost.values())), sum(t.numel() for t in made)
     if not made: return f"the lab will open this checkpoint, transformers alone will not: it has no 4-bit {kinds}"
-    return (f"{n:,} weights of {kinds} are written decoded, {sum(t.nbytes for t in made) / 2**30:.2f} GiB: transformers "
-            "makes no 4-bit layers of these; save_quantized(model, folder, decode=False) keeps them so, for the lab")
+    gib = sum(t.nbytes for t in made) / 2**30
+    return (f"{n:,} weights of {kinds} are written decoded, {gib:.2f} GiB: transformers makes no 4-bit layers of "
+            "them; save_quantized(model, folder, decode=False) keeps them in 4 bits, for the lab alone")
 
 # %% ../nbs/reference/bnb_files.ipynb #ed48f0aa
 def _describable(model: nn.Module) -> Kind:
@@ -134,6 +136,7 @@ def skip_list(
     lost = {n: type(twin.get_submodule(n)).__name__ for n in sorted(four - _makes(twin, skip))}
     return skip, {n: kind for n, kind in (lost | _experts(model)).items() if n not in set(plain)}
 
+# %% ../nbs/reference/bnb_files.ipynb #557b3e06
 def _could(twin: nn.Module) -> list[str]:
     from transformers.pytorch_utils import Conv1D
     return [n for n, m in twin.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)]

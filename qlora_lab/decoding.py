@@ -11,9 +11,9 @@ __all__ = ['decoded', 'Decoded', 'written_plainly']
 # `decoded` exchanges 4-bit layers for layers of the class that the model has in 16 bits: Conv1D gets its weight as
 # [in, out], experts go back into one parameter.
 #
-# `written_plainly` decodes nothing. It puts a `Decoded` in place of codes and statistics in a state dict: the shape, for
-# planning the files, and a function that gives the numbers when their file is written. Names and shapes are those that
-# transformers reads where the layers beside them are in 4 bits. One family differs there: of Llama 4's experts
+# `written_plainly` decodes nothing. It puts a `Decoded` in place of codes and statistics in a state dict: the shape,
+# for planning the files, and a function that gives the numbers when their file is written. Names and shapes are those
+# that transformers reads where the layers beside them are in 4 bits. One family differs there: of Llama 4's experts
 # transformers makes single linear layers, so [E, in, out] becomes E weights [out, in], gate and up apart.
 #
 # Numbers are written in the dtype for which a 4-bit weight stands, that of the model.

@@ -310,6 +310,7 @@ def test_save_pretrained_is_refused(folder, tmp_path):
         with pytest.raises(LabError, match="take save_quantized"): some.save_pretrained(tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
     load_model(packed, quantize=None, **EXACT)[0].save_pretrained(tmp_path / "decoded")
+    tokenizer.save_pretrained(tmp_path / "decoded")
     assert torch.equal(logits(load_model(tmp_path / "decoded", quantize=None, **EXACT)[0]),
                        logits(load_model(packed, quantize=None, **EXACT)[0]))
     save_adapter(add_lora(model, LoraConfig(r=2, target_modules=["q_proj"])), tmp_path / "adapter")

@@ -24,7 +24,7 @@ __all__ = ['BLOCK', 'E2M1', 'AT_ONCE', 'decode_mxfp4', 'ExpertsMX', 'open_mxfp4'
 # %% ../../nbs/engine/mxfp4.ipynb #9a047403
 import json
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
 
@@ -38,8 +38,8 @@ from ..double_quant import quantize_4bit
 from .experts import Experts4bit
 from .held_experts import NamedExperts, choose_forward, hold
 from ..linear4bit import PackedWeight, quantize_model
-from ..replacing import no_plain_saving
 from ..records import LabError, read_json, whole_folder, write_whole
+from ..replacing import no_plain_saving
 
 # %% ../../nbs/engine/mxfp4.ipynb #38c7ed4c
 BLOCK = 32                                    # numbers that share a scale
@@ -121,7 +121,6 @@ def _files(source: str) -> list[str]:
 
 def _tensors(source: str) -> Iterator[tuple[str, Tensor]]:
     "(name, tensor) of a checkpoint, but scales come with their blocks: (name, (blocks, scales))."
-    from contextlib import ExitStack
     with ExitStack() as stack:
         where = {}
         for file in _files(source):
@@ -250,16 +249,9 @@ def save_mxfp4(
     shard_size: str = "5GB",  # of a file at most
 ) -> Path:
     "Write a checkpoint as it was shipped: the same names, and the same bytes where nothing was changed."
-    if not any(isinstance(m, ExpertsMX) for m in model.modules()):
-        raise LabError("the model has no experts in MXFP4; open it with quantize='mxfp4'")
-    if any("lora_" in n for n, _ in model.named_parameters()):
-        raise LabError("the model has adapters; save those with save_adapter, or merge them first")
-    packed = next((n for n, m in model.named_modules() if isinstance(m, PackedWeight)), None)
-    if packed: raise LabError(f"experts in MXFP4 and {packed} in another 4-bit type: no checkpoint's config says both; "
-                              "keep its adapter, or open the model with quantize='nf4' and save that")
-    state = model.state_dict()
+    _can_be_shipped(model)
+    state, shipped = model.state_dict(), model.shipped_quantization or {"quant_method": "mxfp4"}
     if model.config.tie_word_embeddings: state.pop("lm_head.weight", None)
-    shipped = model.shipped_quantization or {"quant_method": "mxfp4"}
     config = model.config.to_dict() | {"quantization_config": shipped}
     with whole_folder(folder) as made:
         write_whole(made / "config.json", json.dumps(config, indent=2, default=str))
@@ -267,6 +259,17 @@ def save_mxfp4(
         write_tensors(state, made, shard_size)
         if tokenizer is not None: tokenizer.save_pretrained(made)
     return Path(folder)
+
+# %% ../../nbs/engine/mxfp4.ipynb #f77da1bc
+def _can_be_shipped(model: nn.Module) -> None:
+    "Raise LabError for a model of which the format cannot say what it holds."
+    if not any(isinstance(m, ExpertsMX) for m in model.modules()):
+        raise LabError("the model has no experts in MXFP4; open it with quantize='mxfp4'")
+    if any("lora_" in n for n, _ in model.named_parameters()):
+        raise LabError("the model has adapters; save those with save_adapter, or merge them first")
+    packed = next((n for n, m in model.named_modules() if isinstance(m, PackedWeight)), None)
+    if packed: raise LabError(f"experts in MXFP4 and {packed} in another 4-bit type: no checkpoint's config says both; "
+                              "keep its adapter, or open the model with quantize='nf4' and save that")
 
 def save_as_shipped(model: nn.Module, *args) -> Path | None:
     "`save_mxfp4` for a model with experts in MXFP4, None for any other: what `save_quantized` asks first."
