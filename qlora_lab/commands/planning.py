@@ -43,7 +43,7 @@ from ..loading import best_dtype, find_model
 from ..records import LabError
 from ..runs import TrainConfig, gib_of
 
-# isort: split
+# %% ../../nbs/commands/planning.ipynb #a93d6388
 from .report import heading, show, table, waiting
 
 if TYPE_CHECKING:
@@ -170,15 +170,17 @@ def foresee(
     return f"{line}\nwarning the run may not fit into memory; what would help: {helps}"
 
 # %% ../../nbs/commands/planning.ipynb #29365ac8
+def _weights_of_run(asked, device) -> dict:
+    kind, _ = held_in(asked, device)
+    if kind is None: return {"quantize": None}
+    return {"quantize": kind.quant_type, "blocksize": kind.blocksize or 64, "double_quant": kind.double_quant}
+
 def _step_of_run(asked, config, data, device, model, tokenizer) -> dict:
     "The settings of a run's own step, with its longest examples."
-    kind, dtype = held_in(asked, device)
-    compute = str(dtype).removeprefix("torch.")
-    weights = {"quantize": None} if kind is None else {
-        "quantize": kind.quant_type, "blocksize": kind.blocksize or 64, "double_quant": kind.double_quant}
+    compute = str(held_in(asked, device)[1]).removeprefix("torch.")
     longest = min(config.max_length, getattr(model, "max_position_embeddings", config.max_length))
     tokens = longest_batch([tokenize(tokenizer, e, longest) for e in data.train], config.batch_size)
-    return weights | dict(
+    return _weights_of_run(asked, device) | dict(
         rank=config.rank, targets=config.targets, batch_size=len(tokens), sequence=len(tokens[-1].ids),
         learned=sum(int(t.mask[1:].sum()) for t in tokens), checkpointing=config.checkpointing,
         checkpointed_layers=config.checkpointed_layers, checkpoints_in=config.checkpoints_in,

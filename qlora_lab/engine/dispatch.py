@@ -81,7 +81,7 @@ ALWAYS |= _on("cpu", "cuda", "meta", quantize_experts="engine.experts.quantize_e
 # %% ../../nbs/engine/dispatch.ipynb #4f329919
 LACK = {"cpu": "engine.c_functions.c_lack", "cuda": "engine.gpu.gpu_lack"}  # device type to where its reason is found
 TRIAL = {"cuda": "engine.gpu.first_kernel"}  # where a device is tried, the first time that a twin is to work on it
-REHEARSED = "adapted_linear", "experts", "fuse_layers", "summed_loss", "slopes", "adamw"  # they change what a step holds
+REHEARSED = "adapted_linear", "experts", "fuse_layers", "summed_loss", "slopes", "adamw"  # change what a step holds
 IN_TORCH = {"adapted_linear", "experts"}  # written in torch's operations: they need neither a compiler nor Triton
 
 # %% ../../nbs/engine/dispatch.ipynb #4d720f62
