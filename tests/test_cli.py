@@ -190,6 +190,20 @@ def test_a_plan_says_whether_it_fits(capsys):
     assert cli.main(["plan", "llma-7b"]) == 2 and "did you mean llama-7b" in capsys.readouterr().err
 
 
+def test_the_longest_text_of_a_budget_is_one_alone(capsys, tmp_path):
+    "However many examples a pass of the fastest step has."
+    from qlora_lab.engine.budget import longest
+    config = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 3,
+              "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 320}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    line = f"plan {tmp_path} --budget 1.05GiB --rank 8 --sequence 64 --batch-size"
+    said = {}
+    for size in ("1", "4"):
+        assert cli.main([*line.split(), size]) == 0
+        said[size] = re.search(r"longest text +([\d,]+)", capsys.readouterr().out)[1].replace(",", "")
+    assert int(said["1"]) == int(said["4"]) == longest(config, 1.05, rank=8, sequence=64)
+
+
 def test_a_run_is_planned_before_it_starts(capsys, monkeypatch, jsonl, tiny):
     "With a warning, and what would help, where the machine has too little."
     import psutil

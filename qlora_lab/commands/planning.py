@@ -35,7 +35,7 @@ from ..batches import longest_batch
 from ..data import tokenize
 from ..engine.allocator import CONTEXT_GIB
 from ..engine.budget import fastest, frugal, told_of
-from ..engine.fitting import CARDS, advice, cards, largest
+from ..engine.fitting import CARDS, advice, cards, largest, resized
 from ..engine.known_models import KNOWN
 from ..engine.planner import MemoryPlan, plan
 from ..engine.rehearsal import Settings
@@ -123,7 +123,9 @@ class Plan:
         if self.budget:
             with waiting("looking for the fastest step"): p = fastest(p)
             show(Text(f"chosen          {told_of(p)}"))
-            show(Text(f"longest text    {largest(frugal(p), limit=1 << 18):,} tokens, with all that saves memory\n"))
+            s = p.settings
+            alone = frugal(resized(p, 1, s.sequence, accumulation=s.batch_size * s.accumulation))
+            show(Text(f"longest text    {largest(alone, limit=1 << 18):,} tokens, with all that saves memory\n"))
         show(*plan_report(p).renderables)
         return 1 if p.fits is False else 0
 

@@ -32,7 +32,7 @@ import psutil
 from torch import nn
 
 from ..batches import longest_batch
-from .fitting import _resized, largest
+from .fitting import resized, largest
 from .planner import MemoryPlan, plan
 from ..linear4bit import Linear4bit
 from ..records import LabError
@@ -63,7 +63,7 @@ def _divided(p: MemoryPlan) -> Iterator[MemoryPlan]:
     s = p.settings
     whole = s.batch_size * s.accumulation
     for size in range(whole, 0, -1):
-        if whole % size == 0: yield _resized(p, size, s.sequence, accumulation=whole // size)
+        if whole % size == 0: yield resized(p, size, s.sequence, accumulation=whole // size)
 
 def _fits(p: MemoryPlan) -> bool:
     "Whether it fits; a recorded step of a second shape finds gradients there."
