@@ -1,5 +1,6 @@
 """One dial: what is chosen for a budget fits and is the fastest that does, and the run is the same run."""
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from qlora_lab.engine.budget import fastest, frugal, longest, seconds, told_of, 
 from qlora_lab.model import load_model
 from qlora_lab.records import LabError
 from qlora_lab.runs import TrainConfig, fingerprint, gib_of, open_folder
-from qlora_lab.train import attach_adapters, train
+from qlora_lab.train import attach_adapters, one_step, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDE = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6,
@@ -111,6 +112,29 @@ def test_a_run_within_a_budget(tiny, data, tmp_path, capsys):
     assert within.record["identity"] == plain.record["identity"]
     with pytest.raises(LabError, match="the least that this step"): run("little", budget="10MiB")
     assert not (tmp_path / "little").exists()
+
+
+def test_a_half_done_run_goes_on_under_another_budget(tiny, data, tmp_path, monkeypatch):
+    "Cut short twice, each time gone on with in another way to keep memory: the run that nobody disturbed."
+    steps_done = []
+    def run(name, stop=None, **more):
+        def step(model, optimizer, learn, config, n):
+            if n == stop: raise KeyboardInterrupt
+            steps_done.append((name, n))
+            return one_step(model, optimizer, learn, config, n)
+        monkeypatch.setattr(sys.modules["qlora_lab.train"], "one_step", step)  # the package's `train` is the function
+        model, tokenizer = load_model(tiny, dtype=torch.float32, compute_dtype=torch.float32)
+        config = TrainConfig(folder=tmp_path / name, **dict(steps=6, batch_size=4, rank=4, lr=5e-3, eval_examples=8,
+                                                            eval_prompts=1, checkpoint_every=2) | more)
+        return train(model, tokenizer, data, config, progress=False)
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt): run("cut", 3, budget="64GiB")
+    with pytest.raises(KeyboardInterrupt): run("cut", 5, checkpointing=True, pass_size=2, device_budget=1)
+    cut = run("cut", budget="32GiB")
+    assert [n for name, n in steps_done if name == "cut"] == [0, 1, 2, 2, 3, 4, 4, 5]
+    assert cut.losses == pytest.approx(whole.losses, rel=1e-4)
+    assert cut.after.loss == pytest.approx(whole.after.loss, rel=1e-4)
+    assert "32GiB" in cut.record["chosen"]
 
 
 def test_another_way_to_keep_memory_is_the_same_run(tiny, data, tmp_path):

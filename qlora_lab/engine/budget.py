@@ -15,8 +15,9 @@ __all__ = ['RATE', 'AGAIN', 'ON_HOST', 'PASS_TOKENS', 'BUS', 'PAGED', 'seconds',
 # More checkpoints never take more memory, so their least number is found by halving; what cannot be faster than the
 # best so far is not planned at all.
 #
-# `seconds` is a model, not a measurement: arithmetic by the number of weights and tokens, and four costs measured on an
-# H100. Only the order of two ways matters, so the rate of the card hardly does.
+# `seconds` is a model, not a measurement: arithmetic by the number of weights and tokens, two costs read off recorded
+# runs on an H100 (a pass, a byte on the bus), and two estimates (computing again, waiting on the host). Only the order
+# of two ways matters, so the rate of the card hardly does.
 #
 # Where nothing fits, the error says what the least is. `longest` turns the question round: the longest text.
 # accelerate and DeepSpeed have switches for each of these; none of them is set by what fits.
@@ -31,7 +32,7 @@ import psutil
 from torch import nn
 
 from ..batches import longest_batch
-from .fitting import _resized, largest
+from .fitting import resized, largest
 from .planner import MemoryPlan, plan
 from ..linear4bit import Linear4bit
 from ..records import LabError
@@ -39,10 +40,10 @@ from ..runs import TrainConfig, gib_of
 
 # %% ../../nbs/engine/budget.ipynb #9464c947
 RATE = 5e14        # operations a second
-AGAIN = 0.3        # of a step's time, for computing every layer again
-ON_HOST = 0.03     # of it, for all inputs waiting on the host
-PASS_TOKENS = 440  # the fixed cost of a pass, in tokens
-BUS = 25e9         # bytes a second, one way
+AGAIN = 0.3        # of a step's time, for computing every layer again; an estimate
+ON_HOST = 0.03     # of it, for all inputs waiting on the host; an estimate
+PASS_TOKENS = 460  # the fixed cost of a pass, in tokens; recorded
+BUS = 44e9         # bytes a second, one way of two at once; recorded
 
 def seconds(p: MemoryPlan) -> float:
     "About how long a step takes; to compare ways to take the same step."
@@ -62,7 +63,7 @@ def _divided(p: MemoryPlan) -> Iterator[MemoryPlan]:
     s = p.settings
     whole = s.batch_size * s.accumulation
     for size in range(whole, 0, -1):
-        if whole % size == 0: yield _resized(p, size, s.sequence, accumulation=whole // size)
+        if whole % size == 0: yield resized(p, size, s.sequence, accumulation=whole // size)
 
 def _fits(p: MemoryPlan) -> bool:
     "Whether it fits; a recorded step of a second shape finds gradients there."

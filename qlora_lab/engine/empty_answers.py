@@ -86,8 +86,8 @@ def register_attention() -> None:
     for device in FLASH:
         def attention(module, query, key, value, mask, scaling=None, device=device, **kwargs):
             if mask is not None and mask.numel() == 1: mask = None  # says that none is needed
-            with Answers(device):
-                return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs | {"dropout": 0.})
+            kwargs |= {"scaling": scaling, "dropout": 0.}
+            with Answers(device): return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
         ALL_ATTENTION_FUNCTIONS.register(f"rehearsal_{device}", attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(f"rehearsal_{device}", _unpadded)
 

@@ -48,6 +48,8 @@ from qlora_lab.engine.empty_answers import (
     without_padding,
 )
 from .known_models import model_config
+
+# %% ../../nbs/engine/rehearsal.ipynb #4fe3aa6d
 from .layer_kinds import gradient_bytes, held_bytes, in_all, kind_of, representatives, told
 from .state_formats import BLOCK
 from ..linear4bit import quantize_model
