@@ -8,7 +8,8 @@ Random weights in real shapes, made in 4 bits where they are used; r = 64, all l
 row's sides are processes of their own, one after the other, with a time limit. Prints a table and merges what was
 measured into results/gpu_fast.json; each row says its card, date and versions.
 
-Sides: lab; called (the lab, not recorded); unfused (recorded, but transformers' own layers); bnb; unsloth.
+Sides: lab; host (the lab, checkpoints in host memory); called (the lab, not recorded); unfused (recorded, but
+transformers' own layers); bnb; unsloth.
 """
 import argparse
 import gc
@@ -57,9 +58,10 @@ ROWS = {
 }
 
 
-def settings_of(row: Row, tiny: bool):
+def settings_of(row: Row, tiny: bool, who: str = "lab"):
     from qlora_lab.engine.rehearsal import Settings
     small = dict(dtype="float32", rank=4) if tiny else dict(rank=64)
+    if who == "host": small["checkpoints_in"] = "host"
     kind = "float32" if tiny else "bfloat16"
     return Settings(adapter_dtype=kind, checkpointing=row.checkpointing, batch_size=row.batch, sequence=row.sequence,
                     device="cpu" if tiny else "cuda", **small)
@@ -74,7 +76,7 @@ def lab_step(row: Row, who: str, config, batch: dict, tiny: bool):
     use_kernels()
     gone = {"called": "forward_backward", "unfused": "fuse_layers"}.get(who)
     AT_WORK.pop((gone, "cuda"), None)
-    model = random_model(config, settings_of(row, tiny), "cpu" if tiny else "cuda")
+    model = random_model(config, settings_of(row, tiny, who), "cpu" if tiny else "cuda")
     optimizer = PagedAdamW(trainable(model), lr=1e-4)
     use_kernels(False)
     with torch.no_grad(): plain = summed_loss(model, batch).item() / (row.batch * (row.sequence - 1))
@@ -210,7 +212,7 @@ def merged(rows: list[dict]) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default=",".join(ROWS), help="names, with commas between")
-    parser.add_argument("--sides", default="lab,bnb,unsloth", help="of lab, called, unfused, bnb, unsloth")
+    parser.add_argument("--sides", default="lab,bnb,unsloth", help="of lab, host, called, unfused, bnb, unsloth")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="measured steps, after two more")
     parser.add_argument("--limit", type=int, default=180, help="seconds for a side")
     parser.add_argument("--tiny", action="store_true", help="small models on a CPU; nothing is written")
@@ -219,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.one: return print(json.dumps(in_this_process(*json.loads(args.one))))
     if not args.tiny and not torch.cuda.is_available(): raise SystemExit("this benchmark needs a GPU, or --tiny")
     asked, sides = args.rows.split(","), args.sides.split(",")
-    unknown = sorted({*asked} - {*ROWS}) + sorted({*sides} - {"lab", "called", "unfused", "bnb", "unsloth"})
+    unknown = sorted({*asked} - {*ROWS}) + sorted({*sides} - {"lab", "host", "called", "unfused", "bnb", "unsloth"})
     if unknown: raise SystemExit(f"no row or side {', '.join(unknown)}; rows: {', '.join(ROWS)}")
     done, folders = [], Path(tempfile.mkdtemp(prefix="fast-", dir=os.environ.get("TMPDIR")))
     try:

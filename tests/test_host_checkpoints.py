@@ -236,6 +236,18 @@ def test_a_pass_between_recordings():
     assert same(grads(model, loss), plain)
 
 
+def test_results_of_attention_travel_too(monkeypatch):
+    "What a layer keeps beside its input for a long sequence; the last layer's stays."
+    monkeypatch.setattr("qlora_lab.engine.attention.KEPT_FROM", 0)
+    monkeypatch.setattr("qlora_lab.engine.host_checkpoints.LARGE", 0)
+    sent = []
+    real = Kept.__init__
+    monkeypatch.setattr(Kept, "__init__", lambda self, x, *a: (sent.append(x.shape), real(self, x, *a))[1])
+    on_device, on_host = grads(made("device", True)), grads(made("host", True))
+    layers = len(decoder_layers(made("host", True)))
+    assert same(on_device, on_host) and len(sent) >= 2 * layers
+
+
 @needs_gpu
 def test_memory_is_given_back():
     "At the turn fewer inputs are on the card, by what the host holds."

@@ -694,7 +694,7 @@ def test_gradients_stay_where_the_recording_writes_them(to_none):
 
 
 WAITS = {"bloom", "mpt", "falcon", "falcon alibi", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
-         "gpt_oss", "deepseek_v3", "glm4_moe", "llama4_text", "mamba", "mamba2"}  # may have to ask the card for a number
+         "gpt_oss", "deepseek_v3", "glm4_moe", "llama4_text", "mamba", "mamba2"}  # may ask the card for a number
 
 
 @needs_gpu

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fusing import needs_no_mask
 from ..head_loss import place_losses, states_and_head
 from ..train import answer_places
 
@@ -53,10 +54,11 @@ def padded(
 
 # %% ../../nbs/engine/filled_up.ipynb #4bb6b345
 def _unpadded(
-    make: Callable, own: bool, batch_size, q_length, kv_length, attention_mask=None, allow_is_causal_skip=True,
-    local_size=None, **more,
+    make: Callable, own: bool, needless: bool, batch_size, q_length, kv_length, attention_mask=None,
+    allow_is_causal_skip=True, local_size=None, **more,
 ):
-    "A mask of transformers without padding; None where attention is causal by itself."
+    "A mask of transformers without padding; None where attention is causal by itself, or layers keep their window."
+    if needless: return None
     whole = q_length == kv_length and (local_size is None or kv_length < local_size)
     if own and allow_is_causal_skip and whole: return None
     how = dict(attention_mask=None, allow_is_causal_skip=allow_is_causal_skip, local_size=local_size)
@@ -64,13 +66,14 @@ def _unpadded(
 
 @contextmanager
 def without_mask(
-    model: nn.Module,  # of transformers
+    model: nn.Module,        # of transformers
+    needless: bool = False,  # whether the layers keep their windows without a mask
 ):
     "A block in which the model's batches have no padding, and nobody looks for any."
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MAKERS
     kinds = {c._attn_implementation for c in (model.config, model.config.get_text_config())} & {*MAKERS}
     before = dict(MAKERS._local_mapping)
-    for kind in kinds: MAKERS[kind] = partial(_unpadded, MAKERS[kind], kind == "sdpa")
+    for kind in kinds: MAKERS[kind] = partial(_unpadded, MAKERS[kind], kind == "sdpa", needless)
     try: yield
     finally: MAKERS._local_mapping = before
 
@@ -82,7 +85,7 @@ def filled_losses(
     targets: Tensor,
 ) -> Tensor:          # nats of each place
     "The losses of a filled-up batch of a causal model."
-    with without_mask(model):
+    with without_mask(model, needs_no_mask(model, ids.shape[1])):
         at = None if len(at) == ids.numel() else at  # all places
         return place_losses(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, at, targets)
 
