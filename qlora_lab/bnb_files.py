@@ -77,7 +77,7 @@ def _told(state: dict[str, Tensor | Decoded], lost: dict[str, str]) -> str:
     kinds, n = ", ".join(dict.fromkeys(lost.values())), sum(t.numel() for t in made)
     if not made: return f"the lab will open this checkpoint, transformers alone will not: it has no 4-bit {kinds}"
     gib = sum(t.nbytes for t in made) / 2**30
-    return (f"{n:,} weights of {kinds} are written decoded, {gib:.2f} GiB: transformers makes no 4-bit layers of "
+    return (f"{n:,} weights of {kinds} are written decoded, {gib:.3g} GiB: transformers makes no 4-bit layers of "
             "them; save_quantized(model, folder, decode=False) keeps them in 4 bits, for the lab alone")
 
 # %% ../nbs/reference/bnb_files.ipynb #ed48f0aa
