@@ -99,8 +99,7 @@ def to_blocks(
 def _check_input(x: Tensor, blocksize: int) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise ValueError(f"expected a floating point tensor to quantize, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.is_meta and not twin("quantize", "meta"):
-        raise ValueError(f"a tensor of shape {tuple(x.shape)} on the meta device has no numbers to quantize")
+    if x.is_meta and not twin("quantize", "meta"): raise ValueError(f"no numbers on the meta device, {tuple(x.shape)}")
     if x.numel() == 0:
         raise ValueError(f"expected at least one number to quantize, got an empty tensor of shape {tuple(x.shape)}")
     if not isinstance(blocksize, int) or blocksize < 1:
