@@ -32,7 +32,7 @@ import psutil
 from torch import nn
 
 from ..batches import longest_batch
-from .fitting import resized, largest
+from .fitting import largest, resized
 from .planner import MemoryPlan, plan
 from ..linear4bit import Linear4bit
 from ..records import LabError
