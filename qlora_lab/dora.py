@@ -44,7 +44,7 @@ def row_lengths(
     a: Tensor,        # [r, in]
     scaling: float,
 ) -> Tensor:          # [out], float32 or wider
-    "|(W + s B A)_i| for each row, by pieces of rows."
+    "Length of each row of W + s B A, by pieces of rows."
     dtype = torch.promote_types(b.dtype, torch.float32)
     rows = max(1, PIECE // weight.shape[1])
     def piece(i): return torch.addmm(weight[i:i + rows].to(dtype), b[i:i + rows].to(dtype), a.to(dtype), alpha=scaling)

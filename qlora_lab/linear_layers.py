@@ -95,6 +95,9 @@ def _reads(node: ast.AST, tests: tuple, found: list) -> None:
         name = _dotted(node) or ""
         if re.fullmatch(r"self\..+\.(weight|bias)", name): found.append((name.split(".", 1)[1], tests))
         if node.attr in _HARMLESS: return
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "to":
+        names = [(_dotted(arg) or "").split(".", 1) for arg in node.args]
+        found += [(n[1], tests) for n in names if n[0] == "self" and n[1].endswith(".weight.dtype")]
     if isinstance(node, (ast.If, ast.IfExp)):
         _reads(node.test, tests, found)
         def below(part): return part if isinstance(part, list) else [part]
@@ -147,12 +150,14 @@ def _ruled_out(test: ast.AST, wanted: bool, m: nn.Module) -> bool:
 # %% ../nbs/reference/linear_layers.ipynb #fb8afea2
 def read_in_passing(
     model: nn.Module,
-) -> dict[str, str]:  # name of the layer to class of the module that reads it
+    casts: bool = False,  # True: layers to whose weight's dtype another module casts, which in 4 bits is that of bytes
+) -> dict[str, str]:      # name of the layer to class of the module that reads it
     "Layers whose weight or bias another module takes without calling them."
     found = {}
     for name, m in model.named_modules():
         for attribute, tests in _reads_of_class(type(m)):
-            child, _, _ = attribute.rpartition(".")
+            if attribute.endswith(".dtype") != casts: continue
+            child, _, _ = attribute.removesuffix(".dtype").rpartition(".")
             try: layer = m.get_submodule(child)
             except AttributeError: continue
             if not looks_linear(layer): continue
@@ -202,11 +207,12 @@ def quantizable(
     skip: tuple[str, ...] | None = None,  # last parts of names, or whole names; None for the output head alone
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:  # name to layer; name to reason, of those that stay as they are
     "Which linear layers go into 4 bits, and why the others do not."
-    head, stay, take = output_head(model), left_alone(model), {}
+    head, stay, take, cast = output_head(model), left_alone(model), {}, read_in_passing(model, casts=True)
     for name, m in linear_layers(model).items():
         last = name.rpartition(".")[2]
         if skip is None and (m is head or last == "lm_head"): stay[name] = "the output head"
         elif skip and (last in skip or name in skip): stay[name] = "left out by name"
+        elif name in cast: stay[name] = f"{cast[name]} casts what goes into it to its weight's dtype"
         elif _kept_in_float32(name, model): stay[name] = "transformers keeps it in float32"
         elif type(m) not in LINEAR: take[name] = m
     return take, stay

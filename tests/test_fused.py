@@ -499,14 +499,14 @@ def by_graph(q, k, v, g, **how):
 def test_a_kept_result_of_attention(dtype, window, name):
     "In every bit what the graph gives; where queries go in blocks nothing is kept."
     how = {"scale": 0.2, "window": window}
-    given = [normal(2, heads, 33, 16, seed=heads).to(dtype) for heads in (4, 2, 2, 4)]
+    given = [normal(2, heads, 33, 16, seed=heads).to("cpu", dtype) for heads in (4, 2, 2, 4)]
     found, kernel = kept_result(*given, **how)
     assert kernel == name and all(map(torch.equal, found, by_graph(*given, **how)))
 
 
 def test_an_operator_that_does_something_else_is_not_called(monkeypatch):
     "Each is tried beside torch's own graph: one that takes other arguments, and one that is wrong."
-    given = [normal(2, heads, 33, 16, seed=heads) for heads in (4, 2, 2, 4)]
+    given = [normal(2, heads, 33, 16, seed=heads).cpu() for heads in (4, 2, 2, 4)]
     right = attention.KERNELS["cpu"]
     def other(*args): raise TypeError("other arguments")
     def wrong(*args): return [1.1 * t for t in right.backward(*args)]

@@ -3,6 +3,7 @@
 Protects: the descriptions of engine/families, the parts that only some families have, and the care in taking a layer.
 """
 import statistics
+from functools import partial
 
 import pytest
 import torch
@@ -187,7 +188,7 @@ def test_attention_runs_once_where_its_result_is_kept(family, more, device, monk
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     expected = gradients(fuse_layers(made(family, more, True, device=device, dtype=dtype)))
     monkeypatch.setattr(attention, "KEPT_FROM", 0)
-    model = fuse_layers(made(family, more, True, device=device, dtype=dtype))
+    model = fuse_layers(made(family, more, True, device=device, dtype=dtype), keep_attention=True)
     gradients(model)  # kernels are tried in the first pass
     with AttentionCalls() as calls: found = gradients(model)
     with torch.autograd.graph.save_on_cpu(): copied = gradients(model)
@@ -201,7 +202,7 @@ def test_attention_runs_once_where_its_result_is_kept(family, more, device, monk
 @pytest.mark.parametrize("tokens, kept", [(24, False), (4096, True)])
 def test_a_long_sequence_keeps_its_result(tokens, kept):
     "Input, position tables and out with a logsumexp for each head and token; of a short one the first two alone."
-    model = fuse_layers(made("llama", {"hidden_size": 64, "num_hidden_layers": 1}, True))
+    model = fuse_layers(made("llama", {"hidden_size": 64, "num_hidden_layers": 1}, True), keep_attention=True)
     x, layer = random(1, tokens, 64).requires_grad_(), decoder_layers(model)[0]
     angles = tables(model, layer, x, torch.arange(tokens)[None])
     with saved_for_backward(model) as found: layer(x, attention_mask=None, position_embeddings=angles)
@@ -227,10 +228,12 @@ def test_a_rehearsal_sees_the_kept_result(monkeypatch):
     "In bytes of seven of eight layers' results: out, and a logsumexp for each head and token."
     config = AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_attention_heads=4, vocab_size=128,
                                   num_key_value_heads=2, num_hidden_layers=8)
-    kernels, peaks = [twin(name, "cuda") for name in REHEARSED], []
+    twins, peaks = {name: twin(name, "cuda") for name in REHEARSED}, []
+    kernels = tuple((twins | {"fuse_layers": partial(fuse_layers, keep_attention=True)}).values())
+    how = dict(rank=4, sequence=512, checkpointing=True)
     for floor in (1 << 20, 0):
         monkeypatch.setattr(attention, "KEPT_FROM", floor)
-        peaks.append(rehearse(config, Settings(rank=4, sequence=512, checkpointing=True), 8, kernels)[1].peak)
+        peaks.append(rehearse(config, Settings(**how), 8, kernels)[1].peak)
     result = 512 * (64 * 2 + 4 * 4)
     assert 6.5 * result < peaks[1] - peaks[0] < 7.5 * result  # the last layer's is there while it runs, kept or not
 

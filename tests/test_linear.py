@@ -276,3 +276,13 @@ def test_conv1d_is_quantized_the_right_way_round():
     assert (twin.in_features, twin.out_features) == (64, 96)
     assert torch.equal(twin.quantized.packed, quantize_4bit(conv.weight.t().contiguous()).packed)
     assert (twin(x) - conv(x)).norm() < 0.15 * conv(x).norm()
+
+
+def test_a_layer_to_whose_dtype_inputs_are_cast_stays():
+    "Mamba casts its states to the head's dtype: a head in 4 bits would get bytes."
+    from families import build
+
+    from qlora_lab.linear_layers import quantizable
+    take, stay = quantizable(build("mamba"), skip=())
+    assert "lm_head" not in take and "dtype" in stay["lm_head"]
+    assert "lm_head" in quantizable(build("llama"), skip=())[0]

@@ -74,7 +74,7 @@ class _LayerParts(_LayerGroups):
         super().__init__(layer, parts)
         family, (first, second), (behind, last) = parts.family, parts.before, parts.after
         self.factor = getattr(layer, family.factor) if family.factor else 1.
-        self.parallel, self.size, self.keeps_attention = parts.parallel, size_of(parts), True
+        self.parallel, self.size, self.keeps_attention = parts.parallel, size_of(parts), False
         between = 0 if self.parallel or behind is not None or self.factor != 1 else self.out.room
         self.norm_in = _norm(first, self.qkv.room)
         self.norm_middle = _norm(second, self.up.room if self.up else 0, between)

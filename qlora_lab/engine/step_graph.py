@@ -122,7 +122,7 @@ class Recorder(Roomy):
             for p in self.params if makes else (): p.grad = None
             torch.cuda.set_stream(before)
             if not isinstance(e, RuntimeError): raise
-            short = "out of memory" in str(e)
+            short = isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e)
             who = f"batches of shape {tuple(shape[0])} run" if short else "the model runs"
             warnings.warn(f"{who} without a graph ({str(e).splitlines()[0]})", stacklevel=2)
             if not short: self.most = 0  # what waits for the card does so in every shape
