@@ -167,7 +167,7 @@ def _is_stack(m: nn.Module) -> bool:
 
 def experts_of(model: nn.Module) -> list[str]:
     "Parameters [E, a, b] that hold the experts of a layer, or what stands in their place; one entry for all layers."
-    found = {n: None for n, p in model.named_parameters() if p.dim() == 3}
+    found = {n: None for n, p in model.named_parameters() if p.dim() == 3 and len(p) > 1}
     found = {n: None for n in found if not isinstance(model.get_submodule(n.rpartition(".")[0]), UNSUPPORTED)}
     found |= {n: None for n, m in model.named_modules() if _is_stack(m)}
     return list(_by_kind(found))

@@ -158,6 +158,12 @@ def _checked_part(part: dict) -> dict:
     return {k: v for k, v in part.items() if k not in ("dtype", "torch_dtype")}
 
 # %% ../../nbs/engine/known_models.ipynb #9ea168ed
+def _plain(value):
+    "Numbers that JSON lacks as numbers: transformers writes infinity as {'__float__': 'Infinity'}."
+    if isinstance(value, list): return [_plain(v) for v in value]
+    if not isinstance(value, dict): return value
+    return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _plain(v) for k, v in value.items()}
+
 def model_config(
     model: "str | Path | dict | PretrainedConfig",  # a known name, a config.json or its folder, or its content
 ) -> "PretrainedConfig":
@@ -166,7 +172,7 @@ def model_config(
     who = str(model) if isinstance(model, (str, Path)) else "config"
     if isinstance(model, PretrainedConfig): found = model.to_dict()
     else: found = model if isinstance(model, dict) else _named_config(str(model))
-    fields, family = _checked(found, who), found.get("model_type", "llama")
+    fields, family = _plain(_checked(found, who)), found.get("model_type", "llama")
     if family in _ANY_LENGTH: fields = {"max_position_embeddings": 1 << 20} | fields
     try: config = AutoConfig.for_model(family, **fields)
     except Exception as e:  # its checks have classes of their own
