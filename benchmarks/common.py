@@ -31,6 +31,16 @@ def spread_of(seconds: list[float]) -> dict[str, float]:
     return {"median_ms": 1e3 * statistics.median(seconds), "quartiles_ms": [1e3 * low, 1e3 * high]}
 
 
+def put_buffers(model, config, device: str) -> None:
+    "Position tables, scales and biases, which are no weights, as transformers computes them."
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    with init_empty_weights(include_buffers=False): real = AutoModelForCausalLM.from_config(config)
+    for name, b in real.named_buffers():
+        parent, _, last = name.rpartition(".")
+        if not b.is_meta: model.get_submodule(parent)._buffers[last] = b.to(device)
+
+
 def random_model(config, settings, device: str = "cuda", seed: int = 0):
     """The model of a `rehearsal.Settings` with random weights, live on a device and ready to train.
 
@@ -42,6 +52,7 @@ def random_model(config, settings, device: str = "cuda", seed: int = 0):
     from qlora_lab.engine.dispatch import faster
     from qlora_lab.engine.rehearsal import empty_model
     model = empty_model(config, settings, attention="sdpa")
+    put_buffers(model, config, device)
     generator = torch.Generator(device).manual_seed(seed)
     for module in model.modules():
         for name, p in module._parameters.items():
@@ -56,8 +67,6 @@ def random_model(config, settings, device: str = "cuda", seed: int = 0):
             t = torch.empty(b.shape, dtype=b.dtype, device=device)
             module._buffers[name] = t.random_(0, 256, generator=generator) if b.dtype == torch.uint8 else t.fill_(0.02)
     if config.tie_word_embeddings: model.tie_weights()
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config=config).to(device)
     faster("fuse_layers", torch.device(device), model)
     return model
 
@@ -97,8 +106,8 @@ def random_peer(config, settings, device: str = "cuda", seed: int = 0):
                 norm = "Norm" in type(module).__name__
                 value = torch.ones(p.shape, dtype=dtype, device=device) if norm else random(p)
                 module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    put_buffers(model, config, device)
     if config.tie_word_embeddings: model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
     model.config.use_cache = False
     if settings.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -108,3 +117,16 @@ def random_peer(config, settings, device: str = "cuda", seed: int = 0):
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.to(getattr(torch, settings.adapter_dtype))
     return model.train()
+
+
+def peer_step(model, optimizer, batch: dict, max_grad_norm: float = 0.3) -> tuple[float, float]:
+    "A step as users of peft and bitsandbytes take it: transformers' own loss, from the logits of all places."
+    import torch
+    params = [p for p in model.parameters() if p.requires_grad]
+    device = params[0].device
+    loss = model(**{k: t.to(device) for k, t in batch.items()}).loss
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item(), norm.item()

@@ -1,10 +1,12 @@
 """The lab beside its peers on a GPU: decoding, quantizing, one layer, the optimizer's update, training steps.
 
-    make bench-gpu        # or python -m benchmarks.gpu; on an H100 about six minutes
+    make bench-gpu                      # or python -m benchmarks.gpu; on an H100 about half an hour
+    make bench-gpu ARGS="--only steps"  # or kernels: about six minutes both; or fast, with benchmarks.fast's options
 
-Prints a table for each and writes results/gpu.json (kernels and layers) and results/gpu_steps.json (training steps),
-which lessons 14, 14b and 14c and the engine's pages show. Peers, plain path, 16-bit layers and torch's own copy in one
-run; torchao where it is installed. Steps run in processes of their own, random weights in real shapes.
+Prints a table for each and writes results/gpu.json (kernels and layers), results/gpu_steps.json (training steps),
+which lessons 14, 14b and 14c and the engine's pages show, and results/gpu_fast.json (models as people bring them).
+Peers, plain path, 16-bit layers and torch's own copy in one run; torchao where it is installed. Steps run in processes
+of their own, random weights in real shapes.
 """
 import argparse
 import gc
@@ -20,7 +22,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from benchmarks.common import random_batch, random_model, random_peer, save_result, spread_of
+from benchmarks import fast
+from benchmarks.common import peer_step, random_batch, random_model, random_peer, save_result, spread_of
 from benchmarks.memory import PAPER, peer_optimizer
 from qlora_lab.blockwise import dequantize_blockwise
 from qlora_lab.checkpointing import decoder_layers
@@ -28,8 +31,10 @@ from qlora_lab.double_quant import DYNAMIC8, quantize_4bit
 from qlora_lab.engine.dispatch import AT_WORK, use_kernels
 from qlora_lab.engine.known_models import model_config
 from qlora_lab.engine.paged_adamw import PagedAdamW
+from qlora_lab.engine.piecewise_loss import slopes_triton
 from qlora_lab.engine.rehearsal import Settings
 from qlora_lab.engine.triton_dequantize import dequantize_triton
+from qlora_lab.head_loss import slopes
 from qlora_lab.linear4bit import Linear4bit
 from qlora_lab.lora import trainable
 from qlora_lab.train import train_step
@@ -223,6 +228,20 @@ def updating(rank: int = 64) -> dict:
     return row | {"equal": all(torch.equal(*pair) for plain, lab in both for pair in zip(plain, lab, strict=True))}
 
 
+def losses(places: int = 1024) -> list[dict]:
+    "Loss and slope of 1,024 places from their logits in bfloat16: plain torch, and the kernel in place."
+    rows = []
+    for vocabulary in (32_000, 151_936, 262_208):
+        logits = torch.randn(places, vocabulary, device="cuda", dtype=torch.bfloat16) * 4
+        targets = torch.randint(vocabulary, (places,), device="cuda")
+        (nats, slope), own = slopes(logits, targets), logits.clone()
+        off = (slopes_triton(own, targets) - nats).abs().max().item(), (own.float() - slope).abs().max().item()
+        row = {"vocabulary": vocabulary, "loss_off": off[0], "slope_off": off[1]}
+        row |= entry("plain", timed(partial(slopes, logits, targets)), 36 * logits.numel())  # 2 + 4 + 3 (4 + 4) + 4 + 2
+        rows.append(row | entry("lab", timed(partial(slopes_triton, own, targets)), 4 * logits.numel()))
+    return rows
+
+
 def step(name: str, batch_size: int, who: str, rounds: int = 7) -> dict:
     """A training step, forward to optimizer: r = 64 on all linear layers, adapters in bfloat16, checkpointed, 512
     tokens a sequence, all of them learned."""
@@ -238,7 +257,9 @@ def step(name: str, batch_size: int, who: str, rounds: int = 7) -> dict:
             for part in decoder_layers(model): part.compile()
         optimizer = peer_optimizer(trainable(model), settings)
     batch = random_batch(batch_size, 512)
-    def work(): return train_step(model, optimizer, [batch], 1e-4, 0.3)
+    def work():
+        lab = who.startswith("lab")
+        return train_step(model, optimizer, [batch], 1e-4, 0.3) if lab else peer_step(model, optimizer, batch)
     first = work()[0]
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
@@ -284,16 +305,19 @@ def show(part) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("kernels", "steps"))
+    parser.add_argument("--only", choices=("kernels", "steps", "fast"))
     parser.add_argument("--step", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
+    if args.only == "fast": return fast.main(more)
+    if more: parser.error(f"unknown: {' '.join(more)}")
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a GPU; its recorded runs are benchmarks/results/gpu.json and "
                          "gpu_steps.json")
     if args.step: return print(json.dumps(step(*json.loads(args.step))))
-    parts = ceilings, decoding, grown, torchao, quantizing, layer, updating
+    parts = ceilings, decoding, grown, torchao, quantizing, layer, updating, losses
     if args.only != "steps": print(save_result("gpu", {part.__name__: show(part) for part in parts}))
     if args.only != "kernels": show(steps)
+    if args.only is None: fast.main([])
 
 
 if __name__ == "__main__": main()

@@ -20,7 +20,7 @@ if "claims" in sys.argv: os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expan
 
 import torch
 
-from benchmarks.common import RESULTS, random_batch, random_model, random_peer, save_result
+from benchmarks.common import RESULTS, peer_step, random_batch, random_model, random_peer, save_result
 from qlora_lab import plan
 from qlora_lab.engine.allocator import CONTEXT_GIB
 from qlora_lab.engine.fitting import largest
@@ -81,14 +81,17 @@ def one(name: str, settings: Settings, steps: int = 3, peer: bool = False) -> di
         bits, budget = settings.optimizer_bits, settings.device_budget
         optimizer = PagedAdamW(trainable(model), lr=1e-4, bits=bits, device_budget=budget)
     batches = [random_batch(settings.batch_size, settings.sequence, settings.learned)] * settings.accumulation
-    train_step(model, optimizer, batches, 1e-4, 0.3)
+    def step():
+        if not peer: return train_step(model, optimizer, batches, 1e-4, 0.3)
+        for batch in batches: peer_step(model, optimizer, batch)  # of one batch each
+    step()
     if "_graph" in model.__dict__: model._graph.clear()  # a replay takes memory without asking
     torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(steps):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        train_step(model, optimizer, batches, 1e-4, 0.3)
+        step()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     free, total = torch.cuda.mem_get_info()

@@ -30,7 +30,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from .engine.dispatch import faster
+from .engine.dispatch import faster, twin
 
 # %% ../nbs/01_blockwise.ipynb #de276ad7
 _codebooks: dict[str, Tensor] = {}
@@ -99,6 +99,7 @@ def to_blocks(
 def _check_input(x: Tensor, blocksize: int) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise ValueError(f"expected a floating point tensor to quantize, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.is_meta and not twin("quantize", "meta"): raise ValueError(f"no numbers on the meta device, {tuple(x.shape)}")
     if x.numel() == 0:
         raise ValueError(f"expected at least one number to quantize, got an empty tensor of shape {tuple(x.shape)}")
     if not isinstance(blocksize, int) or blocksize < 1:
@@ -106,7 +107,9 @@ def _check_input(x: Tensor, blocksize: int) -> None:
 
 def _check_finite(x: Tensor, absmax: Tensor, mean: Tensor | None = None) -> None:
     "A NaN or an infinity anywhere in a block shows in its absmax, so the check costs one pass over the statistics."
-    if isfinite((absmax.sum() if mean is None else mean).item()) or absmax.isfinite().all(): return
+    if isfinite((absmax.sum() if mean is None else mean).item()): return
+    if absmax.isfinite().all() and mean is None: return
+    if absmax.isfinite().all(): raise ValueError("the scales' mean overflows float32; quantize without double_quant")
     at = (~x.float().isfinite()).nonzero()[0].tolist()
     raise ValueError(f"expected finite numbers to quantize, got {x[tuple(at)].item()} at index {at} of shape "
                      f"{tuple(x.shape)}; mend or drop that weight first, since one such number spoils its whole block")

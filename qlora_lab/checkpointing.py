@@ -22,13 +22,16 @@ __all__ = ['Checkpoint', 'checkpoint', 'decoder_layers', 'is_checkpointed', 'che
 # Built in lesson 07, nbs/07_checkpointing.ipynb.
 
 # %% ../nbs/07_checkpointing.ipynb #80b60b45
+import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import MethodType
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .engine.dispatch import faster
 from .records import LabError
 from .second_run import gradients, once_more, surroundings
 
@@ -37,7 +40,7 @@ class Checkpoint(torch.autograd.Function):
     "Keeps the inputs of `run` alone, and runs it again in the backward pass. Chen et al. 2016."
     @staticmethod
     def forward(ctx, run, count, *tensors):  # the first `count` go into `run`, the others are trainable parameters
-        ctx.run, ctx.count, ctx.before = run, count, surroundings(tensors)
+        ctx.run, ctx.params, ctx.before = run, tensors[count:], surroundings(tensors)
         ctx.save_for_backward(*tensors)
         return run(*tensors[:count])
 
@@ -45,10 +48,10 @@ class Checkpoint(torch.autograd.Function):
     def backward(ctx, *grads):
         if torch.is_grad_enabled():
             raise LabError("create_graph=True: a gradient that passed a checkpoint cannot be differentiated again")
-        kept, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        inputs = [t.detach().requires_grad_(need) for t, need in zip(kept[:ctx.count], needs)]
+        kept, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]  # the parameters are asked for unchanged versions
+        inputs = [t.detach().requires_grad_(need) for t, need in zip(kept, needs[:len(kept) - len(ctx.params)])]
         with once_more(*ctx.before): outputs = ctx.run(*inputs)
-        tensors = [*inputs, *kept[ctx.count:]]
+        tensors = [*inputs, *ctx.params]  # themselves: what saved-tensor hooks hand back may be copies
         wanted, complete = [t for t in tensors if t.requires_grad], getattr(ctx.run, "complete", False)
         found = iter(gradients(outputs, wanted, grads, check=not complete))
         return None, None, *[next(found) if t.requires_grad else None for t in tensors]
@@ -110,22 +113,43 @@ def is_checkpointed(layer: nn.Module) -> bool:
     "Whether `checkpoint_layers` is on for a decoder layer."
     return "_own_forward" in layer.__dict__
 
+def _set(layer: nn.Module, on: bool) -> None:
+    "Put the checkpoint around a layer's forward, or take it off; its input stays on the device."
+    for hook in layer.__dict__.pop("_host_hooks", ()): hook.remove()
+    if is_checkpointed(layer) == on: return
+    if on:
+        layer._own_forward = layer.__dict__.get("forward")  # another library's wrapper, if there is one
+        layer.forward = partial(_forward, layer)  # which can be pickled
+        return
+    own = layer.__dict__.pop("_own_forward")
+    del layer.forward
+    if own is not None: layer.forward = own
+
+def _chosen(layers: nn.ModuleList, which: int | Iterable[int] | None) -> list[nn.Module]:
+    "Some of the layers, in their order; raises LabError for those that are not there."
+    if which is None: return list(layers)
+    numbers = set(range(which) if isinstance(which, int) else which)
+    if numbers and numbers <= set(range(len(layers))): return [layers[i] for i in sorted(numbers)]
+    raise LabError(f"layers={which}: expected a number from 1 to {len(layers)}, or some of 0 to {len(layers) - 1}")
+
+# %% ../nbs/07_checkpointing.ipynb #4f1d75f9
 def checkpoint_layers(
     model: nn.Module,  # of transformers, wrapped by PEFT or not
     on: bool = True,   # False takes it off again
+    layers: int | Iterable[int] | None = None,  # the first so many, or which, counted from 0; all by default
+    where: str = "device",  # or "host": the inputs wait in pinned host memory
 ) -> nn.Module:        # the same model; in train mode its layers ignore caches of keys and values
-    "Let each decoder layer keep its input alone in forward passes with autograd; raises LabError without layers."
-    layers = decoder_layers(model)
+    "Let decoder layers keep their inputs alone in forward passes with autograd; raises LabError without layers."
+    every, device = decoder_layers(model), next(model.parameters()).device
     if on and getattr(model, "is_gradient_checkpointing", False):
         raise LabError("transformers' own checkpointing is on, so each layer would run three times; "
                        "call model.gradient_checkpointing_disable() first")
-    for layer in layers:
-        was_on = is_checkpointed(layer)
-        if on and not was_on:
-            layer._own_forward = layer.__dict__.get("forward")  # another library's wrapper, if there is one
-            layer.forward = MethodType(_forward, layer)
-        elif was_on and not on:
-            own = layer.__dict__.pop("_own_forward")
-            del layer.forward
-            if own is not None: layer.forward = own
+    if where not in ("device", "host"): raise LabError(f"where={where!r}: expected 'device' or 'host'")
+    chosen = _chosen(every, layers) if on else []
+    faster("forget", device, model)  # what was recorded of the model as it was
+    for layer in every: _set(layer, any(layer is c for c in chosen))
+    if where == "device" or not chosen: return model
+    found = faster("host_checkpoints", device, chosen)  # nbs/engine/host_checkpoints
+    if found is None: warnings.warn(f"checkpoints stay where they are: a {device.type} has one memory", stacklevel=2)
+    for layer, hooks in zip(chosen, found or ()): layer._host_hooks = hooks
     return model

@@ -11,7 +11,8 @@ __all__ = ['component', 'four_bit_parts', 'held_tensors']
 # `held_tensors` yields (component, tensor, number of weights). The component is one of: 4-bit codes, quantization
 # statistics, other linear weights, embeddings, norms and biases, adapters. A tensor that several modules share, as
 # embeddings and head do, comes once, under the first that has it. Codes stand for two weights a byte; statistics stand
-# for none, so that bytes divided by weights is what a weight costs.
+# for none, so that bytes divided by weights is what a weight costs. Fused experts, three axes in one tensor, are linear
+# weights; routers are not.
 #
 # 4-bit layers are the lab's or bitsandbytes'. The lab keeps statistics as buffers of the layer, bitsandbytes in the
 # `quant_state` of the weight; both are found, or their bills could not be compared.
@@ -23,18 +24,25 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from .linear4bit import Linear4bit
+from .linear4bit import PackedWeight
+from .linear_layers import looks_linear
 
 # %% ../nbs/reference/held.ipynb #869a45d8
-def component(name: str, m: nn.Module) -> str:
-    "Which row of the bill a module's own parameters belong to."
+def component(
+    name: str,     # of the module
+    m: nn.Module,
+    p: Tensor,     # a parameter of its own
+) -> str:
+    "Which row of the bill a parameter belongs to."
     if "lora_" in name: return "adapters"
     if isinstance(m, nn.Embedding): return "embeddings"
-    return "other linear weights" if isinstance(m, nn.Linear) else "norms and biases"
+    fused_experts = p.dim() == 3 and not isinstance(m, nn.modules.conv._ConvNd)
+    return "other linear weights" if looks_linear(m) or fused_experts else "norms and biases"
 
 def four_bit_parts(m: nn.Module) -> tuple | None:
     "(codes, number of weights, statistics) of a 4-bit layer, the lab's or bitsandbytes'; None for any other."
-    if isinstance(m, Linear4bit): return m.weight, m.in_features * m.out_features, (m.stats, m.absmax2, m.offset)
+    if hasattr(m, "packed_parts"): return m.packed_parts()  # experts in MXFP4
+    if isinstance(m, PackedWeight): return m.weight, m.quantized.shape.numel(), (m.stats, m.absmax2, m.offset)
     state = getattr(getattr(m, "weight", None), "quant_state", None)
     if state is None: return None
     second = state.state2.absmax if state.nested else None
@@ -46,9 +54,9 @@ def held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
     seen = set()
     for name, m in model.named_modules():
         codes, n, stats = four_bit_parts(m) or (None, 0, ())
-        kind = "norms and biases" if n else component(name, m)
+        rest = [p for p in m.parameters(recurse=False) if p is not codes]
         own = [("4-bit codes", codes, n), *(("quantization statistics", t, 0) for t in stats)]
-        own += [(kind, p, p.numel()) for p in m.parameters(recurse=False) if p is not codes]
+        own += [("norms and biases" if n else component(name, m, p), p, p.numel()) for p in rest]
         for kind, t, weights in own:
             if t is None or id(t) in seen: continue
             seen.add(id(t))

@@ -14,13 +14,14 @@ __all__ = ['saved_for_backward', 'MatMul4Bit', 'matmul_4bit', 'PackedWeight', 'L
 # bias, never into W.
 #
 # Layout: `weight` is a frozen parameter of packed codes, uint8 [ceil(n / 2), 1]; the statistics (stats, absmax2,
-# offset) are buffers that no change of dtype touches. A state dict has bitsandbytes' names and bytes, see
-# `bnb_format`.
+# offset) are buffers that no change of dtype touches. A state dict has bitsandbytes' names and bytes, see `bnb_state`.
 #
 # What differs from bitsandbytes 0.50: its forward pass in training multiplies with the codes directly up to about
 # 1,500 rows (one fused kernel on a GPU) and decodes above that; its backward pass always decodes, like ours. It
 # quantizes when a layer moves to a device, and repacks weights in eval mode on some CPUs; here nothing changes
 # after the layer is made.
+#
+# `quantize_model` takes what `linear_layers` counts as a linear layer, and says what stayed (`replacing`).
 #
 # Built in lesson 05, nbs/05_linear4bit.ipynb.
 
@@ -31,9 +32,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bnb_format import bnb_tensors
+from .bnb_state import BnbState
 from .double_quant import QuantizedTensor, quantize_4bit
 from .engine.dispatch import faster
+from .linear_layers import known, quantizable, weight_of
+from .replacing import no_plain_saving, refuse_unfit, replace_layer, sharing, tell_share, weights_by_name
 
 # %% ../nbs/05_linear4bit.ipynb #91f9bf7d
 @contextmanager
@@ -62,7 +65,7 @@ class MatMul4Bit(torch.autograd.Function):
     def backward(ctx, grad):
         kept = ctx.saved_tensors  # asked for once: raises if the packed bytes were changed since the forward pass
         dx = grad @ ctx.quantized.dequantize(grad.dtype) if ctx.needs_input_grad[0] else None
-        db = grad.flatten(0, -2).sum(0) if ctx.bias and ctx.needs_input_grad[2] else None
+        db = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.bias and ctx.needs_input_grad[2] else None
         return dx, None, db, *[None] * len(kept)
 
 def matmul_4bit(
@@ -103,7 +106,8 @@ class PackedWeight(nn.Module):
         return self
 
 # %% ../nbs/05_linear4bit.ipynb #376d1c16
-class Linear4bit(PackedWeight):
+@known
+class Linear4bit(BnbState, PackedWeight):
     "A frozen linear layer whose weight is held in 4 bits; its state dict is bitsandbytes' own."
     def __init__(self, quantized: QuantizedTensor,  # of a weight [out_features, in_features]
                  bias: Tensor | None = None,        # [out_features]
@@ -116,7 +120,7 @@ class Linear4bit(PackedWeight):
     def from_linear(cls, linear: nn.Linear, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True,
                     compute_dtype: torch.dtype | None = None) -> "Linear4bit":
         "Quantize a linear layer; raises ValueError for a weight that cannot be quantized."
-        return cls(quantize_4bit(linear.weight, quant_type, blocksize, double_quant), linear.bias, compute_dtype)
+        return cls(quantize_4bit(weight_of(linear), quant_type, blocksize, double_quant), linear.bias, compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.compute_dtype or x.dtype
@@ -127,10 +131,6 @@ class Linear4bit(PackedWeight):
         nested = "" if self.absmax2 is None else ", double_quant"
         return f"{self.in_features}, {self.out_features}, {self.quant_type}, blocksize={self.blocksize}{nested}"
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({f"{prefix}weight.{k}": v for k, v in bnb_tensors(self.quantized).items()})
-
 # %% ../nbs/05_linear4bit.ipynb #b9968383
 def quantize_model(
     model: nn.Module,
@@ -138,19 +138,22 @@ def quantize_model(
     blocksize: int = 64,
     double_quant: bool = True,
     compute_dtype: torch.dtype | None = None,  # dtype of the products; that of the input by default
-    skip: tuple[str, ...] = ("lm_head",),      # last parts of the names to leave as they are
+    skip: tuple[str, ...] | None = None,  # names, or last parts of names, that stay; None for the output head
 ) -> nn.Module:                 # the same model
     "Replace each linear layer, in place, by its 4-bit twin; raises ValueError that names a layer it cannot take."
-    found = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and n.split(".")[-1] not in skip}
-    unfit = next((n for n, m in found.items() if not m.weight.isfinite().all()), None)
-    try:
-        if unfit: quantize_4bit(found[unfit].weight)  # says which number is at fault, before anything is replaced
-        for name in list(found):
-            unfit = name
-            twin = Linear4bit.from_linear(found.pop(name), quant_type, blocksize, double_quant, compute_dtype)
-            set_submodule(model, name, twin)
-    except ValueError as e: raise ValueError(f"layer {unfit}: {e}") from None
-    return model
+    (take, stay), device = quantizable(model, skip), next(model.parameters(), torch.empty(0)).device
+    stay |= faster("experts_left_alone", device, model, skip) or {}
+    kind, before, taken = (quant_type, blocksize, double_quant), weights_by_name(model), list(take)
+    refuse_unfit(take, *kind)
+    for layers in sharing(take):  # several where they share one weight: it is quantized once
+        q = quantize_4bit(weight_of(layers[0]), *kind)
+        twins = [Linear4bit(q, layer.bias, compute_dtype) for layer in layers]
+        for layer, twin in zip(layers, twins):
+            twin.weight = twins[0].weight
+            replace_layer(model, layer, twin)
+    experts = faster("quantize_experts", device, model, *kind, compute_dtype, skip) or []
+    tell_share(model, before, [*taken, *experts], stay)
+    return no_plain_saving(model)
 
 # %% ../nbs/05_linear4bit.ipynb #3000d7c5
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -160,5 +163,5 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def logical_numel(model: nn.Module) -> int:
     "How many weights a module stands for: a packed byte counts as two; shared weights count once."
-    packed = {m.weight: m.quantized.shape.numel() for m in model.modules() if isinstance(m, Linear4bit)}
-    return sum(packed.get(p, p.numel()) for p in model.parameters())
+    packed = {m.weight: m.quantized.shape.numel() for m in model.modules() if isinstance(m, PackedWeight)}
+    return sum(packed.get(p, p.numel() * (1 if p.is_floating_point() else 2)) for p in model.parameters())

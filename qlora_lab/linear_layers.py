@@ -27,6 +27,7 @@ __all__ = ['LINEAR', 'PLAIN', 'TRANSPOSED', 'known', 'is_transposed', 'weight_of
 import ast
 import inspect
 import re
+import sys
 import textwrap
 from functools import cache
 
@@ -94,6 +95,9 @@ def _reads(node: ast.AST, tests: tuple, found: list) -> None:
         name = _dotted(node) or ""
         if re.fullmatch(r"self\..+\.(weight|bias)", name): found.append((name.split(".", 1)[1], tests))
         if node.attr in _HARMLESS: return
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "to":
+        names = [(_dotted(arg) or "").split(".", 1) for arg in node.args]
+        found += [(n[1], tests) for n in names if n[0] == "self" and n[1].endswith(".weight.dtype")]
     if isinstance(node, (ast.If, ast.IfExp)):
         _reads(node.test, tests, found)
         def below(part): return part if isinstance(part, list) else [part]
@@ -103,14 +107,31 @@ def _reads(node: ast.AST, tests: tuple, found: list) -> None:
     for child in ast.iter_child_nodes(node): _reads(child, tests, found)
 
 # %% ../nbs/reference/linear_layers.ipynb #732f221b
+_A_READ = re.compile(r"self(\s*\.\s*\w+)+?\s*\.\s*(weight|bias)\b")
+
+@cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    "The classes of a module; none where no line of it could be a read, which spares the parsing."
+    text = inspect.getsource(sys.modules[module])
+    if not _A_READ.search(text): return {}
+    return {n.name: n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ClassDef)}
+
+def _source(cls: type) -> ast.AST | None:
+    "A class as it is written; None where nothing of interest is written, or nothing at all."
+    try:
+        outer = cls.__qualname__ == cls.__name__ and cls.__module__ != "__main__"
+        if outer: return _classes(cls.__module__).get(cls.__name__)
+        return ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError, KeyError): return None  # written in C, or made on the fly
+
+# %% ../nbs/reference/linear_layers.ipynb #9b76bbd5
 @cache
 def _reads_of_class(cls: type) -> tuple:
     "What the methods of a class read in passing: (name below the module, tests on the way)."
     found = []
     for base in cls.__mro__[:-1]:
-        if base is nn.Module: continue
-        try: tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError): continue  # written in C, or made on the fly
+        tree = None if base is nn.Module else _source(base)
+        if tree is None: continue
         methods = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name not in _SETUP]
         for method in methods: _reads(method, (), found)
     return tuple(found)
@@ -129,12 +150,14 @@ def _ruled_out(test: ast.AST, wanted: bool, m: nn.Module) -> bool:
 # %% ../nbs/reference/linear_layers.ipynb #fb8afea2
 def read_in_passing(
     model: nn.Module,
-) -> dict[str, str]:  # name of the layer to class of the module that reads it
+    casts: bool = False,  # True: layers to whose weight's dtype another module casts, which in 4 bits is that of bytes
+) -> dict[str, str]:      # name of the layer to class of the module that reads it
     "Layers whose weight or bias another module takes without calling them."
     found = {}
     for name, m in model.named_modules():
         for attribute, tests in _reads_of_class(type(m)):
-            child, _, _ = attribute.rpartition(".")
+            if attribute.endswith(".dtype") != casts: continue
+            child, _, _ = attribute.removesuffix(".dtype").rpartition(".")
             try: layer = m.get_submodule(child)
             except AttributeError: continue
             if not looks_linear(layer): continue
@@ -184,11 +207,12 @@ def quantizable(
     skip: tuple[str, ...] | None = None,  # last parts of names, or whole names; None for the output head alone
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:  # name to layer; name to reason, of those that stay as they are
     "Which linear layers go into 4 bits, and why the others do not."
-    head, stay, take = output_head(model), left_alone(model), {}
+    head, stay, take, cast = output_head(model), left_alone(model), {}, read_in_passing(model, casts=True)
     for name, m in linear_layers(model).items():
         last = name.rpartition(".")[2]
         if skip is None and (m is head or last == "lm_head"): stay[name] = "the output head"
         elif skip and (last in skip or name in skip): stay[name] = "left out by name"
+        elif name in cast: stay[name] = f"{cast[name]} casts what goes into it to its weight's dtype"
         elif _kept_in_float32(name, model): stay[name] = "transformers keeps it in float32"
         elif type(m) not in LINEAR: take[name] = m
     return take, stay

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpointing import decoder_layers
+from .head_loss import PIECE
 from .held import held_tensors
 from .lora import trainable
 from .records import LabError
@@ -71,8 +72,9 @@ def by_hand(s: Shape, tokens: int, checkpointed: bool = False, rank: int = 64) -
     adapters = rank * s.layers * (4 * 2 * s.hidden + 3 * (s.hidden + s.inner))
     layer = kept_per_layer(tokens, s.hidden, s.inner, s.hidden, s.hidden, s.heads, rank)
     kept = s.layers * 2 * tokens * s.hidden + layer if checkpointed else s.layers * layer
+    logits = min(tokens, PIECE // (2 * s.vocabulary)) * s.vocabulary  # there at once
     return {"weights": weight_bytes(s), "adapters": 2 * adapters, "gradients": 2 * adapters, "AdamW": 8 * adapters,
-            "activations": kept, "logits and loss": 12 * tokens * s.vocabulary}
+            "activations": kept, "logits and loss": 10 * logits + 2 * tokens * s.hidden}
 
 # %% ../nbs/12_memory.ipynb #355b1e2a
 def watch_step(
@@ -105,7 +107,7 @@ class Moment:
     "One high point of a step, in bytes beside what is there all the time."
     gradients: int    # of the adapters, so far
     activations: int  # kept between the forward and the backward pass
-    logits: int       # logits, their float32 copy, the loss and its gradient
+    logits: int       # logits of a piece, their float32 copy, the loss and its gradient
     in_flight: int    # what one layer works with: dequantized weight, recomputed activations, their gradients
 
     @property

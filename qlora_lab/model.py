@@ -8,10 +8,10 @@ __all__ = ['load_model', 'answer', 'memory_bill', 'token_losses', 'perplexity']
 # %% ../nbs/08_model.ipynb #5a7fe9e5
 # A language model with its linear layers in 4 bits: loaded, asked, weighed and measured.
 #
-# `load_model` opens a model by transformers and puts the lab's Linear4bit in place of every linear layer but the last,
-# which shares its weight with the embeddings. The rest stays in `dtype`. With backend "bnb" the layers are
-# bitsandbytes' and stay in train mode: on a CPU with AVX512-BF16 that library repacks its weights at the first pass in
-# eval mode, and later training steps learn nothing.
+# `load_model` opens a model by transformers, holds it against its file, and puts the lab's Linear4bit in place of every
+# linear layer but the last, which often shares its weight with the embeddings. The rest goes to `dtype` as transformers
+# would cast it. With backend "bnb" the layers are bitsandbytes' and stay in train mode: on a CPU with AVX512-BF16 that
+# library repacks its weights at the first pass in eval mode, and later training steps learn nothing.
 #
 # `memory_bill` counts bytes by component, shared tensors once. Perplexity is taken from single surprises
 # (`token_losses`), in windows that are each scored from their own beginning, so that models can be compared token by
@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .admission import Wish
 from .assets import SMOLLM2, quiet
-from .blockwise import codebook
+from .casting import cast
+from .head_loss import place_losses
 from .held import held_tensors
-from .linear4bit import Linear4bit, quantize_model
+from .linear4bit import quantize_model
 from .loading import open_model, settle
 from .records import LabError
 
@@ -43,27 +44,24 @@ if TYPE_CHECKING:
 # %% ../nbs/08_model.ipynb #20d97311
 def load_model(
     name: str | Path = SMOLLM2,   # a known name, a local folder or a hub id
-    quantize: str | None = "nf4", # 4-bit type of the linear layers, None for `dtype`; a 4-bit checkpoint keeps its own
+    quantize: str | None = "auto",  # 4-bit type; None for none; "auto": as a 4-bit folder has it, else "nf4"
     backend: str = "lab",         # "lab", or "bnb" for bitsandbytes' layers
     compute_dtype: torch.dtype | None = None,  # dtype of products with 4-bit weights; what the hardware does fastest
     dtype: torch.dtype | None = None,          # of everything else; float32 on a CPU, `compute_dtype` on a GPU
-    blocksize: int = 64,          # weights a block
-    double_quant: bool = True,    # quantize the statistics too
+    blocksize: int | None = None,       # weights a block; as a 4-bit folder has it, else 64
+    double_quant: bool | None = None,   # quantize the statistics too; as a 4-bit folder has it, else yes
     device: str | torch.device | None = None,  # the GPU if there is one
 ) -> tuple[nn.Module, "PreTrainedTokenizer"]:
     "A causal language model and its tokenizer; raises LabError for a model that is missing or damaged."
     if backend not in ("lab", "bnb"): raise LabError(f"backend {backend!r}: expected 'lab' or 'bnb'")
-    if backend == "bnb" and blocksize != 64:
-        raise LabError(f"block size {blocksize}: transformers gives bitsandbytes' layers blocks of 64")
-    if quantize is not None: codebook(quantize)
+    wish = Wish(quantize, blocksize, double_quant, compute_dtype)
     device, compute_dtype, dtype = settle(device, compute_dtype, dtype)
-    with quiet(): model, tokenizer = open_model(name, quantize, backend, compute_dtype, dtype, double_quant, device)
-    if quantize and backend == "lab" and not any(isinstance(m, Linear4bit) for m in model.modules()):
-        quantize_model(model, quantize, blocksize, double_quant, compute_dtype)
+    model, tokenizer, kind = open_model(name, wish, backend, compute_dtype, dtype, device)
+    if kind: cast(quantize_model(model, *kind, compute_dtype), dtype)
     model.requires_grad_(False)
     model.lab_source = str(name)
     if getattr(model, "is_loaded_in_4bit", False): return model.train(), tokenizer  # eval mode would repack it
-    return model.to(device=device, dtype=dtype), tokenizer
+    return model.eval().to(device), tokenizer
 
 # %% ../nbs/08_model.ipynb #50d45a1b
 @torch.no_grad()
@@ -78,8 +76,8 @@ def answer(
     turns = [[{"role": "user", "content": p}] for p in prompts]
     texts = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns]
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    batch = batch.to(next(model.parameters()).device)
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False,
+                      return_token_type_ids=False).to(next(model.parameters()).device)
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     with quiet():
         out = model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **greedy)
@@ -112,8 +110,8 @@ def token_losses(
     if len(ids) < 2: raise LabError(f"the text has {len(ids)} tokens; perplexity needs at least 2")
     ids, losses = ids.to(next(model.parameters()).device), []
     for part in (ids[start:start + window + 1] for start in range(0, len(ids) - 1, window)):
-        logits = model(input_ids=part[None, :-1], use_cache=False).logits[0].float()
-        losses.append(F.cross_entropy(logits, part[1:], reduction="none").cpu())
+        at = torch.arange(len(part) - 1, device=part.device)
+        losses.append(place_losses(model, {"input_ids": part[None, :-1]}, at, part[1:]).cpu())
     return torch.cat(losses)
 
 def perplexity(

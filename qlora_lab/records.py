@@ -24,9 +24,9 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import sys
-import tempfile
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -45,15 +45,14 @@ def _whose() -> str:
     whose = repr((platform.node(), getattr(os, "getuid", int)(), inode))
     return f"{crc32(whose.encode()):08x}"
 
-def _hidden(path: Path) -> str:
-    """How the name begins under which this process prepares `path`; what processes that are gone left of theirs is
-    removed."""
+def _hidden(path: Path) -> Path:
+    "The name under which this process prepares `path`; what processes that are gone left of theirs is removed."
     start = f".{path.name}.{_whose()}-"
     with suppress(OSError):
         for left in [p for p in path.parent.iterdir() if p.name.startswith(start)]:
             if _runs(left.name.removeprefix(start).partition(".")[0]): continue
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-    return f"{start}{os.getpid()}."
+    return path.parent / f"{start}{os.getpid()}.{secrets.token_hex(4)}"
 
 def _runs(pid: str) -> bool:
     "Whether a process with this number runs; an odd number counts as one, so that nothing unknown is removed."
@@ -68,16 +67,16 @@ def write_whole(
     "Write a file so that a reader, or a power cut, sees either the old content or the new."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_hidden(path), delete=False) as f:
-        try:
+    hidden = _hidden(path)
+    try:
+        with hidden.open("xb") as f:  # with the permissions of any file that this user makes
             f.write(content.encode() if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
-            os.chmod(f.name, 0o644)
-            os.replace(f.name, path)
-        except BaseException:
-            Path(f.name).unlink(missing_ok=True)
-            raise
+        os.replace(hidden, path)
+    except BaseException:
+        hidden.unlink(missing_ok=True)
+        raise
     return path
 
 # %% ../nbs/reference/records.ipynb #dd936bd1
@@ -88,10 +87,10 @@ def whole_folder(
     "Fill a temporary folder that takes the given name only when the block ends well."
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=_hidden(folder)))
+    made = _hidden(folder)
+    made.mkdir()
     try:
         yield made
-        made.chmod(0o755)
         try: os.replace(made, folder)
         except OSError as e:
             raise LabError(f"{folder}: already holds something; name a new folder, or empty this one first") from e

@@ -32,8 +32,10 @@ from .records import LabError
 # %% ../nbs/reference/second_run.ipynb #c5d78a73
 def surroundings(tensors: Iterable[Tensor]) -> tuple:
     "What a run depends on beside its inputs: the random states of the CPU and the GPUs in use, and autocast."
-    gpus = {i: torch.cuda.get_rng_state(i) for i in {t.device.index for t in tensors if t.is_cuda}}
-    kinds = ("cpu", "cuda") if gpus else ("cpu",)
+    used = {t.device.index for t in tensors if t.is_cuda}
+    recorded = bool(used) and torch.cuda.is_current_stream_capturing()  # no state can be read then
+    gpus = {} if recorded else {i: torch.cuda.get_rng_state(i) for i in used}
+    kinds = ("cpu", "cuda") if used else ("cpu",)
     casts = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
     return torch.get_rng_state(), gpus, casts
 

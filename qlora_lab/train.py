@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['answer_places', 'answer_losses', 'score', 'attach_adapters', 'trim_between_layers', 'make_optimizer', 'summed_loss',
-           'activation_bytes', 'train_step', 'one_step', 'run_steps', 'begin', 'finish', 'train']
+           'activation_bytes', 'train_step', 'as_chosen', 'one_step', 'run_steps', 'begin', 'finish', 'train']
 
 # %% ../nbs/10_train.ipynb #2563e113
 # Fine-tuning adapters on a frozen model in 4 bits.
 #
 # A step: forward and backward passes over one or several batches, the gradient shortened to max_grad_norm, a constant
 # rate after linear warm-up, AdamW on the adapters. The loss is the mean over the learned tokens of all passes together;
-# the output head sees only their places. Loops that divide each pass by its own count of tokens give short answers more
-# weight.
+# the output head sees only their places, a piece at a time (`head_loss`). Loops that divide each pass by its own count
+# of tokens give short answers more weight.
 #
 # Nothing depends on what ran before a step: order and dropout follow from the seed and the number of the step. With
 # bitsandbytes' layers under PEFT's adapters the same loop takes the same steps.
@@ -31,10 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import batch_indices, longest_batch
+from .batches import batch_indices, longest_batch, regrouped
 from .checkpointing import checkpoint_layers, decoder_layers
 from .data import Example, Split, collate, tokenize
 from .engine.dispatch import faster
+from .head_loss import place_losses
 from .linear4bit import saved_for_backward
 from .lora import add_lora, reset_lora, save_adapter, trainable
 from .model import answer
@@ -56,15 +57,11 @@ def answer_losses(
     model: nn.Module,
     batch: dict[str, Tensor],  # of `collate`
 ) -> tuple[Tensor, Tensor]:    # nats of each learned token [tokens] float32; the row it stands in [tokens] int64
-    "The surprise at each token of the answers; logits are computed at those places alone."
+    "The surprise at each token of the answers; logits are computed at those places alone, a piece at a time."
     device, (at, targets) = next(model.parameters()).device, answer_places(batch)
     rows, targets, at = (at // batch["labels"].shape[1]).to(device), targets.to(device), at.to(device)
     inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[at],))
-    try: logits = model(**inputs, use_cache=False).logits
-    finally: hook.remove()
-    return F.cross_entropy(logits.float(), targets, reduction="none"), rows
+    return place_losses(model, inputs, at, targets), rows
 
 # %% ../nbs/10_train.ipynb #5a160b99
 @torch.no_grad()
@@ -111,7 +108,8 @@ def attach_adapters(
         lora.base_model_name_or_path = getattr(model, "lab_source", None)
         add_lora(model, lora, dtype=dtype)
     reset_lora(model, config.seed)
-    if config.checkpointing: checkpoint_layers(model)
+    if config.checkpointing:
+        checkpoint_layers(model, layers=config.checkpointed_layers or None, where=config.checkpoints_in)
     device = next(model.parameters()).device
     faster("fuse_layers", device, model)
     return trim_between_layers(model) if device.type == "cpu" else model
@@ -182,13 +180,20 @@ def train_step(
     return sum(part.item() for part in parts), norm.item()  # only now does Python wait for a GPU
 
 # %% ../nbs/10_train.ipynb #0df954d6
+def as_chosen(config: TrainConfig, model: nn.Module, learn: list) -> tuple[TrainConfig, dict]:
+    "The config with what the planner chooses for its budget, if it has one, and what run.json says of that."
+    if not config.budget: return config, {}
+    config, said = faster("within_budget", next(model.parameters()).device, config, model, learn)  # nbs/engine/budget
+    print(said, flush=True)
+    return config, {"chosen": said, "config": asdict(config) | {"folder": str(config.folder)}}
+
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, learn: list, config: TrainConfig, step: int) -> dict:
     "One optimizer step, counted from 0, on the batches that are its own; returns what metrics.jsonl says of it."
     torch.manual_seed(config.seed * 1_000_003 + step)  # dropout depends on the step alone, not on what ran before
     lengths = [len(t.ids) for t in learn]
     passes = range(step * config.accumulation, (step + 1) * config.accumulation)
     chosen = [batch_indices(lengths, config.batch_size, k, config.seed) for k in passes]
-    batches = [collate([learn[i] for i in indices]) for indices in chosen]
+    batches = [collate([learn[i] for i in indices]) for indices in regrouped(chosen, lengths, config.pass_size)]
     lr, start = config.lr * min(1, (step + 1) / max(1, config.warmup)), time.perf_counter()
     loss, norm = train_step(model, optimizer, batches, lr, config.max_grad_norm)
     release_memory()
@@ -259,10 +264,12 @@ def train(
     learn = [tokenize(tokenizer, e, longest) for e in data.train]
     held = [tokenize(tokenizer, e, longest) for e in spread(data.held_out, config.eval_examples)]
     asked = spread(data.held_out, config.eval_prompts)
+    config, chosen = as_chosen(config, model, learn)
     model = attach_adapters(model, config).train()
     optimizer = make_optimizer(trainable(model), config)
     if record is None: record = begin(folder, identity, config, model, tokenizer, held, asked)
-    activations = activation_bytes(model, collate(longest_batch(learn, config.batch_size)))
+    record |= chosen
+    activations = activation_bytes(model, collate(longest_batch(learn, config.pass_size or config.batch_size)))
     run_steps(folder, model, optimizer, learn, config, progress)
     finish(folder, record, model, tokenizer, held, step_memory(model, optimizer, activations))
     return Run.load(folder)

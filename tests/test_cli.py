@@ -29,7 +29,8 @@ def words(text):
 
 def test_every_field_is_an_option_with_its_comment(capsys):
     "A field added to TrainConfig appears here without a change; its default and its comment are the class's."
-    notes = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(TrainConfig), re.M))
+    source = "".join(inspect.getsource(part) for part in TrainConfig.__mro__[:-1])
+    notes = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", source, re.M))
     assert cli.main(["train", "--help"]) == 0
     said = words(capsys.readouterr().out)
     asked = cli.read("train", [])
@@ -63,7 +64,7 @@ def test_none_is_none():
     ("train --rank eight", "--rank: expected a whole number, not 'eight'"),
     ("train --lr fast", "--lr: expected a number, not 'fast'"),
     ("train --rank 0", "rank=0: expected at least 1"),
-    ("train --quantize int3", "--quantize: expected nf4 or fp4 or none, not 'int3'"),
+    ("train --quantize int3", "--quantize: expected auto or nf4 or fp4 or none, not 'int3'"),
     ("train --targets", "--targets: expected one name or several"),
     ("trian", "expected a COMMAND (doctor, train, plan), not 'trian'; did you mean train?")])
 def test_a_mistake_is_one_line(line, said, capsys, monkeypatch):
@@ -189,6 +190,20 @@ def test_a_plan_says_whether_it_fits(capsys):
     assert cli.main(["plan", "llma-7b"]) == 2 and "did you mean llama-7b" in capsys.readouterr().err
 
 
+def test_the_longest_text_of_a_budget_is_one_alone(capsys, tmp_path):
+    "However many examples a pass of the fastest step has."
+    from qlora_lab.engine.budget import longest
+    config = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 3,
+              "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 320}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    line = f"plan {tmp_path} --budget 1.05GiB --rank 8 --sequence 64 --batch-size"
+    said = {}
+    for size in ("1", "4"):
+        assert cli.main([*line.split(), size]) == 0
+        said[size] = re.search(r"longest text +([\d,]+)", capsys.readouterr().out)[1].replace(",", "")
+    assert int(said["1"]) == int(said["4"]) == longest(config, 1.05, rank=8, sequence=64)
+
+
 def test_a_run_is_planned_before_it_starts(capsys, monkeypatch, jsonl, tiny):
     "With a warning, and what would help, where the machine has too little."
     import psutil
@@ -223,6 +238,35 @@ def test_a_run_is_planned_as_it_will_be(options, fused, monkeypatch, jsonl, tiny
     assert p.recorded == (p.held["libraries"] > LIBRARY_BYTES["cuda"]) == fused  # a recording asks for more
     # batches of several shapes add to what the first made
     assert ("gradients from the start" in p.held) == (fused or "--accumulation" not in options)
+
+
+@pytest.fixture(scope="module")
+def in_fp4(tiny, tmp_path_factory):
+    "The small model in 4 bits already: FP4, statistics in 32 bits."
+    from qlora_lab import load_model, save_quantized
+    folder = tmp_path_factory.mktemp("models") / "fp4"
+    model, tokenizer = load_model(tiny, "fp4", double_quant=False)
+    return save_quantized(model, folder, tokenizer)
+
+
+def test_a_folder_in_4_bits_is_trained_as_it_is(in_fp4, jsonl, tmp_path, capsys):
+    "Announced, planned and run in its own type; another one that was asked for is refused."
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    from qlora_lab.data import load_jsonl, split
+    line = f"--data {jsonl} --model {in_fp4} --steps 1 --eval-examples 2 --eval-prompts 1 --rank 2".split()
+    asked, data = cli.read("train", line), split(load_jsonl(jsonl), 0.2)
+    p = planning.plan_of_run(asked, training.config_of_run(asked, "runs/x"), data, torch.device("cpu"),
+                             AutoConfig.from_pretrained(in_fp4), AutoTokenizer.from_pretrained(in_fp4))
+    assert (p.settings.quantize, p.settings.double_quant) == ("fp4", False)
+    assert cli.main(["train", *line, "--out", str(tmp_path / "run")]) == 0
+    assert f"{in_fp4}, FP4, the lab's own layers" in capsys.readouterr().out
+    identity = json.loads((tmp_path / "run" / "run.json").read_text())["identity"]
+    assert "fp4, blocksize=64" in identity["quantization"] and "double" not in identity["quantization"]
+    assert cli.main(["train", *line, "--out", str(tmp_path / "other"), "--quantize", "nf4"]) == 2
+    assert "stored in 4 bits with quant_type='fp4', asked for 'nf4'" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_one_group_has_no_standard_error():

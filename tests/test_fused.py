@@ -2,6 +2,8 @@
 
 Protects: every product and sum of the hand-written backward pass, and what is left to the plain path.
 """
+import copy
+import pickle
 import statistics
 
 import pytest
@@ -9,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import devices
 from qlora_lab.checkpointing import checkpoint_layers, decoder_layers
-from qlora_lab.engine import activation, decoder_layer, norms, rotation
+from qlora_lab.engine import activation, attention, decoder_layer, head_norms, norms, rotation
 from qlora_lab.engine import group as groups
-from qlora_lab.engine.decoder_layer import FusedLayer
 from qlora_lab.engine.dispatch import use_kernels
-from qlora_lab.engine.fusing import FUSED, fits, fuse_layers, is_fused
+from qlora_lab.engine.fusing import fits, fuse_layers, is_fused
 from qlora_lab.engine.group import Group, adapter_gradients, group_backward, group_forward
 from qlora_lab.linear4bit import Linear4bit, quantize_model, saved_for_backward
 from qlora_lab.lora import LoRALinear, add_lora, trainable
@@ -128,9 +130,8 @@ def test_a_fused_layer_is_used(monkeypatch):
 
 
 def test_what_does_not_fit():
-    assert fuse_layers(small("qwen3", head_dim=16)) is None  # norms of queries and keys
     assert fuse_layers(small(dropout=0.1)) is None
-    assert fuse_layers(small(hidden_act="gelu")) is None
+    assert fuse_layers(small(hidden_act="relu")) is None
     assert fuse_layers(small(compute=torch.bfloat16)) is None
     trained = small("qwen2")
     decoder_layers(trained)[1].self_attn.q_proj.base_layer.bias.requires_grad_()
@@ -145,24 +146,22 @@ def test_what_does_not_fit():
     assert fuse_layers(wrapped) is None
 
 
-@pytest.mark.parametrize("family, more", [
-    ("granite", {"residual_multiplier": 0.3, "attention_multiplier": 0.2}), ("smollm3", {"pad_token_id": 0}),
-    ("helium", {"head_dim": 16}), ("seed_oss", {}), ("ernie4_5", {})], ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("family, more", [("helium", {"head_dim": 16}), ("seed_oss", {}), ("ernie4_5", {})],
+                         ids=lambda v: v if isinstance(v, str) else "")
 def test_families_that_look_alike_stay_plain(family, more):
     "They scale, turn or drop something on the way."
     assert fuse_layers(small(family, **more)) is None
 
 
 def test_what_goes_the_plain_way():
-    "Padding in front, a cache, autocast, a window shorter than the sequence: as without fusing."
+    "Padding in front, a cache, autocast, a mask for a window: as without fusing."
     mask = torch.ones(2, 24, dtype=torch.long)
     mask[0, :5] = 0
     model, plain = fuse_layers(small()), small()
     assert torch.equal(gradients(model, attention_mask=mask), gradients(plain, attention_mask=mask))
     with torch.autocast("cpu", torch.bfloat16): assert torch.equal(gradients(model), gradients(plain))
     window = [f(small("mistral", sliding_window=8)) for f in (fuse_layers, lambda m: m)]
-    part = decoder_layers(window[0])[0]._fused
-    assert torch.equal(*map(gradients, window)) and not part.takes(9, torch.float32, torch.device("cpu"))
+    assert torch.equal(*map(gradients, window))
     with torch.no_grad():
         how = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
         whole = [m.eval().generate(ids("cpu")[:, :6], **how) for m in (model, plain)]
@@ -260,6 +259,33 @@ def test_a_checkpointed_layer_keeps_its_input():
     assert sorted(n for _, _, n in kept.values()) == sorted([x.nbytes, angles[0].nbytes])
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_fused_model_can_be_copied_and_pickled(again):
+    "The copy is fused, by layers of its own: what happens to its adapters is nothing to the first."
+    model = fuse_layers(checkpoint_layers(small(), again))
+    found = gradients(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(map(is_fused, decoder_layers(other))) and torch.equal(gradients(other), found)
+        for p in trainable(other): p.data.zero_()
+        for layer, first in zip(decoder_layers(other), decoder_layers(model)):
+            assert layer.forward.args[0] is layer and layer._fused.unchanged()
+            assert layer._fused.qkv.layers[0] is layer.self_attn.q_proj is not first.self_attn.q_proj
+        assert not torch.equal(gradients(other), found) and torch.equal(gradients(model), found)
+
+
+def test_a_bias_that_learns_keeps_a_layer_plain():
+    "In a base layer, or in a norm, before the model is fused and after."
+    for name in ("self_attn.q_proj.base_layer.bias", "post_attention_layernorm.weight"):
+        model = small("qwen2")
+        learns = decoder_layers(model)[1].get_parameter(name).requires_grad_()
+        assert not fits(decoder_layers(model)[1]) and fuse_layers(model) is None
+        learns.requires_grad_(False)
+        assert fuse_layers(model) is model
+        learns.requires_grad_()
+        gradients(model)
+        assert learns.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("piece", [0, 1 << 30], ids=["pieces", "whole"])
 def test_a_group_without_adapters_and_onto_something(piece, monkeypatch):
     "A frozen layer passes the gradient on; a residual and a bias are summed in."
@@ -313,56 +339,204 @@ def wider(t, more=8): return torch.cat([t, torch.full((len(t), more), 7., device
 WIDTHS = [(1, 8), (5, 64), (3, 1000), (2, 1025)]
 
 
-@needs_triton
-@pytest.mark.parametrize("room", [0, 8])
-@pytest.mark.parametrize("rows, width", WIDTHS)
-def test_norms_by_kernels(rows, width, room):
-    "Rows that no power of two fills; by Triton's interpreter without a GPU."
-    x, g, around, w = (normal(*shape, seed=i) for i, shape in enumerate([(rows, width)] * 3 + [(width,)]))
-    (y, rstd), (plain, r) = (f(x, w, 1e-5, room) for f in (norms.rms_norm_kernel, norms.rms_norm_plain))
-    assert y.shape == plain.shape == (rows, width + room) and torch.allclose(rstd, r)
-    assert torch.allclose(y[:, :width], plain[:, :width], atol=1e-5)
-    both = norms.rms_norm_backward_kernel, norms.rms_norm_backward_plain
-    grads = [f(g, x, w, rstd, wider(around), room) for f in both]
-    assert torch.allclose(*(t[:, :width] for t in grads), atol=1e-4) and grads[0].shape == (rows, width + room)
+KINDS = sorted(set(norms.NORMS.values()))
 
 
 @needs_triton
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("room", [0, 8])
 @pytest.mark.parametrize("rows, width", WIDTHS)
-def test_the_gate_by_kernels(rows, width, room):
+def test_norms_by_kernels(rows, width, room, kind):
+    "Rows that no power of two fills, with and without bias, residual, rstd; by Triton's interpreter without a GPU."
+    x, g, around, onto = (normal(rows, width, seed=i) for i in range(4))
+    w, bias = (normal(width, seed=i) for i in (4, 5))
+    for more in ((), (kind, None, onto), (kind, bias if kind.centred else None)):
+        (y, rstd), (plain, r) = (f(wider(x), w, 1e-5, room, *more) for f in (norms.norm_kernel, norms.norm_plain))
+        assert y.shape == plain.shape == (rows, width + room) and torch.allclose(rstd, r)
+        assert torch.allclose(y[:, :width], plain[:, :width], atol=1e-5)
+    for kept, add in ((norms.norm_plain(x, w, 1e-5, kind=kind)[1], wider(around)), (None, None)):
+        outs = [torch.cat([x, torch.full((rows, room), 7., device=there)], 1) for _ in range(2)]
+        both = norms.norm_backward_kernel, norms.norm_backward_plain
+        grads = [f(g, o[:, :width], w, 1e-5, kept, add, room, kind, o) for f, o in zip(both, outs)]  # over x itself
+        new = norms.norm_backward_kernel(g, x, w, 1e-5, kept, add, room, kind)
+        assert torch.allclose(*(t[:, :width] for t in grads), atol=1e-4) and new.shape == (rows, width + room)
+        assert grads[0] is outs[0] and (outs[0][:, width:] == 7).all()
+        assert torch.equal(new[:, :width], outs[0][:, :width])
+
+
+@needs_triton
+@pytest.mark.parametrize("curve, gated", [(c, g) for c in ("silu", "tanh", "erf") for g in (True, False)])
+@pytest.mark.parametrize("room", [0, 8])
+@pytest.mark.parametrize("rows, width", WIDTHS)
+def test_the_activation_by_kernels(rows, width, room, curve, gated):
     "Tiles that no power of two fills, parts of wider rows; gradients written over what was read, not over the rest."
-    gate_up, g = wider(normal(rows, 2 * width), room), normal(rows, width, seed=1)
-    outs = [torch.full((rows, 2 * width), 7., device=there) for _ in range(2)]
+    both, how = width * (1 + gated), (curve, gated)
+    gate_up, g = wider(normal(rows, both), room), normal(rows, width, seed=1)
+    outs = [torch.full((rows, both), 7., device=there) for _ in range(2)]
     grads = [wider(g, room).clone() for _ in range(3)]
-    y, kernel = activation.swiglu_plain(gate_up), activation.swiglu_backward_kernel
-    assert torch.allclose(activation.swiglu_kernel(gate_up, room)[:, :width], y, atol=1e-5)
-    for f, grad, out in zip((kernel, activation.swiglu_backward_plain), grads, outs): f(grad, gate_up, out)
+    y, kernel = activation.activation_plain(gate_up, 0, *how), activation.activation_backward_kernel
+    assert torch.allclose(activation.activation_kernel(gate_up, room, *how)[:, :width], y, atol=1e-5)
+    for f, grad, out in zip((kernel, activation.activation_backward_plain), grads, outs): f(grad, gate_up, out, *how)
     assert torch.allclose(*outs, atol=1e-5) and all(torch.allclose(grad, y, atol=1e-5) for grad in grads[:2])
     whole = torch.cat([gate_up, torch.full((rows, 8), 7., device=there)], 1)
-    kernel(grads[2], whole[:, :2 * width], whole[:, :2 * width])
-    assert torch.equal(whole[:, :2 * width], outs[0]) and (whole[:, 2 * width:] == 7).all()
+    kernel(grads[2], whole[:, :both], whole[:, :both], *how)
+    assert torch.equal(whole[:, :both], outs[0]) and (whole[:, both:] == 7).all()
+
+
+def angles(positions, turned, pairs=False):
+    turn = normal(1, positions, turned // 2, seed=5)
+    both = turn.repeat_interleave(2, -1) if pairs else torch.cat([turn] * 2, -1)
+    return both.cos(), both.sin()
 
 
 @needs_triton
+@pytest.mark.parametrize("turned, pairs", [(1, False), (1, True), (0.75, False)], ids=["halves", "neighbours", "part"])
 @pytest.mark.parametrize("heads, size, positions, rows", [(1, 8, 4, 4), (3, 16, 5, 10), (4, 24, 6, 6)])
-def test_rotation_and_back(heads, size, positions, rows):
+def test_rotation_and_back(heads, size, positions, rows, turned, pairs):
     "In place and out of place, a part of wider rows, angles shared by a batch; and turning back undoes it."
-    width = heads * size
-    wide, turn = normal(rows, width + 8), normal(1, positions, size // 2)
-    cos, sin = (torch.cat([f(turn)] * 2, -1) for f in (torch.cos, torch.sin))
-    part, plain = wide[:, :width], torch.zeros(rows, width, device=there)
-    out = torch.zeros(rows, width + 3, device=there)[:, :width]
-    rotation.rotate_kernel(part, out, cos, sin, heads, 1)
-    rotation.rotate_plain(part, plain, cos, sin, heads, 1)
+    width, (cos, sin) = heads * size, angles(positions, 2 * int(size * turned / 2), pairs)
+    wide = normal(rows, width + 8)
+    part, plain = wide[:, :width].unflatten(1, (heads, size)), torch.zeros(rows, heads, size, device=there)
+    out = torch.zeros(rows, width + 3, device=there)[:, :width].unflatten(1, (heads, size))
+    rotation.rotate_kernel(part, out, cos, sin, 1, pairs)
+    rotation.rotate_plain(part, plain, cos, sin, 1, pairs)
     assert torch.allclose(out, plain, atol=1e-6)
     strange = part.clone()
-    strange[0, 0], strange[-1, -1] = torch.inf, -torch.inf
-    rotation.rotate_kernel(strange, out, cos, sin, heads, 0)
+    strange[0, 0, 0], strange[-1, -1, -1] = torch.inf, -torch.inf
+    rotation.rotate_kernel(strange, out, cos, sin, 0, pairs)
     assert torch.equal(strange, out)
     before = wide.clone()
-    for sign in (1, -1): rotation.rotate_kernel(part, part, cos, sin, heads, sign)
+    for sign in (1, -1): rotation.rotate_kernel(part, part, cos, sin, sign, pairs)
     assert torch.allclose(wide, before, atol=1e-6) and torch.equal(wide[:, width:], before[:, width:])
+
+
+@needs_triton
+def test_heads_that_lie_apart_are_turned():
+    "As GPT-NeoX has them: query, key and value of a head together."
+    (cos, sin), whole = angles(6, 8), normal(6, 3 * 3 * 8)
+    query, plain = whole.view(6, 3, 3, 8)[:, :, 0], torch.empty(6, 3, 8, device=there)
+    rotation.rotate_plain(query, plain, cos, sin, 1)
+    others = whole.view(6, 3, 3, 8)[:, :, 1:].clone()
+    rotation.rotate_kernel(query, query, cos, sin, 1)
+    assert torch.allclose(query, plain, atol=1e-6) and torch.equal(whole.view(6, 3, 3, 8)[:, :, 1:], others)
+
+
+class Weighted(nn.Module):
+    "A norm's weight and eps, as HeadNorm reads them."
+    def __init__(self, *shape):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(normal(*shape, seed=7), requires_grad=False), 1e-6
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("way", ["each", "own weights", "together"])
+@pytest.mark.parametrize("heads, size, positions, rows", [(1, 8, 4, 4), (3, 16, 5, 10), (5, 24, 6, 6)])
+def test_norms_of_heads_by_kernels(heads, size, positions, rows, way, kind):
+    "Forward, and the way back over what was read, parts of wider rows; neighbours turned for the kind that has them."
+    shape = {"each": (size,), "own weights": (heads, size), "together": (heads * size,)}[way]
+    n, pairs = Weighted(*shape), kind.centred
+    n = head_norms.HeadNorm(n, kind, way == "together", pairs)
+    def part(t): return wider(t.flatten(1)).unflatten(1, (heads, size))
+    x, g, turn = normal(rows, heads, size), normal(rows, heads, size, seed=1), angles(positions, size, pairs)
+    outs, backs = [part(torch.zeros_like(x)) for _ in range(2)], [part(x) for _ in range(2)]
+    for f, out in zip((head_norms.norm_and_turn_kernel, head_norms.norm_and_turn_plain), outs):
+        f(n, part(x), out, *turn)
+    assert torch.allclose(*outs, atol=1e-5)
+    both = head_norms.norm_and_turn_backward_kernel, head_norms.norm_and_turn_backward_plain
+    for f, back in zip(both, backs): f(n, g, back, back, *turn)
+    assert torch.allclose(*backs, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("window", [1, 5, 16, 40])
+def test_attention_through_a_window(window, device):
+    "As with a mask of tokens times tokens, for windows that divide the sequence and that do not."
+    q, k, v, g = (normal(2, heads, 33, 16, seed=heads).to(device) for heads in (4, 2, 2, 4))
+    seen = torch.ones(33, 33, dtype=torch.bool, device=device).tril().triu(1 - window)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    plain = F.scaled_dot_product_attention(*leaves, attn_mask=seen, scale=0.2, enable_gqa=True)
+    out, mine = attention.attention(q, k, v, scale=0.2, window=window)
+    assert torch.allclose(out, plain, atol=1e-5)
+    found = attention.attention_backward(g, out, mine, scale=0.2, window=window)
+    assert all(map(lambda a, b: torch.allclose(a, b, atol=1e-4), found, torch.autograd.grad(plain, leaves, g)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_the_flash_kernel_knows_windows(size):
+    "In bfloat16, values and gradients, as by blocks; it is what a card takes."
+    device = torch.device("cuda")
+    assert attention.flash_knows_windows(torch.device("cuda", torch.cuda.current_device()))
+    shapes = [(2, heads, 300, size) for heads in (8, 4, 4, 8)]
+    q, k, v, g = (normal(*shape, seed=i).to(device, torch.bfloat16) for i, shape in enumerate(shapes))
+    found = []
+    for way in (attention.windowed_by_flash, attention.windowed_by_blocks, attention.windowed):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = way(*leaves, None, 100)
+        found.append([out, *torch.autograd.grad(out, leaves, g)])
+    assert all(off(a.float(), b.float()) < 0.02 for a, b in zip(*found[:2]))
+    assert torch.equal(found[0][0], found[2][0])
+
+
+def kept_result(q, k, v, g, **how):
+    "Out and gradients by a result that a first run keeps and a second reads, and the kernel's name."
+    first = attention.Result()
+    attention.attention(q, k, v, False, **how, result=first)
+    second = attention.Result(first.kernel, first.tensors)
+    out, leaves = attention.attention(q, k, v, **how, result=second)
+    found = attention.attention_backward(g, out, leaves, **how, result=second)
+    return [out, *found], {kernel: name for name, kernel in attention.KERNELS.items()}.get(first.kernel)
+
+
+def by_graph(q, k, v, g, **how):
+    out, leaves = attention.attention(q, k, v, **how)
+    return [out, *attention.attention_backward(g, out, leaves, **how)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window, name", [(None, "cpu"), (40, "cpu"), (8, None)])
+def test_a_kept_result_of_attention(dtype, window, name):
+    "In every bit what the graph gives; where queries go in blocks nothing is kept."
+    how = {"scale": 0.2, "window": window}
+    given = [normal(2, heads, 33, 16, seed=heads).to("cpu", dtype) for heads in (4, 2, 2, 4)]
+    found, kernel = kept_result(*given, **how)
+    assert kernel == name and all(map(torch.equal, found, by_graph(*given, **how)))
+
+
+def test_an_operator_that_does_something_else_is_not_called(monkeypatch):
+    "Each is tried beside torch's own graph: one that takes other arguments, and one that is wrong."
+    given = [normal(2, heads, 33, 16, seed=heads).cpu() for heads in (4, 2, 2, 4)]
+    right = attention.KERNELS["cpu"]
+    def other(*args): raise TypeError("other arguments")
+    def wrong(*args): return [1.1 * t for t in right.backward(*args)]
+    for backward in (other, wrong):
+        attention._gives_what_torch_gives.cache_clear()
+        monkeypatch.setitem(attention.KERNELS, "cpu", attention.Kernel(right.forward, backward))
+        found, kernel = kept_result(*given)
+        assert kernel is None and all(map(torch.equal, found, by_graph(*given)))
+    attention._gives_what_torch_gives.cache_clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("size", [64, 96, 128, 256])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("shared", [1, 4])
+def test_a_kept_result_of_attention_on_a_gpu(size, window, shared):
+    "In bfloat16, as the layer calls it: views of one product's output; also with the kernels that torch takes second."
+    tokens, heads = 700, (8, 8 // shared, 8 // shared)
+    qkv = normal(2 * tokens, sum(heads) * size).to("cuda", torch.bfloat16)
+    parts = [t.unflatten(1, (-1, size)) for t in qkv.split([n * size for n in heads], 1)]
+    q, k, v = (t.unflatten(0, (2, -1)).transpose(1, 2) for t in parts)
+    g = normal(2, tokens, 8, size, seed=1).to("cuda", torch.bfloat16).transpose(1, 2)
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel([backend, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            expected = by_graph(q, k, v, g, scale=0.1, window=window)
+            found, kernel = kept_result(q, k, v, g, scale=0.1, window=window)
+        assert kernel == ("window" if window else kernel) and torch.equal(found[0], expected[0])
+        assert all(off(a.float(), b.float()) < 0.01 for a, b in zip(found, expected))
+    found, kernel = kept_result(q, k, v, g, window=window)  # what a card takes of itself
+    assert kernel in ("window",) if window else kernel in ("cudnn", "flash")
 
 
 large = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 40 << 30
@@ -376,44 +550,35 @@ def test_more_than_two_to_the_31_numbers(what):
     x = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_()
     last, w = x[-2:].clone(), normal(width, dtype=torch.bfloat16)
     if what == "norm":
-        (y, rstd), (alone, _) = (norms.rms_norm(t, w, 1e-5) for t in (x, last))
-        grads = [norms.rms_norm_backward(t, t, w, r, t) for t, r in ((x, rstd), (last, rstd[-2:]))]
+        (y, rstd), (alone, _) = (norms.norm_kernel(t, w, 1e-5) for t in (x, last))
+        grads = [norms.norm_backward_kernel(t, t, w, 1e-5, r, t) for t, r in ((x, rstd), (last, rstd[-2:]))]
         assert torch.equal(y[-2:], alone) and torch.equal(grads[0][-2:], grads[1])
     elif what == "gate":
-        y, alone = activation.swiglu(x), activation.swiglu(last)
+        y, alone = activation.activation(x), activation.activation(last)
         assert torch.equal(y[-2:], alone)
-        for grad, gate_up in ((y, x), (alone, last)): activation.swiglu_backward(grad, gate_up, gate_up)
+        for grad, gate_up in ((y, x), (alone, last)): activation.activation_backward(grad, gate_up, gate_up)
         assert torch.equal(x[-2:], last) and torch.equal(y[-2:], alone)
     else:
-        angles, alone = x[None], last.clone()
+        turn, alone = x[None], last.clone()
         out = torch.empty_like(x)
-        rotation.rotate(x, out, angles, angles, 1, 1)
-        rotation.rotate(last, alone, angles[:, -2:].contiguous(), angles[:, -2:].contiguous(), 1, 1)
+        rotation.rotate(x[:, None], out[:, None], turn, turn, 1)
+        rotation.rotate(last[:, None], alone[:, None], *[turn[:, -2:].contiguous()] * 2, 1)
         assert torch.equal(out[-2:], alone)
+        n = head_norms.head_norm(Weighted(width).to("cuda", torch.bfloat16), 1, width)
+        whole, small_part = x[:, None], last[:, None].clone()
+        for t, places in ((whole, turn), (small_part, turn[:, -2:].contiguous())):
+            made = torch.empty_like(t)
+            n.forward(t, made, places, places)
+            n.backward(made, t, t, places, places)
+        assert torch.equal(whole[-2:], small_part)
 
 
-def test_a_family_is_a_short_description(monkeypatch):
-    "A subclass says what differs: here one that turns nothing, as the plain layer at place 0, where angles are 0."
-    class Unturned(FusedLayer):
-        def turn(self, qkv, cos, sin): return [cos]
-
-        def turn_back(self, grads, out, cos, sin, saved):
-            assert saved[0].shape == cos.shape
-            for grad, place in zip(grads, out[:, :self.qkv.outputs].split(self.qkv.sizes, 1)):
-                place.copy_(grad.transpose(1, 2).reshape(len(out), -1))
-    monkeypatch.setitem(FUSED, "LlamaDecoderLayer", Unturned)
-    places = torch.zeros(1, 24, dtype=torch.long)
-    plain = gradients(small(), position_ids=places)
-    for again in (False, True):
-        model = fuse_layers(checkpoint_layers(small(), again))
-        assert type(decoder_layers(model)[0]._fused) is Unturned
-        assert off(gradients(model, position_ids=places), plain) < 1e-5 < off(gradients(model), gradients(small()))
-
-
-@pytest.mark.parametrize("name", ["norms.rms_norm", "norms.rms_norm_backward", "rotation.rotate", "activation.swiglu",
-                                  "activation.swiglu_backward"])
+@pytest.mark.parametrize("name", [
+    "norms.norm_plain", "norms.norm_backward_plain", "rotation.rotate", "activation.activation",
+    "activation.activation_backward", "head_norms.norm_and_turn_plain"])
 def test_each_operation_has_a_name(name):
     "A function with its own entry in the documentation, which a lambda is not."
     module, _, what = name.partition(".")
-    found = getattr({"norms": norms, "rotation": rotation, "activation": activation}[module], what)
+    modules = {"norms": norms, "rotation": rotation, "activation": activation, "head_norms": head_norms}
+    found = getattr(modules[module], what)
     assert found.__name__ == what and found.__doc__

@@ -146,3 +146,143 @@ def test_what_autograd_keeps_is_let_go():
         del y
         assert alive() is None
     assert torch.equal(x.grad, torch.ones(8).exp())
+
+
+# whole models
+
+def toy():
+    "Two linear layers, one of them under two names, and a third with the weight of the second."
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64), "tied": nn.Linear(64, 64)})
+    model["again"], model["tied"].weight = model["a"], model["b"].weight
+    return model
+
+
+def test_shared_layers_and_weights_stay_shared():
+    model = quantize_model(toy())
+    assert type(model["a"]) is Linear4bit and model["again"] is model["a"]
+    assert type(model["tied"]) is Linear4bit and model["tied"].weight is model["b"].weight
+    assert not torch.equal(model["tied"].bias, model["b"].bias)
+    assert logical_numel(model) == sum(p.numel() for p in toy().parameters())
+
+
+def test_nothing_is_replaced_where_one_weight_is_unfit():
+    "The last layer has a NaN, or no numbers at all."
+    model = toy()
+    model["b"].weight.data[3, 5] = torch.nan
+    with pytest.raises(ValueError, match="layer b: .*nan"): quantize_model(model)
+    assert type(model["a"]) is nn.Linear
+    with torch.device("meta"): empty = toy()
+    with pytest.raises(ValueError, match="layer a: .*meta device"): quantize_model(empty)
+    with pytest.raises(ValueError, match="meta device"): quantize_4bit(torch.empty(64, 64, device="meta"))
+
+
+def test_numbers_whose_scales_overflow_are_refused():
+    "Finite weights that double quantization would decode to infinity, as bitsandbytes' does."
+    huge = torch.full((64, 128), 3e38)
+    with pytest.raises(ValueError, match="overflows float32; quantize without"): quantize_4bit(huge)
+    assert quantize_4bit(huge, double_quant=False).dequantize().isfinite().all()
+
+
+def test_the_share_in_4_bits_is_told():
+    "Nothing: an error. A little: a warning with names and reasons. Most of it: no word."
+    import warnings
+    head = nn.ModuleDict({"table": nn.Embedding(50, 64), "lm_head": nn.Linear(64, 50)})
+    with pytest.raises(ValueError, match=r"ModuleDict: no weight could be put into 4 bits \(lm_head: the output head"):
+        quantize_model(head)
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.router = nn.Parameter(torch.randn(4, 64, 64)), nn.Linear(64, 64)
+        def forward(self, x): return x @ self.up.mean(0)
+    with pytest.warns(UserWarning, match=r"20% .* what stays: \*\.up \(3\): Experts computes @ self\.up\.mean\(0\)"):
+        quantize_model(nn.ModuleList(Experts() for _ in range(3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_model(toy(), skip=("a",))
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.big, self.small = nn.Linear(64, 256), nn.Linear(64, 64)
+        def forward(self, x): return self.big(x) @ self.small.weight
+    with pytest.warns(UserWarning, match=r"stay as they are: \*\.small \(2\): Reads takes its weight without calling"):
+        quantize_model(nn.ModuleList([Reads(), Reads()]))
+
+
+def test_skip_names_layers_or_nothing():
+    "None: the head. Nothing: the head too goes into 4 bits. A last part of a name, or a whole name."
+    def four(**kw): return {n for n, m in quantize_model(make_llama(tie=False), **kw).named_modules()
+                            if isinstance(m, Linear4bit)}
+    everything = four(skip=())
+    assert everything - four() == {"lm_head"}
+    assert everything - four(skip=("up_proj",)) == {f"model.layers.{i}.mlp.up_proj" for i in range(2)}
+    assert everything - four(skip=("model.layers.1.mlp.up_proj",)) == {"model.layers.1.mlp.up_proj"}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_state_dict_is_read_again(assign, bias):
+    "Strictly, into a layer of another kind; the parameter stays the object that it was, unless tensors are assigned."
+    _, source = layer(bias=bias)
+    other = Linear4bit.from_linear(nn.Linear(128, 96, bias=bias), "fp4", double_quant=False)
+    before, state, x = other.weight, source.state_dict(), torch.randn(3, 128)
+    other.load_state_dict(state, assign=assign)
+    assert torch.equal(other(x), source(x)) and (other.weight is before) != assign
+    model = nn.Sequential(nn.Linear(4, 4), source)
+    nn.Sequential(nn.Linear(4, 4), other).load_state_dict(model.state_dict())
+    stored_as_floats = state | {"weight": state["weight"].view(-1).view(torch.bfloat16)[:, None]}
+    other.load_state_dict(stored_as_floats)
+    assert torch.equal(other(x), source(x))
+    for lacking, told in (("weight.absmax", "not a bitsandbytes"), ("weight", "Missing key")):
+        cut = {k: v for k, v in state.items() if k != lacking}
+        with pytest.raises(RuntimeError, match=told): other.load_state_dict(cut)
+    with pytest.raises(RuntimeError, match=r"weight of \(96, 128\), expected \(64, 64\)"):
+        Linear4bit.from_linear(nn.Linear(64, 64, bias=bias)).load_state_dict(state)
+
+
+def test_copies_of_a_layer():
+    "deepcopy, pickle, torch.save: the same output, memory of its own."
+    import copy
+    import io
+    import pickle
+    _, q = layer()
+    x, file = torch.randn(3, 128), io.BytesIO()
+    torch.save(q, file)
+    file.seek(0)
+    for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q)), torch.load(file, weights_only=False)):
+        assert torch.equal(other(x), q(x)) and other.weight.data_ptr() != q.weight.data_ptr()
+
+
+def test_inputs_of_any_shape():
+    "One axis, with a bias that learns; no rows at all; inference mode."
+    _, q = layer()
+    q.bias.requires_grad_(True)
+    x = torch.randn(128, requires_grad=True)
+    q(x).sum().backward()
+    assert torch.equal(q.bias.grad, torch.ones(96)) and x.grad.shape == (128,)
+    empty = torch.randn(2, 0, 128, requires_grad=True)
+    q(empty).sum().backward()
+    assert q(empty).shape == (2, 0, 96) and empty.grad.shape == empty.shape
+    with torch.inference_mode(): y = q(x)
+    assert torch.equal(y, q(x).detach())
+
+
+def test_conv1d_is_quantized_the_right_way_round():
+    "GPT-2's layer stores [in, out]; its twin gives what it gave, as far as rounding lets it."
+    from transformers.pytorch_utils import Conv1D
+    torch.manual_seed(0)
+    conv, x = Conv1D(96, 64), torch.randn(3, 64)
+    twin = Linear4bit.from_linear(conv)
+    assert (twin.in_features, twin.out_features) == (64, 96)
+    assert torch.equal(twin.quantized.packed, quantize_4bit(conv.weight.t().contiguous()).packed)
+    assert (twin(x) - conv(x)).norm() < 0.15 * conv(x).norm()
+
+
+def test_a_layer_to_whose_dtype_inputs_are_cast_stays():
+    "Mamba casts its states to the head's dtype: a head in 4 bits would get bytes."
+    from families import build
+
+    from qlora_lab.linear_layers import quantizable
+    take, stay = quantizable(build("mamba"), skip=())
+    assert "lm_head" not in take and "dtype" in stay["lm_head"]
+    assert "lm_head" in quantizable(build("llama"), skip=())[0]

@@ -109,7 +109,7 @@ def test_a_second_helping_is_refused():
 
 
 @pytest.mark.parametrize("field, value", [
-    ("use_dora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 2}), ("modules_to_save", ["lm_head"]),
+    ("layer_replication", [(0, 2), (1, 2)]), ("use_qalora", True), ("trainable_token_indices", [1, 2]),
     ("fan_in_fan_out", True), ("init_lora_weights", "pissa")])
 def test_settings_we_do_not_have_are_refused(field, value):
     "A setting that would be ignored gives other numbers than PEFT's, without a word."

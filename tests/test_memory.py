@@ -22,8 +22,9 @@ from qlora_lab.engine.allocator import CONTEXT_GIB, LIBRARY_BYTES, cuda_block
 from qlora_lab.engine.dispatch import AT_WORK, REHEARSED, twin, use_kernels
 from qlora_lab.engine.fitting import CARDS, advice, cards, largest
 from qlora_lab.engine.known_models import model_config
+from qlora_lab.engine.layer_kinds import gradient_bytes, kind_of, representatives, told
 from qlora_lab.engine.paged_adamw import PagedAdamW
-from qlora_lab.engine.rehearsal import Settings, empty_batch, empty_model, moments_of_all
+from qlora_lab.engine.rehearsal import Settings, chosen_layers, empty_batch, empty_model
 from qlora_lab.linear4bit import quantize_model
 from qlora_lab.lora import add_lora, trainable
 from qlora_lab.memory import watch_step
@@ -110,34 +111,74 @@ def test_attention_has_to_be_named():
     assert peaks[1] > 1.2 * peaks[0]
 
 
-def rehearse(config, s, layers):
-    "The moments told from that many layers, and the peak of what was rehearsed."
-    kernels = [twin(name, "cuda") for name in REHEARSED]
+def rehearse_all(config, s):
+    "The moments of a step in which every layer is rehearsed, its peak, and whether layers were fused."
+    kernels, layers = [twin(name, "cuda") for name in REHEARSED], config["num_hidden_layers"]
     model, timeline, fused = rehearsal.rehearse(model_config(config), s, layers, kernels)
-    gradient = sum(cuda_block(p.nbytes) for p in trainable(decoder_layers(model)[0]))
-    assert fused == (s.quantize is not None)
-    left = 0 if s.accumulation > 1 else gradient
-    return moments_of_all(timeline, layers, config["num_hidden_layers"], left), timeline.peak
+    left = [gradient_bytes(trainable(layer), cuda_block) for layer in decoder_layers(model)]
+    return told(timeline, list(range(layers)), [0] * layers if s.accumulation > 1 else left), timeline.peak, fused
+
+
+def check_few_against_all(config, s):
+    "Few layers give the moments of all, the highest of which is the peak of what was rehearsed."
+    whole, peak, fused = rehearse_all(config, s)
+    # work space that the plan adds to the way back; with accumulation it is there from the second pass on
+    recording = LIBRARY_BYTES["cuda"] // 2 * (fused and s.accumulation == 1)
+    planned = plan(config, **asdict(s)).moments
+    few = {k: m.total - recording * ("backward" in k) for k, m in planned.items() if k != "update"}
+    assert max(few.values()) == peak
+    assert few == {k: m.total for k, m in whole.items() if k in few}
+    return fused
 
 
 @hypothesis_settings(max_examples=6, deadline=None)
-@example(7, True, 2, 32, "nf4", 1, "float32")  # gradients outgrow what a layer lets go of: the highest is visited late
-@example(7, True, 200, 2, "nf4", 1, "float32")  # the other way round
-@example(7, True, 64, 32, "nf4", 2, "float32")  # gradients that are there from the start do not grow
-@example(4, False, 2, 2, "nf4", 1, "bfloat16")  # gradients so small that several share one piece of memory
-@given(st.integers(1, 7), st.booleans(), st.sampled_from([2, 64, 200]), st.sampled_from([2, 32]),
+@example(7, 7, 2, 32, "nf4", 1, "float32")  # gradients outgrow what a layer lets go of: the highest is visited late
+@example(7, 7, 200, 2, "nf4", 1, "float32")  # the other way round
+@example(7, 7, 64, 32, "nf4", 2, "float32")  # gradients that are there from the start do not grow
+@example(4, 0, 2, 2, "nf4", 1, "bfloat16")  # gradients so small that several share one piece of memory
+@example(9, 4, 64, 8, "nf4", 1, "float32")  # the first four checkpointed
+@given(st.integers(1, 7), st.integers(0, 7), st.sampled_from([2, 64, 200]), st.sampled_from([2, 32]),
        st.sampled_from(["nf4", None]), st.integers(1, 2), st.sampled_from(["float32", "bfloat16"]))
-def test_three_layers_speak_for_all(layers, checkpointing, sequence, rank, quantize, accumulation, adapter_dtype):
-    "Rehearsing every layer gives the same moments as three of them, the middle repeated; their highest is the peak."
-    s = Settings(sequence=sequence, rank=rank, checkpointing=checkpointing, quantize=quantize,
-                 accumulation=accumulation, adapter_dtype=adapter_dtype)
-    whole, peak = rehearse(tiny(layers=layers), s, layers)
-    # work space that the plan adds to the way back; with accumulation it is there from the second pass on
-    recording = LIBRARY_BYTES["cuda"] // 2 * (quantize is not None and accumulation == 1)
-    planned = plan(tiny(layers=layers), **asdict(s)).moments
-    told = {k: m.total - recording * ("backward" in k) for k, m in planned.items() if k != "update"}
-    assert max(told.values()) == peak
-    assert told == {k: m.total for k, m in whole.items() if k in told}
+def test_few_layers_speak_for_all(layers, checkpointed, sequence, rank, quantize, accumulation, adapter_dtype):
+    "Rehearsing every layer gives the same moments as five of them, or some more where checkpoints end."
+    checkpointed = min(checkpointed, layers)
+    s = Settings(sequence=sequence, rank=rank, checkpointing=checkpointed > 0, checkpointed_layers=checkpointed,
+                 quantize=quantize, accumulation=accumulation, adapter_dtype=adapter_dtype,
+                 checkpoints_in="host" if layers % 2 else "device")
+    assert check_few_against_all(tiny(layers=layers), s) == (quantize is not None)
+
+
+@pytest.mark.parametrize("more", [dict(checkpointing=True), dict(), dict(targets=r".*layers\.[2-9]\.mlp.*"),
+                                  dict(checkpointing=True, checkpointed_layers=5, checkpoints_in="host")], ids=str)
+@pytest.mark.parametrize("config", [
+    dict(model_type="gemma3_text", num_hidden_layers=13, sliding_window=32),
+    dict(model_type="qwen3", num_hidden_layers=9, use_sliding_window=True, sliding_window=32, max_window_layers=4)],
+    ids=lambda c: c["model_type"])
+def test_few_layers_of_each_kind_speak_for_all(config, more):
+    "Five layers with a window to one without; adapters in some of the layers alone; the first layers without a window."
+    config = tiny() | config
+    check_few_against_all(config, Settings(rank=4, sequence=40, **more))
+    numbers, _, stands = chosen_layers(json.dumps(model_config(config).to_dict()), Settings(**more))
+    assert len(stands) == config["num_hidden_layers"] and len(numbers) <= len(stands)
+
+
+@given(st.lists(st.sampled_from("ABC"), min_size=1, max_size=40))
+def test_representatives_keep_every_neighbourhood(kinds):
+    "Each layer is stood for by one of its kind, with neighbours of the same kinds; and no new neighbourhood is made."
+    numbers, stands = representatives(kinds)
+    kinds_and_first = [(kind, kinds.index(kind) == i) for i, kind in enumerate(kinds)]
+    def around(row): return list(zip([None, None, *row], [None, *row], row, [*row[1:], None]))
+    few, whole = around([kinds_and_first[i] for i in numbers]), around(kinds_and_first)
+    assert set(few) == set(whole) and [few[n] for n in stands] == whole
+    assert len(representatives(kinds + kinds[-1:] * 50)[0]) < len(kinds) + 5
+
+
+def test_kinds_see_what_matters():
+    "Layers of Gemma 3 differ by their window; those of a Llama in nothing."
+    def kinds(config): return [kind_of(layer) for layer in decoder_layers(AutoModelForCausalLM.from_config(config))]
+    assert len(set(kinds(model_config(tiny(layers=3))))) == 1
+    gemma = kinds(model_config(tiny("gemma3_text", layers=7) | {"sliding_window": 16}))
+    assert len(set(gemma)) == 2 and gemma[5] != gemma[4] == gemma[0] == gemma[6]
 
 
 @pytest.mark.parametrize("settings", [dict(rank=2, adapter_dtype="bfloat16"), dict(rank=2), dict(rank=32),
@@ -205,7 +246,14 @@ def test_cards_grow():
 @pytest.mark.parametrize("call, words", [
     (lambda: plan("llama-9b"), ["llama-9b", "did you mean llama-7b"]),
     (lambda: plan("no-such/config.json"), ["no-such/config.json", "no such file"]),
-    (lambda: plan({"model_type": "gpt2"}), ["gpt2", "rehearses"]),
+    (lambda: plan({"model_type": "t5"}), ["t5", "rehearses"]),
+    (lambda: plan({"model_type": "gpt2"}), ["lacks", "hidden_size"]),
+    (lambda: plan({"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 320,
+                   "n_positions": 128}, sequence=129), ["sequence=129", "128 places"]),
+    (lambda: plan({"model_type": "gemma3", "text_config": {"hidden_size": 64}}), ["lacks", "num_hidden_layers"]),
+    (lambda: plan("llama-7b", checkpointing=True, checkpointed_layers=33), ["checkpointed_layers=33", "32 layers"]),
+    (lambda: plan("llama-7b", checkpointed_layers=-1), ["checkpointed_layers=-1"]),
+    (lambda: plan("llama-7b", checkpoints_in="disk"), ["checkpoints_in='disk'"]),
     (lambda: plan({"model_type": "llama", "hidden_size": 64}), ["lacks", "num_hidden_layers"]),
     (lambda: plan(tiny() | {"hidden_size": "64"}), ["hidden_size", "whole number"]),
     (lambda: plan(tiny() | {"hidden_size": -64}), ["hidden_size", "positive"]),
@@ -269,12 +317,18 @@ def test_cuda_block_cuts_what_is_worth_cutting():
         assert cuda_block(asked) == taken
 
 
+def still_comparable(row, p):
+    "Whether a recorded step has today's loss, or its highest moment elsewhere: other records are of another step."
+    return row["moment"] != "loss" or row["parts"]["logits and loss"] == p.moments["loss"].logits
+
+
 @pytest.mark.skipif(not RECORD.exists(), reason="no recorded run")
 def test_the_recorded_card_agrees():
     "What the planner says today of each recorded step is within 0.1 % of the card in the median, never 1 % off."
     rows = json.loads(RECORD.read_text())["rows"]
-    errors = [abs(plan(r["model"], **r["settings"]).total_gib / r["measured_gib"] - 1) for r in rows]
-    assert len(rows) >= 16 and statistics.median(errors) < 0.001 and max(errors) < 0.01
+    plans = [plan(r["model"], **r["settings"]) for r in rows]
+    errors = [abs(p.total_gib / r["measured_gib"] - 1) for r, p in zip(rows, plans) if still_comparable(r, p)]
+    assert len(errors) >= 14 and statistics.median(errors) < 0.001 and max(errors) < 0.01
 
 
 @pytest.mark.skipif(not RECORD.exists(), reason="no recorded run")

@@ -39,7 +39,7 @@ def test_what_is_written_can_be_read(tmp_path_factory, content):
     assert write_whole(str(path), content) == path and path.read_bytes() == wanted and names(path.parent) == ["a.txt"]
 
 
-@pytest.mark.parametrize("step", ["os.fsync", "os.chmod", "os.replace"])
+@pytest.mark.parametrize("step", ["os.fsync", "os.replace"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("old", ["old", None])
 def test_a_failure_at_any_step_leaves_what_was_there(step, error, old, tmp_path, monkeypatch):
@@ -53,11 +53,16 @@ def test_a_failure_at_any_step_leaves_what_was_there(step, error, old, tmp_path,
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permission bits")
-def test_others_may_read_what_is_written(tmp_path):
-    "A temporary file is for its owner alone; the file it becomes is not."
-    assert write_whole(tmp_path / "a", "x").stat().st_mode & 0o777 == 0o644
-    with whole_folder(tmp_path / "m"): pass
-    assert (tmp_path / "m").stat().st_mode & 0o777 == 0o755
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_permissions_are_those_of_any_file(umask, tmp_path):
+    "Who may read and write is for the user's umask to say, as with every other program."
+    before = os.umask(umask)
+    try:
+        file = write_whole(tmp_path / "a", "x")
+        with whole_folder(tmp_path / "m") as made: write_whole(made / "b", "x")
+    finally: os.umask(before)
+    modes = [p.stat().st_mode & 0o777 for p in (file, tmp_path / "m" / "b", tmp_path / "m")]
+    assert modes == [0o666 & ~umask, 0o666 & ~umask, 0o777 & ~umask]
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path):

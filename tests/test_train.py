@@ -150,7 +150,7 @@ def test_4bit_checkpoints_go_both_ways(quant_type, double_quant, tiny, tmp_path)
     "transformers with bitsandbytes opens what we saved, we open what they saved: the same logits, the same bill."
     ours, tokenizer = load_model(tiny, quant_type, compute_dtype=torch.float32, double_quant=double_quant)
     save_quantized(ours, tmp_path / "ours", tokenizer)
-    theirs, _ = load_model(tmp_path / "ours", None, "bnb", compute_dtype=torch.float32)
+    theirs, _ = load_model(tmp_path / "ours", backend="bnb", compute_dtype=torch.float32)
     quantized_by_them, _ = load_model(tiny, quant_type, "bnb", compute_dtype=torch.float32, double_quant=double_quant)
     quantized_by_them.save_pretrained(tmp_path / "theirs")
     tokenizer.save_pretrained(tmp_path / "theirs")

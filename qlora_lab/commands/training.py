@@ -32,14 +32,14 @@ from tyro.conf import Fixed, OmitArgPrefixes, Suppress, arg
 
 from ..assets import SMOLLM2, cache_folder
 from ..data import Split, default_split, docstring_pairs, load_jsonl, split
-from ..loading import best_device, best_dtype
+from ..loading import best_device
 from ..model import load_model
 from ..records import LabError
 from ..runs import TrainConfig, fingerprint, open_folder, saved_step
 from ..train import train
 
 # isort: split
-from .planning import foresee
+from .planning import foresee, held_in, wish_of
 from .report import report, show, waiting
 
 # %% ../../nbs/commands/training.ipynb #39b74134
@@ -105,8 +105,8 @@ class Train:
     held_out: _Share = None        # share of the examples to hold out
     model: _Name = SMOLLM2         # a known name, a folder or a hub id
     out: _Folder = None            # where the run lives
-    quantize: Literal["nf4", "fp4", "none"] = "nf4"  # type of the 4-bit weights; none leaves them unquantized
-    double_quant: bool = True      # quantize the quantization statistics too; otherwise they stay in 32 bit
+    quantize: Literal["auto", "nf4", "fp4", "none"] = "auto"  # 4-bit type; auto: as a 4-bit folder has it, else nf4
+    double_quant: bool = True      # quantize the statistics too, or as a 4-bit folder has it; no: they are in 32 bit
     backend: Literal["lab", "bnb"] = "lab"  # the lab's layers, or bitsandbytes and PEFT
     compute_dtype: _Dtype = None   # of the products with 4-bit weights
     device: _Device = None         # cpu or cuda
@@ -131,26 +131,25 @@ def announce(
     device: torch.device,
 ) -> str:
     "What a run is about to do."
-    double = " with double quantization" if asked.double_quant else ""
-    weights = "not quantized" if asked.quantize == "none" else f"{asked.quantize.upper()}{double}"
+    kind, compute = held_in(asked, device)
+    double = " with double quantization" if kind and kind.double_quant else ""
+    weights = f"{kind.quant_type.upper()}{double}" if kind else "not quantized"
     layers = "bitsandbytes + PEFT" if asked.backend == "bnb" else "the lab's own layers"
-    dtype = asked.compute_dtype or str(best_dtype(device)).removeprefix("torch.")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     examples = f"{len(data.train):,} examples to learn from, {len(data.held_out):,} held out"
     each = config.batch_size * config.accumulation
     return "\n".join([
         f"model   {asked.model}, {weights}, {layers}",
         f"data    {what}: {examples}, {min(config.eval_examples, len(data.held_out))} of them scored",
-        f"device  {name}, products in {dtype}",
+        f"device  {name}, products in {str(compute).removeprefix('torch.')}",
         f"run     {config.folder}: {config.steps} steps of {each} examples, rank {config.rank}"])
 
 # %% ../../nbs/commands/training.ipynb #974cf746
 def _open_model(asked: Train, device: torch.device):
     "The model that the options name."
-    quantize = None if asked.quantize == "none" else asked.quantize
-    dtype = asked.compute_dtype and getattr(torch, asked.compute_dtype)
-    return load_model(asked.model, quantize, asked.backend, device=device, double_quant=asked.double_quant,
-                      compute_dtype=dtype)
+    wish = wish_of(asked)
+    return load_model(asked.model, wish.quantize, asked.backend, wish.compute_dtype, device=device,
+                      double_quant=wish.double_quant)
 
 # %% ../../nbs/commands/training.ipynb #bda7ccf3
 def start(asked: Train) -> int:

@@ -22,7 +22,7 @@ __all__ = ['adapted_linear_backward', 'AdaptedLinear', 'adapted_linear']
 # adapter's type.
 #
 # `adapted_linear` declines (None) where the plain layer has to do it: another base, a bias that learns, float16,
-# autocast.
+# autocast. Other kinds of adapted layers (DoRA, a bias on B, embeddings) are classes of their own and never ask.
 #
 # Lesson 14b shows where it belongs; built in nbs/engine/adapted_linear.ipynb.
 

@@ -50,33 +50,40 @@ FASTER: dict[Key, str | Callable] = {
     ("quantize", "cuda"): "engine.triton_quantize.quantize_triton",
     ("quantize_absmax", "cuda"): "engine.triton_quantize.quantize_absmax_triton",
     ("adapted_linear", "cuda"): "engine.adapted_linear.adapted_linear",
+    ("experts", "cuda"): "engine.grouped_experts.grouped_experts",
     ("fuse_layers", "cuda"): "engine.fusing.fuse_layers",
-    ("summed_loss", "cuda"): "engine.piecewise_loss.fused_loss",
+    ("summed_loss", "cuda"): "engine.filled_up.filled_loss",
+    ("slopes", "cuda"): "engine.piecewise_loss.slopes_triton",
     ("forward_backward", "cuda"): "engine.step_graph.forward_backward",
     ("forget", "cuda"): "engine.step_graph.forget",
     ("adamw", "cuda"): "engine.fused_adamw.adamw_triton",
 }
 
 # %% ../../nbs/engine/dispatch.ipynb #53d987c8
-ALWAYS: dict[Key, str | Callable] = {
-    ("dequantize", "meta"): "engine.rehearsal.decode_empty",
-    ("nearest_code", "cpu"): "engine.tables.nearest_by_table",
-    ("dequantize_packed", "cpu"): "engine.tables.dequantize_by_table",
-    ("dequantize_packed", "cuda"): "engine.tables.dequantize_by_table",
-    ("quantize_exactly", "cpu"): "engine.rounding.quantize_blocks",
-    ("quantize_exactly", "cuda"): "engine.rounding.quantize_blocks",
-    ("quantize_absmax_exactly", "cpu"): "engine.rounding.quantize_absmax",
-    ("quantize_absmax_exactly", "cuda"): "engine.rounding.quantize_absmax",
-    ("move_pages", "cuda"): "engine.copy_lanes.LaneMover",
-    ("optimizer", "cpu"): "engine.paged_adamw.optimizer",
-    ("optimizer", "cuda"): "engine.paged_adamw.optimizer",
-}
+def _on(*devices: str, **twins: str) -> dict[Key, str | Callable]:
+    "Rows of a table: these twins, on each of these devices."
+    return {(operation, device): place for operation, place in twins.items() for device in devices}
+
+ALWAYS: dict[Key, str | Callable] = _on("meta", dequantize="engine.empty_answers.decode_empty",
+    experts="engine.grouped_experts.grouped_experts")
+ALWAYS |= _on("cpu", nearest_code="engine.tables.nearest_by_table", hold_experts="engine.experts.hold_experts",
+    open_mxfp4="engine.mxfp4.open_mxfp4", save_as_shipped="engine.mxfp4.save_as_shipped")
+ALWAYS |= _on("cuda", move_pages="engine.copy_lanes.LaneMover")
+ALWAYS |= _on("cuda", "meta", host_checkpoints="engine.host_checkpoints.keep_on_host")
+ALWAYS |= _on("cpu", "cuda", dequantize_packed="engine.tables.dequantize_by_table",
+    quantize_exactly="engine.rounding.quantize_blocks", quantize_absmax_exactly="engine.rounding.quantize_absmax",
+    within_budget="engine.budget.within_budget", optimizer="engine.paged_adamw.optimizer")
+ALWAYS |= _on("cpu", "cuda", "meta", quantize_experts="engine.experts.quantize_experts",
+    experts_left_alone="engine.experts.experts_left_alone",
+    adapt_parameters="engine.adapted_parameters.adapt_parameters",
+    parameter_shapes="engine.adapted_parameters.parameter_shapes",
+    parameter_names="engine.adapted_parameters.parameter_names")
 
 # %% ../../nbs/engine/dispatch.ipynb #4f329919
 LACK = {"cpu": "engine.c_functions.c_lack", "cuda": "engine.gpu.gpu_lack"}  # device type to where its reason is found
 TRIAL = {"cuda": "engine.gpu.first_kernel"}  # where a device is tried, the first time that a twin is to work on it
-REHEARSED = "adapted_linear", "fuse_layers", "summed_loss", "adamw"  # the twins that change what a step holds
-IN_TORCH = {"adapted_linear"}  # written in torch's operations: they need neither a compiler nor Triton
+REHEARSED = "adapted_linear", "experts", "fuse_layers", "summed_loss", "slopes", "adamw"  # what a step holds
+IN_TORCH = {"adapted_linear", "experts"}  # written in torch's operations: they need neither a compiler nor Triton
 
 # %% ../../nbs/engine/dispatch.ipynb #4d720f62
 AT_WORK: dict[Key, str | Callable] = {}  # the twins that answer now

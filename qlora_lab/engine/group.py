@@ -139,6 +139,7 @@ def group_forward(
     group: Group,
     x: Tensor,                   # [tokens, inputs + room]; the room is filled
     onto: Tensor | None = None,  # [tokens, outputs], what the result is added to, in place
+    factor: float = 1.,          # of what is added onto something
 ) -> Tensor:                     # [tokens, outputs + room], the room free for the gradient; or `onto`
     "x W^T + s (x A^T) B^T + bias."
     group.fill(x)
@@ -147,9 +148,10 @@ def group_forward(
         part = y[:, columns]
         weight = group.forth(piece, x.dtype).t()
         bias = group.bias(piece, x.dtype)
-        if onto is not None and bias is not None: part.add_(bias)
+        if onto is not None and bias is not None: part.add_(bias, alpha=factor)
         if onto is None and bias is None: torch.mm(x, weight, out=part)
-        else: torch.addmm(bias if onto is None else part, x, weight, out=part)
+        elif onto is None: torch.addmm(bias, x, weight, out=part)
+        else: torch.addmm(part, x, weight, alpha=factor, out=part)
         del weight
     return y
 

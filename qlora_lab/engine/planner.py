@@ -8,7 +8,7 @@ __all__ = ['MemoryPlan', 'plan']
 # %% ../../nbs/engine/planner.ipynb #23ecda5c
 # What a training step will take, before anything is loaded.
 #
-# `plan` finds the model's shape, rehearses a step of three of its layers on tensors without bytes, and adds what a
+# `plan` finds the model's shape, rehearses a step of a few of its layers on tensors without bytes, and adds what a
 # rehearsal does not see: AdamW's state, which may wait in host memory page by page; the update, whose own code is
 # rehearsed on one empty page; and the work space of the matrix libraries. A plan is `held` (component to bytes that
 # are there all the time) and `moments` (name to a Moment: gradients, activations, logits, work in flight, in bytes
@@ -33,7 +33,7 @@ import torch
 
 from .allocator import CONTEXT_GIB, FRAGMENTS, LIBRARY_BYTES, ROUNDED
 from .dispatch import REHEARSED, twin
-from .known_models import model_config
+from .known_models import longest_text, model_config
 from .rehearsal import Rehearsal, Settings, dtype_named, rehearsed, rehearsing
 from .state_formats import FORMATS, page_parameters, read_moments, state_bytes, write_moments
 from ..memory import Moment
@@ -109,6 +109,8 @@ class MemoryPlan(_Sums):
     config: str = "{}"           # of the model, JSON
     process_bytes: int = 0       # on a CPU: what Python and its libraries hold already
     recorded: bool = False       # whether the GPU's kernels fuse the layers and record the step
+    layers: int = 0              # of the model
+    host_inputs: int = 0         # bytes of host memory for the inputs of checkpointed layers
 
     def again(self, **changes) -> "MemoryPlan":
         "The same with other settings."
@@ -135,6 +137,14 @@ def _completed(
     return held, {name: later(name, m) for name, m in moments.items()}, host
 
 # %% ../../nbs/engine/planner.ipynb #de83b52d
+def _host_inputs(config: "PretrainedConfig", s: Settings, layers: int, fused: bool) -> int:
+    "Bytes of host memory that the inputs of checkpointed layers take."
+    if not s.checkpointing or s.checkpoints_in == "device" or s.device == "cpu": return 0
+    tokens = s.batch_size * (ceil(s.sequence / 64) * 64 if fused else s.sequence)  # as a recorded step fills them up
+    size = tokens * config.get_text_config().hidden_size * dtype_named(s.dtype).itemsize
+    return ((s.checkpointed_layers or layers) - 1) * (1 << max(9, (size - 1).bit_length()))
+
+# %% ../../nbs/engine/planner.ipynb #0d6f567b
 def plan(
     model: "str | Path | dict | PretrainedConfig",  # a known name, a config.json or its folder, or its content
     gpu_gib: float | None = None,  # memory of the card
@@ -145,6 +155,8 @@ def plan(
     "Plan the memory of a training step, before anything is loaded; raises LabError for what cannot be planned."
     config, s = model_config(model), Settings(**settings)
     if gpu_gib is not None and not gpu_gib > 0: raise LabError(f"gpu_gib={gpu_gib}: expected a positive number")
+    most = longest_text(config)
+    if most and s.sequence > most: raise LabError(f"sequence={s.sequence}: this {config.model_type} has {most} places")
     name = name or str(model if isinstance(model, (str, Path)) else config.model_type)
     text = json.dumps(config.to_dict(), default=str)
     kernels = tuple(twin(operation, s.device) if s.kernels else None for operation in REHEARSED)
@@ -152,4 +164,5 @@ def plan(
     r = rehearsed(text, alike, kernels)
     first = rehearsed(text, replace(alike, accumulation=1), kernels).gradients if s.accumulation > 1 else 0
     held, moments, host = _completed(r, s, kernels, process_bytes, first)
-    return MemoryPlan(name, s, held, moments, host, gpu_gib, text, process_bytes, r.fused)
+    inputs = _host_inputs(config, s, r.layers, r.fused)
+    return MemoryPlan(name, s, held, moments, host, gpu_gib, text, process_bytes, r.fused, r.layers, inputs)

@@ -1,0 +1,68 @@
+"""The benchmark of models as people bring them runs, in small and on a CPU, and what it measures is a training step.
+
+Protects: every shape can be built with its buffers, both sides take steps, the folder for Unsloth can be opened.
+"""
+import json
+
+import pytest
+import torch
+
+from benchmarks import fast
+from benchmarks.common import random_model, spread_of
+from benchmarks.shapes import SHAPES, shape_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_is_one_that_transformers_knows(name):
+    "In real size the fields of a model that exists; made small it has the same kinds of layers."
+    large, small = shape_config(name), shape_config(name, tiny=True)
+    assert type(large) is type(small) and small.hidden_size == 64 < large.hidden_size
+    assert large.to_dict().keys() == small.to_dict().keys() and {r.shape for r in fast.ROWS.values()} == {*SHAPES}
+
+
+@pytest.mark.parametrize("name, who", [("qwen3-8b-16x512", "lab"), ("gemma-3-4b-4x2048", "lab"),
+                                       ("phi-4-mini-4x2048", "lab"), ("qwen3-30b-a3b-4x1024", "lab"),
+                                       ("qwen3-8b-16x512", "bnb"), ("gemma-3-4b-4x2048", "bnb")])
+def test_a_side_takes_steps(name, who):
+    "Losses fall, gradients are there, and the lab's first loss is that of its plain path."
+    found = fast.in_this_process(name, who, tiny=True, rounds=3)
+    assert len(found["seconds"]) == 3 and len(found["losses"]) == 5 and min(found["norms"]) > 0
+    assert found["losses"][-1] < found["losses"][0] < 7
+    if who == "lab": assert abs(found["plain_loss"] - found["losses"][0]) < 1e-2
+    assert json.loads(json.dumps(found)) == found and spread_of(found["seconds"])["median_ms"] > 0
+
+
+@pytest.mark.parametrize("shape", ["gemma-3-4b", "phi-4-mini"])
+def test_buffers_are_those_of_the_library(shape):
+    "Position tables and scales: a constant in their place would be another model."
+    from transformers import AutoModelForCausalLM
+    config = shape_config(shape, tiny=True)
+    settings = fast.settings_of(fast.ROWS["qwen3-8b-16x512"], tiny=True)
+    expected = dict(AutoModelForCausalLM.from_config(config).named_buffers())
+    found = dict(random_model(config, settings, "cpu").named_buffers())
+    assert expected and all(torch.equal(found[name], b) for name, b in expected.items())
+
+
+def test_a_folder_for_unsloth(tmp_path):
+    "transformers opens it with bitsandbytes' layers; nothing is missing, nothing left over."
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    fast.write_folder("qwen3-8b-16x512", str(tmp_path / "folder"), tiny=True)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", output_loading_info=True,
+                                                       device_map={"": "cpu"})
+    assert not any(info.values()) and model.is_loaded_in_4bit
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "folder")) == 4
+
+
+def test_rows_and_sides_are_named():
+    for argv in (["--rows", "qwen9"], ["--sides", "us"]):
+        with pytest.raises(SystemExit, match="no row or side"): fast.main([*argv, "--tiny"])
+
+
+def test_rows_of_before_are_kept(tmp_path, monkeypatch):
+    "A run of some rows replaces those, and no others."
+    monkeypatch.setattr(fast, "RESULTS", tmp_path)
+    def of(row, who, n): return {"row": row, "who": who, "n": n}
+    (tmp_path / "gpu_fast.json").write_text(json.dumps({"rows": [of("a", "lab", 1), of("a", "bnb", 1)]}))
+    assert fast.merged([of("a", "lab", 2)]) == [of("a", "bnb", 1), of("a", "lab", 2)]

@@ -1,0 +1,344 @@
+"""What is loaded is what the file says, or it is refused in one sentence; what is asked for is kept or refused."""
+import copy
+import json
+import logging
+import pickle
+import shutil
+import warnings
+
+import families
+import pytest
+import torch
+from families import logits
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from conftest import devices, make_tokenizer
+from qlora_lab import bnb_files
+from qlora_lab.against_file import Stored, hold_against, stored_files
+from qlora_lab.bnb_files import save_quantized, skip_list
+from qlora_lab.linear4bit import Linear4bit, quantize_model
+from qlora_lab.loading import listening
+from qlora_lab.lora import add_lora, save_adapter
+from qlora_lab.model import answer, load_model, token_losses
+from qlora_lab.records import LabError
+
+EXACT = dict(device="cpu", dtype=torch.float32, compute_dtype=torch.float32)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def rewrite(folder, change):
+    "Change the tensors of a folder's file."
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return folder
+
+
+def reconfigure(folder, file="config.json", **changes):
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    return families.folder("llama", tmp_path_factory.mktemp("origin"))
+
+
+@pytest.fixture
+def folder(origin, tmp_path):
+    "A folder of one's own to spoil."
+    return shutil.copytree(origin, tmp_path / "model")
+
+
+@pytest.fixture(params=["plain", "4 bits"])
+def either(request, folder, tmp_path):
+    "A plain folder, and one in 4 bits."
+    if request.param == "plain": return folder
+    return save_quantized(*load_model(folder, **EXACT)[:1], tmp_path / "packed", make_tokenizer())
+
+
+DOWN, UP = "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("change, told", [
+    (lambda s: {k: t for k, t in s.items() if not k.startswith(DOWN)}, f"missing: {DOWN}.weight"),
+    (lambda s: {k: t for k, t in s.items() if ".layers.1." not in k}, "missing: model.layers.1.input_layernorm.weight"),
+    (lambda s: {f"_orig_mod.{k}": t for k, t in s.items()}, "not expected: _orig_mod."),
+    (lambda s: s | {"model.layers.2.mlp.up_proj.weight": torch.ones(128, 64)}, "not expected: model.layers.2.mlp.up"),
+    (lambda s: s | {"model.norm.weight": torch.ones(32)}, r"(of another shape: )?model.norm.weight"),
+], ids=["a weight", "a layer", "a prefix", "a layer too many", "a shape"])
+def test_a_checkpoint_that_does_not_fit_its_config(change, told, either):
+    with pytest.raises(LabError, match=told): load_model(rewrite(either, change), **EXACT)
+
+
+def test_a_value_that_was_lost_on_the_way(folder):
+    "One bit of one number: named. The file as it is: accepted."
+    model, stored = AutoModelForCausalLM.from_pretrained(folder), Stored(stored_files(folder))
+    assert hold_against(model, stored, "the file") == 21
+    model.get_parameter(f"{DOWN}.weight").data.view(torch.int32)[5, 7] ^= 1
+    with pytest.raises(LabError, match=f"the file: {DOWN}.weight: loaded otherwise"):
+        hold_against(model, stored, "the file")
+
+
+def test_weights_are_quantized_in_the_precision_of_the_file(folder):
+    "A config that names bfloat16 over a file in float32: transformers rounds before anything is quantized."
+    want = quantize_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    mixed = rewrite(reconfigure(folder, dtype="bfloat16"), lambda s: s | {"model.norm.weight": torch.ones(64).half()})
+    got, _ = load_model(mixed, **EXACT)
+    for name, layer in got.named_modules():
+        if isinstance(layer, Linear4bit): assert torch.equal(layer.weight, want.get_submodule(name).weight)
+
+
+def test_other_files_than_one_in_safetensors(folder):
+    "Shards with an index, and torch's older format."
+    want = logits(load_model(folder, **EXACT)[0])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    state = {k: t.clone() for k, t in model.state_dict().items()}
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1 and torch.equal(logits(load_model(folder, **EXACT)[0]), want)
+    for file in folder.glob("model*"): file.unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    assert torch.equal(logits(load_model(folder, **EXACT)[0]), want)
+
+
+@pytest.mark.parametrize("config, told", [
+    (dict(model_type="t5"), "t5 is an encoder-decoder"),
+    (dict(model_type="bart"), "bart is an encoder-decoder"),
+    (dict(model_type="roberta", architectures=["RobertaForMaskedLM"]), "roberta is an encoder"),
+    (dict(model_type="vit"), "vit has no causal language model"),
+    (dict(model_type="clip"), "clip has no causal language model"),
+    (dict(model_type="llama", architectures=["LlamaForTokenClassification"]), "written by LlamaForTokenClassification"),
+    (dict(model_type="mine", auto_map={"AutoConfig": "mine.Config"}), "mine brings Python code of its own"),
+    (dict(model_type="llama99"), "no family 'llama99'"),
+    *((dict(model_type="llama", quantization_config=dict(quant_method=m)), f"quantized by {m}")
+      for m in ("gptq", "awq", "fp8", "compressed-tensors", "hqq")),
+    (dict(model_type="llama", quantization_config=dict(quant_method="bitsandbytes", load_in_8bit=True)), "8 bits"),
+], ids=lambda v: v if isinstance(v, str) else "")
+def test_what_cannot_be_trained_is_refused_from_the_config(config, told, tmp_path):
+    "There is nothing else in the folder: no weights, no tokenizer."
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LabError, match=told) as e: load_model(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_eight_bit_floats_and_adapters_are_not_taken_for_a_model(folder):
+    "A file of fp8 without a word in the config; an adapter's config beside the model's."
+    eight = shutil.copytree(folder, folder.parent / "eight")
+    rewrite(eight, lambda s: s | {f"{DOWN}.weight": s[f"{DOWN}.weight"].to(torch.float8_e4m3fn)})
+    with pytest.raises(LabError, match="8-bit floats"): load_model(eight)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(LabError, match="load_adapter"): load_model(folder)
+
+
+def test_a_wish_is_kept_or_refused(folder, tmp_path):
+    "As stored by default; an explicit wish that differs is refused, None decodes."
+    made, tokenizer = load_model(folder, "fp4", double_quant=False, **EXACT)
+    packed = save_quantized(made, tmp_path / "packed", tokenizer)
+    for wish in ({}, dict(quantize="fp4"), dict(double_quant=False, blocksize=64)):
+        layer = load_model(packed, **wish, **EXACT)[0].model.layers[0].mlp.up_proj
+        assert layer.quant_type == "fp4" and layer.absmax2 is None
+    for wish, told in ((dict(quantize="nf4"), "quant_type='fp4', asked for 'nf4'"),
+                       (dict(blocksize=128), "blocksize=64"),
+                       (dict(double_quant=True), "double_quant=False, asked for True")):
+        for backend in ("lab", "bnb"):
+            with pytest.raises(LabError, match=told): load_model(packed, backend=backend, **wish, **EXACT)
+    plain, _ = load_model(packed, quantize=None, **EXACT)
+    weight = plain.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(weight, made.model.layers[0].mlp.up_proj.quantized.dequantize(torch.float32))
+
+
+def test_float32_products_stay_on_a_cpu(folder, tmp_path):
+    "A folder that was saved for them; on any processor, and unless another dtype is asked for."
+    made, tokenizer = load_model(folder, **EXACT)
+    packed = save_quantized(made, tmp_path / "packed", tokenizer)
+    def compute(**how): return load_model(packed, device="cpu", **how)[0].model.layers[0].mlp.up_proj.compute_dtype
+    assert compute() == torch.float32 and compute(compute_dtype=torch.bfloat16) == torch.bfloat16
+
+
+@pytest.mark.parametrize("device", devices())
+def test_rotary_frequencies_are_not_rounded(device, folder):
+    "In a bfloat16 model, on the device where it is used."
+    want = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).model.rotary_emb.inv_freq
+    for how in (dict(quantize=None), {}, dict(backend="bnb")):
+        model, _ = load_model(folder, dtype=torch.bfloat16, compute_dtype=torch.bfloat16, device=device, **how)
+        got = model.model.rotary_emb.inv_freq
+        assert got.dtype == torch.float32 and torch.equal(got.cpu(), want) and got.device.type == device
+
+
+def test_a_loaded_model_does_not_drop(tmp_path):
+    "Eval mode from a plain folder and from one in 4 bits."
+    folder = families.folder("opt", tmp_path, dropout=0.5)
+    model, tokenizer = load_model(folder, **EXACT)
+    again, _ = load_model(save_quantized(model, tmp_path / "packed", tokenizer), **EXACT)
+    assert not model.training and not again.training and torch.equal(logits(again), logits(again))
+
+
+def test_what_transformers_warns_of_reaches_the_user(tmp_path):
+    "A config that ties what the file does not: transformers unties, and says so in its log alone."
+    folder = families.folder("qwen2", tmp_path)
+    rewrite(folder, lambda s: s | {"lm_head.weight": s["model.embed_tokens.weight"] + 1})
+    with pytest.warns(UserWarning, match="NOT tie"): model, _ = load_model(folder, **EXACT)
+    again, _ = load_model(save_quantized(model, tmp_path / "packed", make_tokenizer()), **EXACT)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_harmless_lines_are_silent_and_the_log_is_as_it_was():
+    log, before = transformers_logging.get_logger("transformers.x"), logging.getLogger("transformers").handlers
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with listening():
+            for text in ("`torch_dtype` is deprecated!", "odd weights", "odd weights"): log.warning(text)
+    assert [str(w.message) for w in said] == ["transformers: odd weights"]
+    assert logging.getLogger("transformers").handlers is before
+
+
+def test_bitsandbytes_layers_are_counted_too(tmp_path):
+    "transformers makes none of Falcon's, and few of a mixture's: refused, and said."
+    with pytest.raises(LabError, match="FalconForCausalLM: no weight could be put into 4 bits"):
+        load_model(families.folder("falcon", tmp_path), backend="bnb", **EXACT)
+    folder = families.folder("mixtral", tmp_path)
+    with pytest.warns(UserWarning, match="10% of the weights.*three axes, as fused experts"):
+        load_model(folder, backend="bnb", **EXACT)
+
+
+# saving
+
+def test_a_generation_config_that_transformers_will_not_write(folder, tmp_path):
+    "Byte for byte what was read; if it was changed since, as it is now."
+    content = '{"do_sample": false, "temperature": 0.9, "top_p": 0.6,  "eos_token_id": 1}'
+    (folder / "generation_config.json").write_text(content)
+    for part in folder.iterdir(): part.chmod(0o444)
+    folder.chmod(0o555)
+    model, tokenizer = load_model(folder, **EXACT)
+    packed = save_quantized(model, tmp_path / "packed", tokenizer)
+    assert (packed / "generation_config.json").read_text() == content
+    model.generation_config.top_k = 7
+    again = save_quantized(model, tmp_path / "again", tokenizer) / "generation_config.json"
+    assert json.loads(again.read_text())["top_k"] == 7
+    modes = {p.stat().st_mode & 0o777 for p in packed.iterdir()}
+    folder.chmod(0o755)
+    assert len(modes) == 1 and modes.pop() & 0o200
+
+
+def test_a_tied_head_in_4_bits(tmp_path):
+    "It is tied no more, and the config says so: else a reader would put the embeddings in its place."
+    folder = families.folder("qwen2", tmp_path)
+    model, tokenizer = load_model(folder, quantize=None, **EXACT)
+    quantize_model(model, skip=())
+    assert type(model.lm_head) is Linear4bit
+    packed, want = save_quantized(model, tmp_path / "packed", tokenizer), logits(model)
+    assert torch.equal(logits(load_model(packed, **EXACT)[0]), want)
+    theirs = AutoModelForCausalLM.from_pretrained(packed, device_map={"": "cpu"}).train()
+    assert torch.allclose(logits(theirs), want, atol=1e-3)
+
+
+def test_layers_of_two_kinds_are_refused(folder, tmp_path):
+    model, _ = load_model(folder, quantize=None, **EXACT)
+    quantize_model(model.model.layers[0])
+    quantize_model(model.model.layers[1], blocksize=128)
+    with pytest.raises(LabError, match="of 2 kinds"): save_quantized(model, tmp_path / "packed")
+
+
+def test_shards_are_written_one_by_one(folder, tmp_path):
+    "The same tensors, whatever the size of a file."
+    model, tokenizer = load_model(folder, **EXACT)
+    one, many = (save_quantized(model, tmp_path / size, tokenizer, size) for size in ("5GB", "40KB"))
+    files = list(many.glob("*.safetensors"))
+    assert len(files) > 2 and not (many / "model.safetensors").exists()
+    shards = {k: t for file in files for k, t in load_file(file).items()}
+    whole = load_file(one / "model.safetensors")
+    assert shards.keys() == whole.keys() and all(torch.equal(t, whole[k]) for k, t in shards.items())
+    assert torch.equal(logits(load_model(many, **EXACT)[0]), logits(model))
+
+
+def test_llama_4_with_single_experts(tmp_path):
+    "As transformers' own 4-bit checkpoints of it have them: opened, saved, and opened by transformers."
+    from qlora_lab.bnb_reader import fused, single_experts
+    folder = families.folder("llama4_text", tmp_path)
+    model, tokenizer = load_model(folder, quantize=None, **EXACT)
+    torch.manual_seed(0)
+    single_experts(model)
+    for m in model.modules():
+        if isinstance(m, nn.Linear) and m.weight.is_meta: m.to_empty(device="cpu").weight.data.normal_(0, 0.02)
+    packed = save_quantized(quantize_model(model), tmp_path / "packed", tokenizer)
+    again, want = load_model(packed, **EXACT)[0], logits(model)
+    experts = [m for n, m in again.named_modules() if ".experts.3.up_proj" in n]
+    assert not fused(again) and experts and all(type(m) is Linear4bit for m in experts)
+    assert torch.equal(logits(again), want)
+    theirs = AutoModelForCausalLM.from_pretrained(packed, device_map={"": "cpu"}).train()
+    assert torch.allclose(logits(theirs), want, atol=1e-3)
+
+
+@pytest.mark.parametrize("spoil, told", [
+    (lambda s: {k: t for k, t in s.items() if k != f"{UP}.nested_absmax"}, "do not belong together|nested"),
+    (lambda s: {k: t for k, t in s.items() if not k.startswith(f"{UP}.quant_s")}, "not a bitsandbytes 4-bit weight"),
+    (lambda s: s | {UP: s[UP][:100].clone()}, "100 of codes"),
+    (lambda s: s | {f"{UP}.quant_map": s[f"{UP}.quant_map"].flip(0)}, "another code book"),
+    (lambda s: {k: t for k, t in s.items() if k != UP}, UP),
+    (lambda s: {k: t for k, t in s.items() if not k.startswith(f"{UP}.")}, "of another shape: .*up_proj"),
+], ids=["nested scales", "numbers", "codes cut", "code book", "codes", "all but codes"])
+def test_a_4bit_weight_that_lacks_a_part(spoil, told, folder, tmp_path):
+    "Each would decode to something, or to nothing: the layer is named."
+    packed = save_quantized(*load_model(folder, **EXACT)[:1], tmp_path / "packed", make_tokenizer())
+    with pytest.raises(LabError, match=told) as e: load_model(rewrite(packed, spoil), **EXACT)
+    assert "up_proj" in str(e.value)
+
+
+def test_names_to_skip_are_no_traps(monkeypatch):
+    "transformers reads them as patterns from the beginning: `gate` would keep `gate_proj` out of 4 bits."
+    from transformers.quantizers.quantizers_utils import should_convert_module
+    def toy(): return nn.ModuleDict({name: nn.Linear(64, 64) for name in ("gate", "gate_proj", "up")})
+    model, twin = quantize_model(toy(), skip=("gate",)), toy()
+    model.dtype, twin._keep_in_fp32_modules = torch.float32, None
+    monkeypatch.setattr(bnb_files, "empty_twin", lambda *_: twin)
+    skip, lost = skip_list(model)
+    assert not lost and [n for n in model if should_convert_module(n, skip)] == ["gate_proj", "up"]
+    assert not should_convert_module("gate_proj", ["gate"])  # the control
+
+
+def test_save_pretrained_is_refused(folder, tmp_path):
+    "It would write what nobody reads. Copies refuse too, PEFT saves adapters, and decoded weights can be saved."
+    from peft import LoraConfig, get_peft_model
+    model, tokenizer = load_model(folder, **EXACT)
+    packed = save_quantized(model, tmp_path / "packed", tokenizer)
+    for some in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), load_model(packed, **EXACT)[0]):
+        with pytest.raises(LabError, match="take save_quantized"): some.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+    load_model(packed, quantize=None, **EXACT)[0].save_pretrained(tmp_path / "decoded")
+    tokenizer.save_pretrained(tmp_path / "decoded")
+    assert torch.equal(logits(load_model(tmp_path / "decoded", quantize=None, **EXACT)[0]),
+                       logits(load_model(packed, quantize=None, **EXACT)[0]))
+    save_adapter(add_lora(model, LoraConfig(r=2, target_modules=["q_proj"])), tmp_path / "adapter")
+    theirs = get_peft_model(load_model(folder, quantize=None, **EXACT)[0], LoraConfig(r=2, target_modules=["q_proj"]))
+    quantize_model(theirs, skip=("lm_head", "default")).save_pretrained(tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "adapter_config.json").exists()
+
+
+# answers
+
+def test_surprises_come_without_all_logits(folder, monkeypatch):
+    "The head sees a piece of the places at a time, and the numbers are those of all at once."
+    from qlora_lab import head_loss
+    model, tokenizer = load_model(folder, **EXACT)
+    text, rows = "Down, down, down. There was nothing else to do.", []
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad(): whole = model(input_ids=ids).logits[0, :-1]
+    want = torch.nn.functional.cross_entropy(whole, ids[0, 1:], reduction="none")
+    model.get_output_embeddings().register_forward_hook(lambda m, args, out: rows.append(out.numel() // out.shape[-1]))
+    monkeypatch.setattr(head_loss, "PIECE", 4 * 4 * whole.shape[-1])
+    assert torch.allclose(token_losses(model, tokenizer, text), want, atol=1e-5)
+    assert max(rows) <= 4 < len(want)
+
+
+@pytest.mark.parametrize("names", [None, ["input_ids", "token_type_ids", "attention_mask"]])
+def test_a_tokenizer_that_gives_token_types(names, folder):
+    "Old configs name them, and generate refuses them."
+    if names: reconfigure(folder, "tokenizer_config.json", model_input_names=names)
+    model, tokenizer = load_model(folder, **EXACT)
+    assert tokenizer.model_input_names == (names or tokenizer.model_input_names)
+    assert len(answer(model, tokenizer, ["Hello", "Hello, a longer one"], 3)) == 2
