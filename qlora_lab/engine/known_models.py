@@ -157,13 +157,14 @@ def _checked_part(part: dict) -> dict:
     "What stands inside a config, without types of weights."
     return {k: v for k, v in part.items() if k not in ("dtype", "torch_dtype")}
 
-# %% ../../nbs/engine/known_models.ipynb #9ea168ed
+# %% ../../nbs/engine/known_models.ipynb #b0a90001
 def _plain(value):
     "Numbers that JSON lacks as numbers: transformers writes infinity as {'__float__': 'Infinity'}."
     if isinstance(value, list): return [_plain(v) for v in value]
     if not isinstance(value, dict): return value
     return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _plain(v) for k, v in value.items()}
 
+# %% ../../nbs/engine/known_models.ipynb #9ea168ed
 def model_config(
     model: "str | Path | dict | PretrainedConfig",  # a known name, a config.json or its folder, or its content
 ) -> "PretrainedConfig":
