@@ -113,8 +113,11 @@ def steps() -> dict[str, dict]:
             for d in (torch.float32, torch.bfloat16)}
     defaults = {"lab": training_step("lab"), "bnb": training_step("bnb", torch.float32),
                 "unquantized": training_step("unquantized")}
-    others = {f"training step, 4 x 128 tokens, {shape}, float32 products": {
-        side: training_step(side, torch.float32, random_model(shape)) for side in ("lab", "bnb")} for shape in SHAPES}
+    others = {}
+    for shape in SHAPES:
+        peer = training_step("bnb", torch.float32, random_model(shape))
+        for how, dtype in (("float32 products", torch.float32), ("by default", None)):
+            others[f"{name}{shape}, {how}"] = {"lab": training_step("lab", dtype, random_model(shape)), "bnb": peer}
     return rows | {f"{name}by default": defaults} | others
 
 
