@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from .adapter_kinds import LoRAEmbedding
-from .dora import decoded
+from .dora import dense_weight
 from .records import LabError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _random(layer: nn.Module, a: nn.Parameter, b: nn.Parameter) -> None:
 # %% ../nbs/reference/adapter_starts.ipynb #8e47cd14
 def _mica(layer: nn.Module, a: nn.Parameter, b: nn.Parameter) -> None:
     "The directions that the weight uses least, for B; A zero."
-    weight, r = decoded(layer.base_layer).float(), len(a)
+    weight, r = dense_weight(layer.base_layer).float(), len(a)
     if r > min(weight.shape):
         raise LabError(f"LoraConfig.init_lora_weights='mica' takes at most rank {min(weight.shape)} here, not {r}")
     b.copy_(torch.linalg.svd(weight, full_matrices=False)[0][:, -r:])

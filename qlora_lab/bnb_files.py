@@ -155,10 +155,10 @@ def _patterns(four: set[str]):
 
 def _experts(model: nn.Module) -> dict[str, str]:
     "Parameters of experts in 4 bits, or of experts that transformers exchanges for single layers: name to class."
-    from qlora_lab.bnb_reader import _patched
+    from qlora_lab.bnb_reader import exchanged
     found = [n for n, m in model.named_modules() if isinstance(m, PackedWeight) and not isinstance(m, Linear4bit)]
     for at, m in model.named_modules():
-        if _patched(m): found += [f"{at}.{n}" for n, _ in m.named_parameters(recurse=False)]
+        if exchanged(m): found += [f"{at}.{n}" for n, _ in m.named_parameters(recurse=False)]
     return {n: type(model.get_submodule(n.rpartition(".")[0])).__name__ for n in dict.fromkeys(found)}
 
 # %% ../nbs/reference/bnb_files.ipynb #87956186

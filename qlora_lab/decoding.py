@@ -83,14 +83,14 @@ def _single(held: PackedWeight | Tensor, e: int, part: int, parts: int) -> Tenso
 # %% ../nbs/reference/decoding.ipynb #d393d336
 def _plain_tensors(model: nn.Module, twin: nn.Module, name: str) -> dict[str, Tensor | Decoded]:
     "What is written for a 4-bit layer, or for a parameter of experts, under transformers' names."
-    from qlora_lab.bnb_reader import _patched
+    from qlora_lab.bnb_reader import exchanged
     at, _, last = name.rpartition(".")
     owner, there = model.get_submodule(at), getattr(model.get_submodule(at), last)
     if isinstance(there, Linear4bit):
         turned, shape = is_transposed(twin.get_submodule(name)), (there.out_features, there.in_features)
         shape = shape[::-1] if turned else shape
         return {f"{name}.weight": _later(shape, there.weight_dtype, _weight, there, turned)}
-    if not _patched(owner): return {name: _later(there.shape, there.dtype, _whole, there)}
+    if not exchanged(owner): return {name: _later(there.shape, there.dtype, _whole, there)}
     (n, a, b), parts = there.shape, ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
     one = (b // len(parts), a)
     return {f"{at}.{e}.{part}.weight": _later(one, there.dtype, _single, there, e, i, len(parts))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LINEAR', 'PLAIN', 'TRANSPOSED', 'known', 'is_transposed', 'weight_of', 'features', 'oddity', 'looks_linear',
-           'read_in_passing', 'left_alone', 'linear_layers', 'output_head', 'quantizable']
+           'read_in_passing', 'left_alone', 'linear_layers', 'output_head', 'kept_in_float32', 'quantizable']
 
 # %% ../nbs/reference/linear_layers.ipynb #90b81793
 # The one rule of what counts as a linear layer.
@@ -195,7 +195,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
     try: return getattr(model, "get_output_embeddings", lambda: None)()
     except (AttributeError, NotImplementedError): return None
 
-def _kept_in_float32(name: str, model: nn.Module) -> bool:
+def kept_in_float32(name: str, model: nn.Module) -> bool:
     "Whether transformers keeps a layer in float32 whatever dtype is asked for."
     kept = (*(getattr(model, "_keep_in_fp32_modules", None) or ()),
             *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()))
@@ -213,6 +213,6 @@ def quantizable(
         if skip is None and (m is head or last == "lm_head"): stay[name] = "the output head"
         elif skip and (last in skip or name in skip): stay[name] = "left out by name"
         elif name in cast: stay[name] = f"{cast[name]} casts what goes into it to its weight's dtype"
-        elif _kept_in_float32(name, model): stay[name] = "transformers keeps it in float32"
+        elif kept_in_float32(name, model): stay[name] = "transformers keeps it in float32"
         elif type(m) not in LINEAR: take[name] = m
     return take, stay

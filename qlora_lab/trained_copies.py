@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_kinds import adapted_layers
-from .dora import decoded
+from .dora import dense_weight
 from .linear4bit import PackedWeight, set_submodule
 from .records import LabError
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # %% ../nbs/reference/trained_copies.ipynb #a5e909dc
 def dense_twin(packed: nn.Module) -> nn.Linear:
     "A layer in 4 bits as a dense one, its weight decoded."
-    weight = decoded(packed)
+    weight = dense_weight(packed)
     twin = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
     twin.weight = nn.Parameter(weight)
     if packed.bias is not None: twin.bias = nn.Parameter(packed.bias.detach().to(weight.dtype))

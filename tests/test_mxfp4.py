@@ -102,6 +102,15 @@ def test_opened_as_transformers_opens_it(tmp_path):
     assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(a, b, strict=True)) and b[1].abs().max() > 1e-3
 
 
+def test_what_the_class_keeps_in_float32_stays_so(tmp_path):
+    "gpt-oss keeps its norms, where float16 is asked for; so does transformers."
+    shipped(tmp_path / "made")
+    ours, kept = opened(tmp_path / "made", dtype=torch.float16), {}
+    for name, p in ours.named_parameters(): kept.setdefault(p.dtype, []).append(name)
+    assert kept[torch.float32] and all("norm" in name for name in kept[torch.float32])
+    assert not any("layernorm" in name for name in kept[torch.float16])
+
+
 def test_written_back_with_the_same_bytes(tmp_path):
     state = shipped(tmp_path / "made")
     model = opened(tmp_path / "made")

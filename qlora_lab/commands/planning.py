@@ -85,7 +85,7 @@ def plan_report(
     parts: list[RenderableType] = [_planned(p), Text(), table(["GiB at the highest moment", ""], [
         *([f"  {name}", f"{size / gib:,.2f}"] for name, size in p.parts.items()),
         ["  total", f"{p.total_gib:,.2f}"], ["  the device must offer", f"{p.card_gib:,.2f}"]])]
-    waits = {"the optimizer's state": p.host, "inputs of checkpointed layers": p.host_inputs}
+    waits = {"the optimizer's state": p.host, "checkpointed layers": p.host_inputs}
     host = "".join(f"\nin host memory  {size / gib:,.2f} GiB of {what}" for what, size in waits.items() if size)
     return Group(*parts, Text(f"\nhighest moment  {p.peak}{host}\n{_fitting(p)}"))
 

@@ -32,8 +32,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..adapter_kinds import scaling_of
 from ..adapter_targets import named_matrices, rank_and_alpha
-from .expert_adapters import adapt_experts, peft_names, target_parameters
+from .expert_adapters import adapt_experts, check_settings, peft_names, target_parameters
 from ..linear_layers import linear_layers
 from ..records import LabError
 
@@ -63,13 +64,6 @@ def _experts_alone(config: "LoraConfig", model: nn.Module) -> "LoraConfig":
     left.target_parameters = [name for name in config.target_parameters if not is_matrix(name)]
     return left
 
-def _check_settings(config: "LoraConfig") -> None:
-    "Refuse what PEFT refuses for parameters, before anything is changed."
-    for name in ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out"):
-        if not getattr(config, name): continue
-        raise LabError(f"LoraConfig.{name}={getattr(config, name)!r} together with target_parameters: an adapter on a "
-                       "parameter has neither dropout, DoRA nor bias, here as in PEFT; leave it off")
-
 def _check_apart(matrices: dict, experts: dict) -> None:
     "Refuse a matrix whose module has adapted experts too: their names in a file would hang together."
     owners = {full.rpartition(".")[0] for full in experts}
@@ -86,7 +80,7 @@ def parameter_shapes(
     "What a file of these adapters holds; raises LabError for a name that means nothing."
     matrices, left = named_matrices(model, config), _experts_alone(config, model)
     experts, shapes = target_parameters(model, left.target_parameters), {}
-    if matrices or experts: _check_settings(config)
+    if matrices or experts: check_settings(config)
     _check_apart(matrices, experts)
     for full, weight in matrices.items():
         (out, into), r, owner = weight.shape, rank_and_alpha(config, full)[0], full.rpartition(".")[0]
@@ -110,7 +104,7 @@ def adapt_parameters(
     for full, weight in matrices.items():
         owner, _, name = full.rpartition(".")
         r, alpha = rank_and_alpha(config, full)
-        made.append(AddedMatrix(weight, r, alpha / (sqrt(r) if config.use_rslora else r), dtype))
+        made.append(AddedMatrix(weight, r, scaling_of(r, alpha, config.use_rslora), dtype))
         parametrize.register_parametrization(model.get_submodule(owner), name, made[-1])
     for full in matrices:  # registering lets the original learn again
         owner, _, name = full.rpartition(".")

@@ -31,11 +31,12 @@ from math import ceil, prod
 import torch
 from torch import Tensor, nn
 
-from ..bnb_format import bnb_tensors, from_bnb_tensors
+from ..bnb_format import bnb_tensors
+from ..bnb_state import read_weight, take_weight
 from ..double_quant import STATS_BLOCK, QuantizedTensor, quantize_4bit
 from .held_experts import HeldExperts, NamedExperts, choose_forward, hold
 from ..linear4bit import PackedWeight
-from ..linear_layers import _kept_in_float32
+from ..linear_layers import kept_in_float32
 
 # %% ../../nbs/engine/experts.ipynb #d613ae47
 class _Packed(NamedExperts, PackedWeight):
@@ -70,14 +71,11 @@ class _Stored(_Packed):
         own = {k.removeprefix(prefix): state_dict[k] for k in state_dict if k.startswith(prefix)}
         packed = own.pop("weight", None)
         if packed is None: return missing.append(prefix[:-1])
-        try: read = from_bnb_tensors(packed, own)
-        except ValueError as e: return errors.append(f"{prefix[:-1]}: {e}")
+        try: read = read_weight(packed, own)
+        except (ValueError, KeyError) as e: return errors.append(f"{prefix[:-1]}: {e}")
         if read.shape != self.shape:
             return errors.append(f"{prefix[:-1]}: {tuple(read.shape)} in the state dict, {tuple(self.shape)} here")
-        if not self.weight.is_meta: read = read.to(self.weight.device)
-        self.weight = nn.Parameter(read.packed, requires_grad=False)
-        for name in ("stats", "absmax2", "offset"): setattr(self, name, getattr(read, name))
-        self.weight_dtype, self.blocksize, self.quant_type = read.dtype, read.blocksize, read.quant_type
+        take_weight(self, read, self.weight.is_meta or local_metadata.get("assign_to_params_buffers", False))
 
 # %% ../../nbs/engine/experts.ipynb #caf07ea7
 class Experts4bit(_Stored):
@@ -133,7 +131,7 @@ def experts_left_alone(
     skip = {*(skip or ())}
     found = {f"{at}.{name}".lstrip("."): oddity_of_experts(m, name) for at, m, name in expert_parameters(model)}
     for full in found:
-        if _kept_in_float32(full, model): found[full] = "transformers keeps it in float32"
+        if kept_in_float32(full, model): found[full] = "transformers keeps it in float32"
         at, _, last = full.rpartition(".")
         if skip & {full, last, at, at.rpartition(".")[2]}: found[full] = "left out by name"
     return {full: why for full, why in found.items() if why}

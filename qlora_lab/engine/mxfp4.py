@@ -24,21 +24,23 @@ __all__ = ['BLOCK', 'E2M1', 'AT_ONCE', 'decode_mxfp4', 'ExpertsMX', 'open_mxfp4'
 # %% ../../nbs/engine/mxfp4.ipynb #9a047403
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..against_file import Stored, stored_files
 from ..blockwise import codebook
 from ..bnb_files import write_generation, write_tensors
+from ..casting import kept_dtype
 from ..double_quant import quantize_4bit
 from .experts import Experts4bit
 from .held_experts import NamedExperts, choose_forward, hold
 from ..linear4bit import PackedWeight, quantize_model
-from ..records import LabError, read_json, whole_folder, write_whole
+from ..records import LabError, whole_folder, write_whole
 from ..replacing import no_plain_saving
 
 # %% ../../nbs/engine/mxfp4.ipynb #38c7ed4c
@@ -112,27 +114,15 @@ class ExpertsMX(_Blocks):
         return self.decode_some(0, len(self), dtype).contiguous()
 
 # %% ../../nbs/engine/mxfp4.ipynb #4ab98545
-def _files(source: str) -> list[str]:
-    "The files of a checkpoint: one, or those that its index names."
-    from transformers.utils import cached_file
-    index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    names = sorted(set(read_json(index)["weight_map"].values())) if index else ["model.safetensors"]
-    return [cached_file(source, name) for name in names]
-
 def _tensors(source: str) -> Iterator[tuple[str, Tensor]]:
     "(name, tensor) of a checkpoint, but scales come with their blocks: (name, (blocks, scales))."
-    with ExitStack() as stack:
-        where = {}
-        for file in _files(source):
-            try: opened = stack.enter_context(safe_open(file, "pt"))
-            except SafetensorError as e: raise LabError(f"{file}: not a whole safetensors file ({e})") from None
-            where |= dict.fromkeys(opened.keys(), opened)
-        for name in where:
-            if name.endswith("_scales") and f"{name[:-7]}_blocks" in where: continue
-            t = where[name].get_tensor(name)
-            scales = f"{name[:-7]}_scales" if name.endswith("_blocks") else None
-            if scales and scales not in where: raise LabError(f"{source}: {name} has no {scales} beside it")
-            yield (name[:-7], (t, where[scales].get_tensor(scales))) if scales else (name, t)
+    try: stored = Stored(stored_files(source))
+    except SafetensorError as e: raise LabError(f"{source}: not a whole safetensors file ({e})") from None
+    for name in stored.place:
+        if name.endswith("_scales") and f"{name[:-7]}_blocks" in stored.place: continue
+        scales = f"{name[:-7]}_scales" if name.endswith("_blocks") else None
+        if scales and scales not in stored.place: raise LabError(f"{source}: {name} has no {scales} beside it")
+        yield (name[:-7], (stored[name], stored[scales])) if scales else (name, stored[name])
 
 # %% ../../nbs/engine/mxfp4.ipynb #c1e6ab9d
 def _put(model: nn.Module, full: str, parts: tuple, how: dict) -> None:
@@ -155,13 +145,6 @@ def _put(model: nn.Module, full: str, parts: tuple, how: dict) -> None:
     choose_forward(module)
 
 # %% ../../nbs/engine/mxfp4.ipynb #86ece8f5
-def _fill_tables(model: nn.Module) -> None:
-    "Compute the buffers that no file holds."
-    for m in model.modules():
-        if not any(b is not None and b.is_meta for b in m._buffers.values()): continue
-        m._buffers.update({k: torch.empty_like(b, device="cpu") for k, b in m._buffers.items() if b is not None})
-        model._init_weights(m)
-
 def _place(model: nn.Module, full: str, t: Tensor, dtype: torch.dtype) -> None:
     "A plain tensor where a parameter or buffer without bytes is."
     at, _, name = full.rpartition(".")
@@ -174,11 +157,11 @@ def _place(model: nn.Module, full: str, t: Tensor, dtype: torch.dtype) -> None:
 
 def _read_into(model: nn.Module, source: str, how: dict) -> None:
     "Every tensor of the file to its place, and to every place its tensor."
-    plan, left = _dtypes(model, how["dtype"]), set(model.state_dict())
+    own, left = kept_dtype(model, how["dtype"]), set(model.state_dict())
     for name, t in _tensors(source):
         if name not in left: raise LabError(f"{source}: {name} is in the file and not in the model of its config.json")
         if isinstance(t, tuple): _put(model, name, t, how)
-        else: _place(model, name, t, plan(name))
+        else: _place(model, name, t, own(name) or how["dtype"])
         left.remove(name)
     _nothing_left(model, left, source)
 
@@ -193,11 +176,12 @@ def open_mxfp4(
     double_quant: bool | None = None,  # of another 4-bit type: yes by default
 ) -> nn.Module:                   # on the CPU, in eval mode
     "Open a checkpoint whose experts are in MXFP4; raises LabError where file and config do not fit."
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     how = _settled(source, quantize, blocksize, double_quant) | {"dtype": dtype, "compute_dtype": compute_dtype}
     shipped = getattr(config, "quantization_config", None)
     if shipped is not None: del config.quantization_config
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with init_empty_weights(include_buffers=False): model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     _read_into(model, source, how)
     _read_generation(model, source)
     model.shipped_quantization = shipped if isinstance(shipped, dict) or shipped is None else shipped.to_dict()
@@ -221,21 +205,11 @@ def _read_generation(model: nn.Module, source: str) -> None:
     with suppress(OSError): model.generation_config = GenerationConfig.from_pretrained(source)
 
 # %% ../../nbs/engine/mxfp4.ipynb #3e4c63a8
-def _dtypes(model: nn.Module, dtype: torch.dtype):
-    "Name of a tensor to the dtype that transformers gives it."
-    import re
-    kept = {} if not hasattr(model, "_get_dtype_plan") else model._get_dtype_plan(dtype)
-    def plan(name):
-        found = [d for part, d in kept.items() if re.search(rf"(^|\\.){part}(\\.|$)", name)]
-        return found[0] if found else dtype
-    return plan
-
 def _nothing_left(model: nn.Module, left: set[str], source: str) -> None:
-    "Tie what is tied, compute what is computed; raises LabError for a place that no tensor came for."
+    "Tie what is tied; raises LabError for a place that no tensor came for."
     model.tie_weights()
     left = sorted(n for n in left if _tensor(model, n).is_meta)
     if left: raise LabError(f"{source}: the file lacks {left[:3]}{' and others' if len(left) > 3 else ''}")
-    _fill_tables(model)
 
 def _tensor(model: nn.Module, full: str) -> Tensor:
     at, _, name = full.rpartition(".")

@@ -33,6 +33,7 @@ import torch
 
 from .allocator import CONTEXT_GIB, FRAGMENTS, LIBRARY_BYTES, ROUNDED
 from .dispatch import REHEARSED, twin
+from .host_checkpoints import piece_bytes
 from .known_models import longest_text, model_config
 from .rehearsal import Rehearsal, Settings, dtype_named, rehearsed, rehearsing
 from .state_formats import FORMATS, page_parameters, read_moments, state_bytes, write_moments
@@ -110,7 +111,7 @@ class MemoryPlan(_Sums):
     process_bytes: int = 0       # on a CPU: what Python and its libraries hold already
     recorded: bool = False       # whether the GPU's kernels fuse the layers and record the step
     layers: int = 0              # of the model
-    host_inputs: int = 0         # bytes of host memory for the inputs of checkpointed layers
+    host_inputs: int = 0         # bytes of host memory for what checkpointed layers keep there
 
     def again(self, **changes) -> "MemoryPlan":
         "The same with other settings."
@@ -142,7 +143,7 @@ def _host_inputs(config: "PretrainedConfig", s: Settings, layers: int, fused: bo
     if not s.checkpointing or s.checkpoints_in == "device" or s.device == "cpu": return 0
     tokens = s.batch_size * (ceil(s.sequence / 64) * 64 if fused else s.sequence)  # as a recorded step fills them up
     size = tokens * config.get_text_config().hidden_size * dtype_named(s.dtype).itemsize
-    return ((s.checkpointed_layers or layers) - 1) * (1 << max(9, (size - 1).bit_length()))
+    return ((s.checkpointed_layers or layers) - 1) * piece_bytes(size)
 
 # %% ../../nbs/engine/planner.ipynb #0d6f567b
 def plan(
@@ -165,4 +166,5 @@ def plan(
     first = rehearsed(text, replace(alike, accumulation=1), kernels).gradients if s.accumulation > 1 else 0
     held, moments, host = _completed(r, s, kernels, process_bytes, first)
     inputs = _host_inputs(config, s, r.layers, r.fused)
+    inputs += r.results if inputs else 0
     return MemoryPlan(name, s, held, moments, host, gpu_gib, text, process_bytes, r.fused, r.layers, inputs)

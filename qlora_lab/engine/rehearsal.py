@@ -47,6 +47,8 @@ from qlora_lab.engine.empty_answers import (
     register_attention,
     without_padding,
 )
+from .filled_up import EVEN
+from .host_checkpoints import result_bytes
 from .known_models import model_config
 
 # %% ../../nbs/engine/rehearsal.ipynb #4fe3aa6d
@@ -270,6 +272,7 @@ class Rehearsal(NamedTuple):
     fused: bool           # layers are fused, and steps recorded
     gradients: int        # bytes, at the end of the step
     layers: int           # of the model
+    results: int          # bytes of attention's results that wait on the host
 
 def _padded(parameters: list[nn.Parameter]) -> int: return sum(ceil(p.numel() / BLOCK) * BLOCK for p in parameters)
 
@@ -291,4 +294,7 @@ def rehearsed(config_json: str, s: Settings, kernels: tuple) -> Rehearsal:
     found = told(timeline, stands, [0] * len(left) if s.accumulation > 1 else left)
     padded = in_all(stands, list(map(_padded, adapters))) + _padded(outside)
     gradients = in_all(stands, left) + gradient_bytes(outside, rounded)
-    return Rehearsal(found, held_bytes(model, stands, rounded), padded, fused, gradients, len(stands))
+    sent = range((s.checkpointed_layers or len(stands)) - 1) if s.checkpointing and s.checkpoints_in == "host" else ()
+    few, shape = decoder_layers(model), (s.batch_size, ceil(s.sequence / EVEN) * EVEN, dtype_named(s.dtype).itemsize)
+    results = sum(result_bytes(few[stands[i]], *shape) for i in sent)
+    return Rehearsal(found, held_bytes(model, stands, rounded), padded, fused, gradients, len(stands), results)
