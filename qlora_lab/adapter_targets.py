@@ -33,6 +33,7 @@ from torch import nn
 
 from .linear_layers import LINEAR, is_transposed, left_alone, linear_layers, output_head
 from .records import LabError
+from .replacing import grouped
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -60,11 +61,10 @@ def _all_linear(model: nn.Module, config: "LoraConfig") -> set[str]:
     names = {n for n, m in linear_layers(model).items() if m is not head and n not in odd}
     if head is None and config.task_type == "SEQ_CLS": names -= set(HEADS)
     heads = {n for n, m in model.named_modules() if m is head}
-    said = [f"{n}, {why}" for n, why in _by_kind(odd).items() if n not in heads]
-    experts = [] if config.target_parameters else experts_of(model)
-    if experts: said.append(f"the experts in {', '.join(experts)}, which are no linear layers (name them in "
-                            "target_parameters)")
-    if said: warnings.warn(f"'all-linear' leaves out: {'; '.join(said)}", stacklevel=4)
+    experts = () if config.target_parameters else experts_of(model)
+    odd |= dict.fromkeys(experts, "experts, no linear layers; name them in target_parameters")
+    said = grouped({n: why for n, why in odd.items() if n not in heads})
+    if said: warnings.warn(f"'all-linear' leaves out {said}", stacklevel=4)
     return names
 
 # %% ../nbs/reference/adapter_targets.ipynb #c33c5489
@@ -83,10 +83,6 @@ def _unfit(model: nn.Module) -> dict[str, str]:
         reason = "PEFT adapts no out_proj of a Mamba model, whose kernels take its weight"
         odd |= {n: reason for n in linear_layers(model) if last(n) == "out_proj"}
     return odd
-
-def _by_kind(odd: dict[str, str]) -> dict[str, str]:
-    "One entry for layers that differ in their numbers alone: 'layers.*.router'."
-    return {re.sub(r"\.\d+(?=\.)", ".*", n): why for n, why in odd.items()}
 
 def with_names(model: nn.Module, config: "LoraConfig") -> "LoraConfig":
     "A copy of the config whose target_modules are names or a regular expression."
@@ -166,11 +162,11 @@ def _is_stack(m: nn.Module) -> bool:
     return len(getattr(m, "shape", ())) == 3
 
 def experts_of(model: nn.Module) -> list[str]:
-    "Parameters [E, a, b] that hold the experts of a layer, or what stands in their place; one entry for all layers."
+    "Full names of parameters [E, a, b] that hold the experts of a layer, or of what stands in their place."
     found = {n: None for n, p in model.named_parameters() if p.dim() == 3 and len(p) > 1}
     found = {n: None for n in found if not isinstance(model.get_submodule(n.rpartition(".")[0]), UNSUPPORTED)}
     found |= {n: None for n, m in model.named_modules() if _is_stack(m)}
-    return list(_by_kind(found))
+    return list(found)
 
 # %% ../nbs/reference/adapter_targets.ipynb #4261fb83
 def rank_and_alpha(

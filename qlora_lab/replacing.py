@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAFE', 'WORTH_A_LINE', 'EXPECTED', 'LOW_SHARE', 'refuse_unfit', 'sharing', 'replace_layer', 'weights_by_name',
-           'short_names', 'reasons', 'tell_odd', 'tell_share', 'refuse_plain_saving', 'no_plain_saving']
+           'short_names', 'reasons', 'grouped', 'tell_odd', 'tell_share', 'refuse_plain_saving', 'no_plain_saving']
 
 # %% ../nbs/reference/replacing.ipynb #19ec10ac
 # What stands around the loop that puts a model into 4 bits.
@@ -114,14 +114,19 @@ def reasons(
 # %% ../nbs/reference/replacing.ipynb #71ece5d9
 EXPECTED = "the output head", "left out by name"  # nobody needs to be told of these
 
+def grouped(
+    odd: dict[str, str],  # name to reason
+) -> str:
+    "'names: reason' for each reason, in the order in which they come."
+    names = {why: short_names(n for n in odd if odd[n] == why) for why in dict.fromkeys(odd.values())}
+    return "; ".join(f"{', '.join(names[why])}: {why}" for why in names)
+
 def tell_odd(
     model: nn.Module,
     stay: dict[str, str],  # name to reason
 ) -> None:
     "Warn of layers that look like linear ones and stay."
-    odd = {name: why for name, why in stay.items() if why not in EXPECTED}
-    names = {why: short_names(n for n in odd if odd[n] == why) for why in dict.fromkeys(odd.values())}
-    told = "; ".join(f"{', '.join(names[why])}: {why}" for why in names)
+    told = grouped({name: why for name, why in stay.items() if why not in EXPECTED})
     if told: warnings.warn(f"{type(model).__name__}: linear layers that stay as they are: {told}", stacklevel=4)
 
 # %% ../nbs/reference/replacing.ipynb #0ee73bad
