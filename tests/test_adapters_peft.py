@@ -442,6 +442,7 @@ def test_a_layer_that_is_left_alone_says_why():
     "Named: refused. Reached by 'all-linear': left out, and said once."
     model = families.build("llama4_text")
     with pytest.raises(LabError, match="router.*forward of its own"): add_lora(model, config(target_modules=["router"]))
-    with pytest.warns(UserWarning, match="'all-linear' leaves out model.layers.*router.*experts, no linear layers") as said:
+    match = "'all-linear' leaves out model.layers.*router.*experts, no linear layers"
+    with pytest.warns(UserWarning, match=match) as said:
         add_lora(model, config())
     assert len(said) == 1
