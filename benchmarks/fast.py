@@ -3,6 +3,7 @@
     make bench-gpu ARGS="--only fast"                       # all rows; on an H100 some 25 minutes with three sides
     python -m benchmarks.fast --rows qwen3-8b-16x512 --sides lab,bnb,unsloth
     python -m benchmarks.fast --tiny --sides lab,bnb        # the same code on a CPU, in small
+    CARD_GIB=24 python -m benchmarks.fast --rows qwen3-8b-1x65536 --sides host,unsloth --rounds 1  # a smaller card
 
 Random weights in real shapes, made in 4 bits where they are used; r = 64, all linear layers, all tokens learned. A
 row's sides are processes of their own, one after the other, with a time limit. Prints a table and merges what was
@@ -16,6 +17,7 @@ import gc
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +46,8 @@ class Row(NamedTuple):
     checkpointing: bool = True
 
 
+CAP = "CARD_GIB"  # in the environment: allocations above it fail, as on a smaller card
+
 ROWS = {
     "qwen3-8b-16x512": Row("qwen3-8b", 16, 512),
     "qwen3-8b-1x2048": Row("qwen3-8b", 1, 2048),
@@ -56,6 +60,19 @@ ROWS = {
     "llama-7b-1x32768": Row("llama-7b", 1, 32768),
     "llama-7b-4x512-kept": Row("llama-7b", 4, 512, checkpointing=False),
 }
+
+
+def row_of(name: str) -> Row:
+    "A row of the table, or SHAPE-BATCHxSEQUENCE."
+    found = re.fullmatch(r"(.+)-(\d+)x(\d+)", name)
+    if name not in ROWS and not found: raise SystemExit(f"no row {name}; {', '.join(ROWS)}, or as qwen3-8b-1x4096")
+    return ROWS.get(name) or Row(found[1], int(found[2]), int(found[3]))
+
+
+def cap() -> None:
+    "Make the card as small as the environment says."
+    gib, whole = float(os.environ.get(CAP, 0)), torch.cuda.get_device_properties(0).total_memory / 2 ** 30
+    if gib: torch.cuda.set_per_process_memory_fraction(min(1., gib / whole))
 
 
 def settings_of(row: Row, tiny: bool, who: str = "lab"):
@@ -117,7 +134,8 @@ def measured(step, tiny: bool, rounds: int) -> dict:
 
 def in_this_process(name: str, who: str, tiny: bool, rounds: int) -> dict:
     "A side of a row, by the lab or by peft and bitsandbytes."
-    row, start = ROWS[name], time.perf_counter()
+    row, start = row_of(name), time.perf_counter()
+    if not tiny: cap()
     if tiny: row = row._replace(batch=2, sequence=64)
     config = shape_config(row.shape, tiny)
     batch = random_batch(row.batch, row.sequence, vocabulary=min(1000, config.vocab_size))
@@ -141,7 +159,7 @@ def write_folder(name: str, folder: str, tiny: bool) -> None:
     from qlora_lab.bnb_files import save_quantized
     from qlora_lab.linear4bit import set_submodule
     from qlora_lab.lora import LoRALinear
-    row = ROWS[name]._replace(checkpointing=False)
+    row = row_of(name)._replace(checkpointing=False)
     config = shape_config(row.shape, tiny)
     model = random_model(config, settings_of(row, tiny), "cpu" if tiny else "cuda")
     for path, m in list(model.named_modules()):
@@ -165,7 +183,7 @@ def run(command: list, limit: int) -> dict:
 
 def unsloth_side(name: str, folders: Path, tiny: bool, rounds: int, limit: int) -> dict:
     "A step in Unsloth, in a process of its own."
-    row = ROWS[name]
+    row = row_of(name)
     if importlib.util.find_spec("unsloth") is None: return {"error": "unsloth is not installed"}
     folder = folders / row.shape
     if not folder.exists():
@@ -185,11 +203,12 @@ def one_side(name: str, who: str, args, folders: Path) -> dict:
     else:
         asked = json.dumps([name, who, args.tiny, args.rounds])
         found = run([sys.executable, "-m", "benchmarks.fast", "--one", asked], args.limit)
-    row = ROWS[name]._replace(batch=2, sequence=64) if args.tiny else ROWS[name]
+    row = row_of(name)._replace(batch=2, sequence=64) if args.tiny else row_of(name)
     if "seconds" in found:
         found |= spread_of(found["seconds"])
         found["tokens_per_s"] = row.batch * row.sequence / (found["median_ms"] / 1e3)
     made = {k: v for k, v in provenance().items() if k in ("date", "gpu", "versions", "commit")}
+    if CAP in os.environ: found["card_gib"] = float(os.environ[CAP])
     return {"row": name, "who": who, **row._asdict(), **found, "made": made}
 
 
@@ -221,8 +240,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.one: return print(json.dumps(in_this_process(*json.loads(args.one))))
     if not args.tiny and not torch.cuda.is_available(): raise SystemExit("this benchmark needs a GPU, or --tiny")
     asked, sides = args.rows.split(","), args.sides.split(",")
-    unknown = sorted({*asked} - {*ROWS}) + sorted({*sides} - {"lab", "host", "called", "unfused", "bnb", "unsloth"})
-    if unknown: raise SystemExit(f"no row or side {', '.join(unknown)}; rows: {', '.join(ROWS)}")
+    unknown = sorted({*sides} - {"lab", "host", "called", "unfused", "bnb", "unsloth"})
+    if unknown: raise SystemExit(f"no side {', '.join(unknown)}")
     done, folders = [], Path(tempfile.mkdtemp(prefix="fast-", dir=os.environ.get("TMPDIR")))
     try:
         for i, name in enumerate(asked):
@@ -230,8 +249,8 @@ def main(argv: list[str] | None = None) -> None:
                 done.append(one_side(name, who, args, folders))
                 print(table(done[-1:]).to_string(index=False), flush=True)
                 if not args.tiny: save_result("gpu_fast", {"rows": merged(done)})  # what is done stays done
-            if ROWS[name].shape not in [ROWS[other].shape for other in asked[i + 1:]]:
-                shutil.rmtree(folders / ROWS[name].shape, ignore_errors=True)
+            if row_of(name).shape not in [row_of(other).shape for other in asked[i + 1:]]:
+                shutil.rmtree(folders / row_of(name).shape, ignore_errors=True)
     finally: shutil.rmtree(folders, ignore_errors=True)
     print("\n" + table(done).to_string(index=False))
 

@@ -34,9 +34,23 @@ def loaded(asked: dict):
     return model
 
 
+def measured(step, masked: bool, asked: dict) -> tuple[list[float], list[tuple[float, float]]]:
+    "Seconds of the measured steps; loss and gradient's length of all."
+    seconds, said = [], []
+    for _ in range(asked["warmup"] + asked["rounds"]):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        said.append(step(masked))
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return seconds[asked["warmup"]:], said
+
+
 def main() -> None:
     asked = json.loads(sys.argv[1])
     start = time.perf_counter()
+    whole = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
+    if "CARD_GIB" in os.environ: torch.cuda.set_per_process_memory_fraction(float(os.environ["CARD_GIB"]) / whole)
     model = loaded(asked)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True)
@@ -52,22 +66,20 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         return loss.item(), norm.item()
 
-    loading, ways = time.perf_counter() - start, {}
+    loading, ways, failed = time.perf_counter() - start, {}, None
     for masked in (True, False):  # the faster counts: which attention is chosen depends on the mask
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        seconds, said = [], []
-        for _ in range(asked["warmup"] + asked["rounds"]):
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            said.append(step(masked))
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begin)
+        try: seconds, said = measured(step, masked, asked)
+        except torch.OutOfMemoryError as e:
+            failed = e
+            continue
         gib = 2 ** 30
-        ways[masked] = {"seconds": seconds[asked["warmup"]:], "losses": [loss for loss, _ in said],
+        ways[masked] = {"seconds": seconds, "losses": [loss for loss, _ in said],
                         "norms": [norm for _, norm in said], "peak_gib": torch.cuda.max_memory_allocated() / gib,
                         "reserved_gib": torch.cuda.max_memory_reserved() / gib, "mask of ones": masked}
+    if not ways: raise failed
     best = min(ways.values(), key=lambda way: statistics.median(way["seconds"]))
     print(json.dumps(best | {"loading_s": loading, "version": unsloth.__version__}))
 
