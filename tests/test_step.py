@@ -164,7 +164,8 @@ def recordings(monkeypatch):
     monkeypatch.setattr("qlora_lab.engine.step_graph.captured", captured)
     monkeypatch.setattr("qlora_lab.engine.step_graph.draws_again", lambda device: False)
     stand_ins = {"CUDAGraph": Recording, "Stream": object, "memory_reserved": lambda: 100,
-                 "memory_allocated": lambda: 60, "mem_get_info": lambda: (1000, 2000), "get_per_process_memory_fraction": lambda: 1.}
+                 "memory_allocated": lambda: 60, "mem_get_info": lambda: (1000, 2000),
+                 "get_per_process_memory_fraction": lambda: 1.}
     for name, stand_in in stand_ins.items(): monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(Recording, "made", [])
     return Recording.made
