@@ -141,7 +141,7 @@ def test_tensorboard_is_asked_for_before_the_first_step(tiny, data, tmp_path, mo
 
 
 def test_every_run_can_be_plotted(tiny, data, tmp_path):
-    "With measurements and without, done and cut short: the figure holds the run's numbers, and the look stays as it was."
+    "Measured on the way or not, done or cut short: the figure holds the run's numbers, and the look stays as it was."
     import matplotlib.pyplot as plt
     before, open_figures = dict(plt.rcParams), plt.get_fignums()
     plain, measured = run(tiny, data, tmp_path / "plain"), run(tiny, data, tmp_path / "measured", eval_every=3)
