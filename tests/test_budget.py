@@ -14,7 +14,8 @@ from qlora_lab.data import tokenize
 from qlora_lab.engine.budget import fastest, frugal, longest, seconds, told_of, within_budget
 from qlora_lab.model import load_model
 from qlora_lab.records import LabError
-from qlora_lab.runs import TrainConfig, fingerprint, gib_of, open_folder
+from qlora_lab.runs import fingerprint, open_folder
+from qlora_lab.settings import TrainConfig, gib_of
 from qlora_lab.train import attach_adapters, one_step, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

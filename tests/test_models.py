@@ -19,7 +19,7 @@ from qlora_lab.held import held_tensors
 from qlora_lab.linear_layers import quantizable
 from qlora_lab.lora import trainable
 from qlora_lab.records import LabError
-from qlora_lab.runs import TrainConfig
+from qlora_lab.settings import TrainConfig
 
 RECORD = ROOT / "benchmarks/results/models.json"
 EXACT = dict(dtype=torch.float32, compute_dtype=torch.float32, device="cpu")

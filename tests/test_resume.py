@@ -184,10 +184,10 @@ def test_a_checkpoint_that_lacks_a_tensor(tmp_path):
     from safetensors.torch import load_file, save_file
     from torch import nn
 
+    from qlora_lab.checkpoints import load_checkpoint, save_checkpoint, saved_step
     from qlora_lab.engine.paged_adamw import PagedAdamW
     from qlora_lab.lora import add_lora, lora_state, trainable
     from qlora_lab.records import LabError
-    from qlora_lab.runs import load_checkpoint, save_checkpoint, saved_step
 
     def fresh(seed, steps):
         torch.manual_seed(seed)

@@ -13,9 +13,11 @@ from qlora_lab.linear4bit import Linear4bit, quantize_model
 from qlora_lab.lora import load_adapter
 from qlora_lab.model import answer, load_model, memory_bill
 from qlora_lab.records import LabError
-from qlora_lab.runs import Run, TrainConfig
+from qlora_lab.runs import Run
 from qlora_lab.scoring import Score, improvement
-from qlora_lab.train import answer_losses, attach_adapters, score, train, trim_between_layers
+from qlora_lab.settings import TrainConfig
+from qlora_lab.train import answer_losses, attach_adapters, score, train
+from qlora_lab.trimming import trim_between_layers
 
 SHORT = dict(steps=20, batch_size=4, accumulation=2, rank=4, eval_examples=8, eval_prompts=2, lr=2e-3)
 
@@ -168,7 +170,7 @@ def test_freed_memory_is_handed_back_between_layers(monkeypatch):
 
     from conftest import make_llama
     calls = []
-    monkeypatch.setattr(sys.modules["qlora_lab.train"], "release_memory", lambda: calls.append(1))
+    monkeypatch.setattr(sys.modules["qlora_lab.trimming"], "release_memory", lambda: calls.append(1))
     model = trim_between_layers(make_llama(layers=11).train())
     ids = torch.arange(8)[None]
     with torch.no_grad(): model(ids)

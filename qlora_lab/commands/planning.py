@@ -41,7 +41,7 @@ from ..engine.planner import MemoryPlan, plan
 from ..engine.rehearsal import Settings
 from ..loading import best_dtype, find_model
 from ..records import LabError
-from ..runs import TrainConfig, gib_of
+from ..settings import TrainConfig, gib_of
 
 # %% ../../nbs/commands/planning.ipynb #a93d6388
 from .report import heading, show, table, waiting

@@ -36,7 +36,7 @@ from .fitting import largest, resized
 from .planner import MemoryPlan, plan
 from ..linear4bit import Linear4bit
 from ..records import LabError
-from ..runs import TrainConfig, gib_of
+from ..settings import TrainConfig, gib_of
 
 # %% ../../nbs/engine/budget.ipynb #9464c947
 RATE = 5e14        # operations a second
