@@ -177,6 +177,7 @@ def _by_instruction(row: Mapping, where: str) -> list[Said]:
     return [Said({"role": "user", "content": prompt}, "instruction"),
             Said({"role": "assistant", "content": row["output"]}, "output")]
 
+# %% ../nbs/reference/conversations.ipynb #bc3f64b1
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool", "function_response":
             "tool", "function_call": "assistant"} | {role: role for role in ROLES}
 

@@ -107,6 +107,7 @@ def _header(names: list[str], path: Path) -> list[str]:
     if twice: raise LabError(f"{path}:1: the column {twice[0]!r} is there twice")
     return names
 
+# %% ../nbs/reference/examples.ipynb #67ccb5f4
 def cells_of_csv(path: str | Path) -> Iterator[tuple[dict, str]]:
     "The rows of a table; an empty cell is NaN."
     path, text = Path(path), read_text(Path(path)).lstrip("\r\n")
@@ -164,7 +165,9 @@ def rows_given(
         raise LabError(f"expected rows, got one object with {', '.join(map(repr, list(rows)[:6]))}; of a dictionary of "
                        "splits name one, and put a single row in a list")
     schema = hasattr(rows, "columns") or hasattr(rows, "features")
-    if hasattr(rows, "columns") and hasattr(rows, "to_dict"): rows = rows.to_dict("records")
+    if hasattr(rows, "iter_rows"): rows = rows.iter_rows(named=True)  # polars
+    elif hasattr(rows, "to_pylist"): rows = rows.to_pylist()  # pyarrow
+    elif hasattr(rows, "columns") and hasattr(rows, "to_dict"): rows = rows.to_dict("records")
     if not isinstance(rows, Iterable) or isinstance(rows, (str, bytes)):
         raise LabError(f"expected a path or rows, got {type(rows).__name__}")
     for i, row in enumerate(rows, 1): yield without_nulls(row) if schema else row, f"row {i}"

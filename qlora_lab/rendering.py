@@ -54,6 +54,7 @@ class Asked(NamedTuple):
                                          **options)
         return [(start, end) for start, end in found[0] if end > start]
 
+# %% ../nbs/reference/rendering.ipynb #774f61de
 def asked_of(tokenizer, tools: tuple[dict, ...] = ()) -> Asked:
     try: template = tokenizer.get_chat_template(None, list(tools) or None)
     except ValueError as e: raise LabError(f"the tokenizer has no chat template for this: {e}") from e
@@ -152,6 +153,7 @@ def _in_one(asked: Asked, turns, answers: list[int], upto: dict[int, str]) -> Sh
     marks = [m for i in answers for m in _marked(asked, turns[:i + 1], upto[i], spans[i])]
     return Shown(whole, tuple(marks), len(turns))
 
+# %% ../nbs/reference/rendering.ipynb #5328ae68
 def shown(
     tokenizer,                       # with a chat template
     turns: tuple[dict, ...],         # the last one by the assistant

@@ -24,11 +24,12 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .records import LabError
-from .rendering import Shown, shown, squashed
+from .rendering import Shown, shown
 
 # %% ../nbs/reference/token_masks.ipynb #a2beb756
 class Marked(NamedTuple):
@@ -41,14 +42,15 @@ def by_offsets(
     spans,                           # of the characters that are learned
 ) -> list[bool]:
     "Whether each token overlaps a span; raises LabError for offsets that cannot be right."
-    mask, seam, begun = [], 0, 0
-    for first, last in offsets:
-        if last < seam or last < first:
-            raise LabError("the tokenizer's offsets run backwards, so it is not certain which tokens are learned; "
-                           "its tokenizer.json may be older than the installed tokenizers package")
-        if last > seam: begun, seam = seam, last  # else another token of the same character
-        mask.append(any(begun < end and last > start for start, end in spans))
-    return mask
+    first, last = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    before = np.concatenate([[0], last])[:-1]
+    if (last < first).any() or (last < before).any():
+        raise LabError("the tokenizer's offsets run backwards, so it is not certain which tokens are learned; "
+                       "its tokenizer.json may be older than the installed tokenizers package")
+    opens = np.where(last > before, np.arange(len(last)), 0)  # else another token of the same character
+    begin, mask = before[np.maximum.accumulate(opens)], np.zeros(len(last), dtype=bool)
+    for start, end in spans: mask |= (begin < end) & (last > start)
+    return mask.tolist()
 
 # %% ../nbs/reference/token_masks.ipynb #6215ad36
 def by_seams(
@@ -66,7 +68,8 @@ def by_seams(
     mask = [False] * len(ids)
     for start, end in spans:
         first, last = upto(start), upto(end)
-        if squashed(tokenizer.decode(ids[first:last])) != squashed(text[start:end]):
+        spelled = tokenizer.decode(ids[first:last], clean_up_tokenization_spaces=False)
+        if spelled.lstrip(" ") != text[start:end].lstrip(" "):
             raise LabError("the tokenizer reports no offsets, and the tokens of an answer do not spell it; "
                            "use a fast tokenizer (tokenizer.json)")
         mask[first:last] = [True] * (last - first)
@@ -97,10 +100,11 @@ class Frame(NamedTuple):
     end: int | None         # id of the end mark
 
 def frame_of(tokenizer) -> Frame:
-    "A tokenizer's own frame."
+    "A tokenizer's own frame; raises LabError where it cannot be told from the text."
     bare, whole = (tokenizer("a", add_special_tokens=added, verbose=False).input_ids for added in (False, True))
-    at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i:i + len(bare)] == bare), 0)
-    return Frame(tuple(whole[:at]), tokenizer.eos_token_id)
+    found = [i for i in range(len(whole) - len(bare) + 1) if whole[i:i + len(bare)] == bare]
+    if found: return Frame(tuple(whole[:found[0]]), tokenizer.eos_token_id)
+    raise LabError("the tokenizer changes a text around which it puts its marks, so it is not certain where they stand")
 
 def framed(
     found: Marked,  # of the text alone
@@ -139,6 +143,15 @@ def texts_of(tokenizer, conversation) -> list[Shown]:
     text, start = joined(tokenizer, turns, conversation.tools)
     return [Shown(text, ((start, len(text)),), len(turns))]
 
+def _tried(tokenizer, conversation) -> list[Shown] | LabError:
+    try:
+        found = texts_of(tokenizer, conversation)
+        for one in found: one.text.encode()
+        return found
+    except LabError as e: return e
+    except UnicodeEncodeError: return LabError("a text has half a character (a lone surrogate); write this text again")
+
+# %% ../nbs/reference/token_masks.ipynb #7413da13
 def rows_of(
     tokenizer,
     conversations: Iterable,
@@ -157,7 +170,3 @@ def rows_of(
                 frame = frame or frame_of(tokenizer)
                 rows = [(framed(m, frame, whole=bool(conversation.text)), turns) for m, turns in rows]
             yield odd or rows
-
-def _tried(tokenizer, conversation) -> list[Shown] | LabError:
-    try: return texts_of(tokenizer, conversation)
-    except LabError as e: return e

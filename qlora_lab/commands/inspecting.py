@@ -8,9 +8,9 @@ __all__ = ['tokenizer_of', 'shown', 'Data']
 # %% ../../nbs/commands/inspecting.ipynb #0f1c0812
 # From the options of `qlora-lab data` to a report.
 #
-# The model's tokenizer alone is opened: a file of 100,000 examples is looked at on any laptop, before a GPU is paid for.
-# The split is the one that `qlora-lab train` makes with the same --held-out, so what is called held out here is held out
-# there.
+# The model's tokenizer alone is opened: a file of 100,000 examples is looked at on any laptop, before a GPU is paid
+# for. The split is the one that `qlora-lab train` makes with the same --held-out, so what is called held out here is
+# held out there.
 #
 # In a terminal the learned tokens have a ground of their own. Where the output has no colour, a second line with carets
 # stands under them. --json gives numbers, reasons and the histogram to programs, without the examples.

@@ -54,6 +54,7 @@ def shingles(
         made.append(np.unique(sum(ids[i:i + n] * _FACTORS[i] for i in range(ROW))))
     return made
 
+# %% ../../nbs/engine/near_copies.ipynb #955ecdab
 def without_forms(sets: list[np.ndarray]) -> list[np.ndarray]:
     "The sets without what is in more than a tenth of them, and in more than ten."
     found, counts = np.unique(np.concatenate(sets), return_counts=True)
