@@ -40,6 +40,7 @@ def timed(what: str, work, seconds: dict):
     start = time.process_time()
     done = work()
     seconds[what] = round(time.process_time() - start, 1)
+    print(f"{what}: {seconds[what]} s", flush=True)
     return done
 
 

@@ -21,7 +21,6 @@ __all__ = ['in_place', 'LiveFigure']
 # Used by watching. Built in nbs/reference/live_figure.ipynb.
 
 # %% ../nbs/reference/live_figure.ipynb #63a2534a
-import io
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -65,12 +64,11 @@ class LiveFigure(Watcher):
     def draw(self, kept: int | None = None) -> None:
         "Make the picture and show it."
         start, last, steps = time.perf_counter(), self.rows[-1], self.outset.config.steps
-        fig, (losses, rate, memory) = panels(5.5)
+        fig, (losses, rate, memory) = panels((4, 1.6, 1.6))
+        memory.sharex(losses)
         draw_losses(losses, self.rows, held_out_curve(self.rows, (0, self.outset.before, None)), kept)
         losses.set_title(f"step {last['step']} of {steps}, loss {last['loss']:.3f}", loc="left")
         draw_rate(rate, self.rows)
         if self.memory: draw_memory(memory, *zip(*self.memory))
-        png = io.BytesIO()
-        fig.savefig(png, format="png", dpi=110)
-        self.show(png.getvalue(), f"Loss, held-out loss, rate and memory to step {last['step']} of {steps}.")
+        self.show(fig._repr_png_(), f"Loss, held-out loss, rate and memory to step {last['step']} of {steps}.")
         self.due = time.perf_counter() + max(self.pause, 20 * (time.perf_counter() - start))

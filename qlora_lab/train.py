@@ -219,7 +219,7 @@ def begin(
     "What is known before the first step: settings, machine, the untrained model's held-out loss and its answers."
     record = {"state": "running", "identity": identity, "config": as_json(config), "provenance": provenance(),
               "before": _scored(model, held, "before the first step")}
-    answers = answer(model, tokenizer, [e.prompt for e in asked])
+    answers = _answers(model, tokenizer, [e.prompt for e in asked])
     record["answers"] = [{"prompt": e.prompt, "reference": e.answer, "before": a} for e, a in zip(asked, answers)]
     write_whole(folder / "run.json", json.dumps(record, indent=1))
     return record
@@ -229,6 +229,9 @@ def _scored(model: nn.Module, held: list, when: str) -> dict:
     if isfinite(found.loss): return {"score": asdict(found)}
     raise LabError(f"the held-out loss {when} is {found.loss}; a lower lr may help, or float32 or bfloat16 in place of "
                    "float16, whose numbers end at 65,504")
+
+def _answers(model: nn.Module, tokenizer, prompts: list[str]) -> list[str]:
+    with _dropout_off(model): return answer(model, tokenizer, prompts) if prompts else []
 
 def _save(model: nn.Module, folder: Path) -> None:
     if hasattr(model, "lora_config"): save_adapter(model, folder)
@@ -241,7 +244,7 @@ def finish(folder: Path, record: dict, log: Log, tokenizer, held: list, memory: 
         _save(model, folder / "last_adapter")
         load_best(folder, model, kept["adapter_step"])
     record |= kept | {"after": _scored(model, held, "after training")}
-    with _dropout_off(model): answers = answer(model, tokenizer, [r["prompt"] for r in record["answers"]])
+    answers = _answers(model, tokenizer, [r["prompt"] for r in record["answers"]])
     for row, text in zip(record["answers"], answers): row["after"] = text
     seconds = sum(row["seconds"] for row in log.rows)
     record |= {"memory": memory, "peak_memory_gib": peak_memory_gib(), "seconds": seconds}

@@ -20,10 +20,10 @@ CONTEXT.set_forkserver_preload(["qlora_lab.cli", "qlora_lab.train", "qlora_lab.m
 STEPS = 24
 
 
-def command(jsonl, tiny, out):
+def command(jsonl, tiny, out, *more):
     return ["train", "--data", str(jsonl), "--model", str(tiny), "--out", str(out), "--steps", str(STEPS),
             "--checkpoint-every", "3", "--rank", "4", "--dropout", "0.1", "--eval-examples", "4", "--eval-prompts", "1",
-            "--compute-dtype", "float32", "--held-out", "0.2"]
+            "--compute-dtype", "float32", "--held-out", "0.2", *more]
 
 
 def process(argv, log, kill_at=None):
@@ -132,6 +132,46 @@ def test_killed_at_each_file(when, whole_run, tiny, jsonl, tmp_path):
     assert p.exitcode == 0, (tmp_path / "log").read_text()
     assert kills >= 4
     assert_same_end(folder, whole)
+
+
+MEASURED = ("--eval-every", "2", "--schedule", "cosine", "--warmup", "0.1", "--loraplus-ratio", "4", "--lr", "1e-2")
+
+def test_killed_while_it_measures_and_keeps_the_best(tiny, jsonl, tmp_path):
+    """Held-out losses on the way, the best adapter, a schedule, two rates: killed at a file and at a moment after a
+    measurement, the same command ends with the same bytes."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    first = start(command(jsonl, tiny, whole, *MEASURED), tmp_path / "whole.log")
+    p = start(command(jsonl, tiny, folder, *MEASURED), tmp_path / "log", (5, "after"))
+    p.join()
+    assert p.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert_whole(folder)
+    p, metrics = start(command(jsonl, tiny, folder, *MEASURED), tmp_path / "log"), folder / "metrics.jsonl"
+    while p.exitcode is None and '"step": 14' not in metrics.read_text(): time.sleep(0.002)
+    p.kill()
+    p.join()
+    start(command(jsonl, tiny, folder, *MEASURED), tmp_path / "log").join()
+    first.join()
+    assert_same_end(folder, whole)
+    told = [json.loads((f / "run.json").read_text())["best"] for f in (folder, whole)]
+    assert told[0] == told[1] and "every 2 steps, the best adapter is kept" in (tmp_path / "log").read_text()
+    assert {p.name: p.read_bytes() for p in (folder / "checkpoint").iterdir()} == {
+        p.name: p.read_bytes() for p in (whole / "checkpoint").iterdir()}
+
+
+def test_the_same_command_twice_at_once(tiny, jsonl, tmp_path):
+    "The second is refused with exit code 2 and one line; the first, killed, leaves the folder free."
+    from qlora_lab.locks import check_free
+    folder = tmp_path / "run"
+    first = start(command(jsonl, tiny, folder, "--steps", "5000"), tmp_path / "log")
+    while first.exitcode is None and not (folder / "checkpoint").exists(): time.sleep(0.01)
+    second = start(command(jsonl, tiny, folder, "--steps", "5000"), tmp_path / "second")
+    second.join()
+    said = (tmp_path / "second").read_text()
+    assert second.exitcode == 2 and said.count("\n") == 1 and f"process {first.pid}" in said, said
+    first.kill()
+    first.join()
+    assert_whole(folder)
+    check_free(folder)
 
 
 def test_the_command_says_where_it_goes_on(whole_run, tiny, jsonl, tmp_path):

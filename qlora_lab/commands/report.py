@@ -117,6 +117,7 @@ def _indented(
     return "\n".join(f"  {label if i == 0 else '':11}{line}".rstrip() for i, line in enumerate(lines))
 
 def _answers(run: "Run", width: int) -> list[RenderableType]:
+    if not run.record["answers"]: return []
     keys = "prompt", "reference", "before", "after"
     texts = ["\n".join(_indented(key, str(row[key]), width) for key in keys) for row in run.record["answers"]]
     return [heading("Held-out prompts, answered before and after"), Text("\n\n".join(texts) + "\n")]
@@ -144,6 +145,8 @@ def memory_table(
 def _next_steps(run: "Run") -> list[RenderableType]:
     model, adapter = run.record["identity"]["model"], str(run.folder / "adapter")
     return [heading("What next"), Text(textwrap.indent(textwrap.dedent(f"""\
+        talk to it:                     qlora-lab chat {run.folder}
+        merge it into a model to serve: qlora-lab merge {run.folder} --out merged
         ask it, from Python:
           from qlora_lab import answer, load_adapter, load_model
           model, tokenizer = load_model({model!r})
@@ -155,6 +158,13 @@ def _next_steps(run: "Run") -> list[RenderableType]:
         see how each piece works:       make lab"""), "  "))]
 
 # %% ../../nbs/commands/report.ipynb #89a8fffc
+def _kept(run: "Run") -> str:
+    "Which step's adapter it is, and why the run ended; nothing for the last of all steps, unmeasured."
+    ended, measured = run.record.get("ended", {}), len(run.held_out)
+    best = f" (step {run.adapter_step}, the best of {measured} measured)" if "best" in run.record else ""
+    early = ended and ended["step"] < run.record.get("steps", 0)
+    return best + (f"\nended        after step {ended['step']}: {ended['why']}" if early else "")
+
 def report(
     run: "Run",
     width: int | None = None,  # characters a line of the answers; the terminal's by default
@@ -165,6 +175,6 @@ def report(
         f"\ntime         {seconds:.0f} s for {len(run.metrics)} steps, "
         f"{tokens / max(seconds, 1e-9):,.0f} tokens a second\n"
         f"peak memory  {run.record['peak_memory_gib']:.2f} GiB in all, loading and evaluation included\n"
-        f"adapter      {run.folder / 'adapter'}\n")
+        f"adapter      {run.folder / 'adapter'}{_kept(run)}\n")
     memory = [heading("Memory by component"), memory_table(run.memory)]
     return Group(*_losses(run), *_answers(run, width or screen_width()), *memory, facts, *_next_steps(run))
