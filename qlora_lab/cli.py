@@ -51,6 +51,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "doctor": Command("what this machine can do, with advice for each lack", "doctor.Doctor"),
     "train": Command("train adapters on a model in 4 bits", "training.Train"),
+    "data": Command("what is in a file of examples, and what a model would learn from it", "inspecting.Data"),
     "plan": Command("the memory that a training step will take", "planning.Plan"),
 }
 

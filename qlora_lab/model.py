@@ -71,12 +71,13 @@ def answer(
     prompts: list[str] | str,  # one user turn each
     max_new_tokens: int = 40,
 ) -> list[str]:
-    "Greedy answers of a chat model, one for each prompt, made in one batch."
-    prompts = [prompts] if isinstance(prompts, str) else prompts
+    "Greedy answers, one for each prompt, made in one batch; a model without a chat template goes on with the text."
+    prompts, chat = [prompts] if isinstance(prompts, str) else prompts, tokenizer.chat_template is not None
     turns = [[{"role": "user", "content": p}] for p in prompts]
-    texts = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns]
+    asked = {"tokenize": False, "add_generation_prompt": True}
+    texts = [tokenizer.apply_chat_template(t, **asked) for t in turns] if chat else prompts
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False,
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not chat,
                       return_token_type_ids=False).to(next(model.parameters()).device)
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     with quiet():

@@ -119,6 +119,7 @@ class _Learning(_Checked):
 class _Measured(_Learning):
     "What is read of an example, and when a run is measured."
     max_length: int = 512        # tokens an example, at most
+    long: Literal["refuse", "truncate", "drop"] = "refuse"  # what becomes of a longer one
     eval_examples: int = 64      # held-out examples that are scored, at most
     eval_prompts: int = 5        # held-out prompts that are answered before and after
     eval_every: int = 0          # steps between held-out losses, of which the best one's adapter is kept; 0: none

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from .batches import batch_indices, longest_batch, regrouped
 from .checkpointing import checkpoint_layers
 from .checkpoints import Log, load_best, measured
-from .data import Example, Split, collate, tokenize
+from .data import Example, Split, collate, encode
 from .engine.dispatch import faster, twin
 from .head_loss import place_losses
 from .linear4bit import saved_for_backward
@@ -276,9 +276,10 @@ def train(
 def _carry_out(folder, identity, record, model, tokenizer, data, asked_for, lookers) -> None:
     "A run from its begin, or from its checkpoint, to its end."
     longest = min(asked_for.max_length, getattr(model.config, "max_position_embeddings", asked_for.max_length))
-    learn = [tokenize(tokenizer, e, longest) for e in data.train]
-    held = [tokenize(tokenizer, e, longest) for e in spread(data.held_out, asked_for.eval_examples)]
-    prompts = spread(data.held_out, asked_for.eval_prompts)
+    learn = encode(tokenizer, data.train, longest, asked_for.long, "examples to learn from")
+    scored = spread(data.held_out, asked_for.eval_examples)
+    held = encode(tokenizer, scored, longest, asked_for.long, "held-out examples")
+    prompts = spread([e for e in data.held_out if e.prompt], asked_for.eval_prompts)  # plain text has no question
     config, said = as_decided(asked_for, model, learn)
     model = attach_adapters(model, config).train()
     if config.merge_aware: through_quantizer(model, check=True)

@@ -32,7 +32,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from ..admission import Kind, Wish, settle_compute, settle_kind, stored_kind
 from ..assets import SMOLLM2, quiet
 from ..batches import longest_batch
-from ..data import tokenize
+from ..data import encode
 from ..engine.allocator import CONTEXT_GIB
 from ..engine.budget import fastest, frugal, told_of
 from ..engine.fitting import CARDS, advice, cards, largest, resized
@@ -181,7 +181,8 @@ def _step_of_run(asked, config, data, device, model, tokenizer) -> dict:
     "The settings of a run's own step, with its longest examples."
     compute = str(held_in(asked, device)[1]).removeprefix("torch.")
     longest = min(config.max_length, getattr(model, "max_position_embeddings", config.max_length))
-    tokens = longest_batch([tokenize(tokenizer, e, longest) for e in data.train], config.batch_size)
+    learn = encode(tokenizer, data.train, longest, config.long, say=str)  # training says what was too long
+    tokens = longest_batch(learn, config.batch_size)
     return _weights_of_run(asked, device) | dict(
         rank=config.rank, targets=config.targets, batch_size=len(tokens), sequence=len(tokens[-1].ids),
         learned=sum(int(t.mask[1:].sum()) for t in tokens), checkpointing=config.checkpointing,

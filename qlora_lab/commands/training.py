@@ -32,7 +32,7 @@ from tyro.conf import Fixed, OmitArgPrefixes, Suppress, arg
 
 from ..assets import SMOLLM2, cache_folder
 from ..checkpoints import saved_step
-from ..data import Split, default_split, docstring_pairs, load_jsonl, split
+from ..data import Split, default_split, docstring_pairs, load_examples, split
 from ..loading import best_device
 from ..locks import check_free
 from ..model import load_model
@@ -54,7 +54,7 @@ def data_of_run(
     held_out: float | None,   # share of the examples; None for the usual one
 ) -> tuple[Split, str, str]:  # the split, what it is, where its run goes
     "The examples to learn from and those held out."
-    if path: return split(load_jsonl(path), 0.1 if held_out is None else held_out), path, f"runs/{Path(path).stem}"
+    if path: return split(load_examples(path), 0.1 if held_out is None else held_out), path, f"runs/{Path(path).stem}"
     made = default_split() if held_out is None else split(docstring_pairs(), held_out, seed=3)
     return made, *DOCSTRINGS
 
@@ -82,7 +82,7 @@ def first_time(model: str) -> None:
         print(f"first   the weights are converted into {cache_folder()}: about half a minute, this once", flush=True)
 
 # %% ../../nbs/commands/training.ipynb #75586f90
-_Data = Annotated[str | None, arg(metavar="FILE.jsonl", help_behavior_hint="(default: docstrings of Python)")]
+_Data = Annotated[str | None, arg(metavar="FILE", help_behavior_hint="(default: docstrings of Python)")]
 _Share = Annotated[float | None, arg(metavar="SHARE", help_behavior_hint=(
     "(default: 0.1, and 0.12 of the docstrings)"))]
 _Name = Annotated[str, arg(metavar="NAME")]
