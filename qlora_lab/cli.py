@@ -52,6 +52,8 @@ COMMANDS = {
     "doctor": Command("what this machine can do, with advice for each lack", "doctor.Doctor"),
     "train": Command("train adapters on a model in 4 bits", "training.Train"),
     "plan": Command("the memory that a training step will take", "planning.Plan"),
+    "verify": Command("whether a run or a model is what its manifest says", "verifying.Verify"),
+    "model-card": Command("write the README.md that the Hub shows", "verifying.ModelCard"),
 }
 
 def options_of(
