@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 from . import __version__
 from .file_hashes import files_of, hash_file
-from .manifest_file import MANIFEST, edited, empty, parsed, read_manifest, write_manifest
+from .manifest_file import MANIFEST, edited, empty, parsed, plain, read_manifest, write_manifest
 from .origins import base_of
 from .records import LabError, read_json, versions
 from .scoring import Score, improvement
@@ -145,7 +145,7 @@ def _of_run(folder: Path, base: Mapping | None = None) -> dict:
                 "versions": made["versions"], "date": made["date"], "source": None}
     except (KeyError, TypeError) as e:
         raise LabError(f"{folder / 'run.json'}: not the whole record of a run ({e!r})") from None
-    return empty() | {"base": dict(told), "data": data, "steps": [step]}
+    return plain(empty() | {"base": told, "data": data, "steps": [step]})
 
 def _learned(before: dict, after: dict) -> dict:
     "The held-out loss before and after, each with its standard error, and by how much it fell, in pairs."

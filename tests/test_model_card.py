@@ -45,7 +45,8 @@ def test_a_card_is_one_that_the_hub_reads(files, library, relation, load, tmp_pa
     card = read(folder)
     head = card.data.to_dict()
     assert (head["base_model"], head["library_name"], head["base_model_relation"]) == ("owner/base", library, relation)
-    assert (head["license"], head["datasets"], head["pipeline_tag"]) == ("apache-2.0", ["owner/rows"], "text-generation")
+    assert (head["license"], head["datasets"]) == ("apache-2.0", ["owner/rows"])
+    assert head["pipeline_tag"] == "text-generation"
     assert load in card.text and ("ollama create tickets -f Modelfile" in card.text) == ("Modelfile" in files)
     assert verify(folder).ok and "README.md" in read_manifest(folder)["files"]
 
@@ -76,8 +77,8 @@ def test_a_run_of_an_earlier_version_has_a_card_too(tmp_path):
     write_card(folder)
     card = read(folder)
     assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct" and card.data.library_name == "peft"
-    assert "| `adapter/adapter\\_model.safetensors` | 3.0 MiB |" in card.text and not (folder / MANIFEST).exists()
-    assert "| held-out loss, nats a token | 2.062 ±" in card.text and "peak memory, GiB | 1.5" in card.text
+    assert "| `adapter/adapter_model.safetensors` | 3.0 MiB |" in card.text and not (folder / MANIFEST).exists()
+    assert "| held-out loss, nats a token | 2.062 ± " in card.text and "| peak memory, GiB | 1.5 |" in card.text
     (folder / "run.json").write_text(json.dumps(RUN | {"state": "running"}))
     with pytest.raises(LabError, match="not done"): write_card(folder)
 
