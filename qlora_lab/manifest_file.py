@@ -32,6 +32,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path, PurePosixPath
 
 from .records import LabError, write_whole
+from .safe_files import stays_inside
 
 # %% ../nbs/reference/manifest_file.ipynb #6c9dc1d7
 MANIFEST = "manifest.json"
@@ -84,9 +85,7 @@ def inside(
     path: str,  # with "/" between its parts
 ) -> bool:
     "Whether a recorded path stays below its folder, is written in the one usual way, and is not the manifest."
-    foreign = path.startswith("/") or "\\" in path or "\0" in path or (os.name == "nt" and ":" in path)
-    usual = path == PurePosixPath(path).as_posix() and path not in ("", ".", MANIFEST)
-    return usual and not foreign and ".." not in PurePosixPath(path).parts
+    return stays_inside(path) and path == PurePosixPath(path).as_posix() != MANIFEST
 
 def _hex(text) -> bool: return isinstance(text, str) and len(text) == 64 and not set(text) - set("0123456789abcdef")
 
