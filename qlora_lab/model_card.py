@@ -93,12 +93,12 @@ def _head(folder: Path, content: dict) -> str:
 def _hub_id(name: str) -> bool: return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name))
 
 # %% ../nbs/reference/model_card.ipynb #561875cc
-def _origin(folder: Path, content: dict) -> Iterator[str]:
+def _origin(folder: Path, content: dict, name: str) -> Iterator[str]:
     "What it is, of which base and which data."
     base, data, steps = content["base"], content["data"], [s["name"] for s in content["steps"]]
     what = {"run": "LoRA adapters", "adapter": "LoRA adapters", "gguf": "A model in GGUF files",
             "model": "A language model", "packed": "A language model with quantized weights"}
-    yield f"# {_text(folder.resolve().name)}\n"
+    yield f"# {_text(name)}\n"
     yield (f"{what[kind_of(folder, [*content['files']])]}, made from {_named(base)} with QLoRA Lab: "
            f"{', then '.join(map(_text, steps)) or 'no step is recorded'}.\n")
     yield "## Base and data\n"
@@ -147,9 +147,9 @@ def _folded(title: str, values: dict) -> list[str]:
     return [f"<details><summary>{title}</summary>\n", *_table(["", ""], rows), "</details>\n"] if rows else []
 
 # %% ../nbs/reference/model_card.ipynb #19a70d78
-def _loading(folder: Path, content: dict) -> Iterator[str]:
+def _loading(folder: Path, content: dict, name: str) -> Iterator[str]:
     "Lines to copy, for each program that opens this kind of folder."
-    files, name = [*content["files"]], folder.resolve().name
+    files = [*content["files"]]
     kind, base = kind_of(folder, files), content["base"].get("name") or "BASE"
     yield "## How to load it\n"
     if kind in ("run", "adapter"): yield from _of_adapter(name, base, "adapter" if kind == "run" else "")
@@ -178,12 +178,12 @@ def _of_adapter(name: str, base: str, below: str) -> Iterator[str]:
                                f"model = PeftModel.from_pretrained(model, {place!r})")
 
 # %% ../nbs/reference/model_card.ipynb #046cd399
-def _limits(folder: Path, content: dict) -> Iterator[str]:
+def _limits(folder: Path, content: dict, name: str) -> Iterator[str]:
     "Memory, limits, licence, and how the files are checked."
-    weights = {n: e["bytes"] for n, e in content["files"].items() if n.endswith((".safetensors", ".gguf"))
-               and not n.startswith("checkpoint/")}
+    weights = {file: entry["bytes"] for file, entry in content["files"].items()
+               if file.endswith((".safetensors", ".gguf")) and not file.startswith("checkpoint/")}
     yield "## Memory\n"
-    yield from _table(["file", "size"], [[_span(name), _size(n)] for name, n in sorted(weights.items())])
+    yield from _table(["file", "size"], [[_span(file), _size(n)] for file, n in sorted(weights.items())])
     yield ("A program that loads a file holds at least so much, and beside it the keys and values of the text so far. "
            + ("The base comes to it.\n" if kind_of(folder, [*content["files"]]) in ("run", "adapter") else "\n"))
     yield "## Limits\n"
@@ -195,7 +195,7 @@ def _limits(folder: Path, content: dict) -> Iterator[str]:
     yield (f"The base's licence is {_text(base) if base else 'not known'}, that of the data "
            f"{_text(data) if data else 'is not known'}; both bind what is made from them.\n")
     yield "## Files\n"
-    check = f"qlora-lab verify {shlex.quote(folder.resolve().name)}"
+    check = f"qlora-lab verify {shlex.quote(name)}"
     yield f"`{MANIFEST}` holds the SHA-256 of each file; {_span(check)} compares them.\n"
 
 def _size(n: int) -> str: return f"{n / 2 ** 30:.2f} GiB" if n >= 2 ** 30 else f"{n / 2 ** 20:.1f} MiB"
@@ -211,13 +211,15 @@ def recorded(folder: Path) -> dict:
     return history(folder) | {"files": {name: {"bytes": (folder / name).stat().st_size} for name in names}}
 
 def model_card(
-    folder: str | Path,  # a run, a merged or an exported model
-) -> str:                # of README.md
+    folder: str | Path,      # a run, a merged or an exported model
+    name: str | None = None, # what the model is called; as its folder by default
+) -> str:                    # of README.md
     "The card of an artefact, from what is on record of it; raises LabError."
     folder = Path(folder)
     if not folder.is_dir(): raise LabError(f"{folder}: no such folder")
-    content = recorded(folder)
-    parts = [*_origin(folder, content), *_steps(content), *_loading(folder, content), *_limits(folder, content)]
+    content, name = recorded(folder), name or folder.resolve().name
+    parts = [*_origin(folder, content, name), *_steps(content), *_loading(folder, content, name),
+             *_limits(folder, content, name)]
     head, text = _head(folder, content), "\n".join(parts).rstrip("\n") + "\n"
     return head + _mark(head + text) + text
 
@@ -234,11 +236,12 @@ def is_ours(text: str) -> bool:
 
 def write_card(
     folder: str | Path,
-    force: bool = False,  # overwrite what a person wrote
-) -> Path:                # README.md
+    force: bool = False,      # overwrite what a person wrote
+    name: str | None = None,  # what the model is called, where its folder has that name only later
+) -> Path:                    # README.md
     "Write an artefact's README.md and record it in the manifest; raises LabError for one that a person wrote."
     folder, path = Path(folder), Path(folder) / "README.md"
-    text = model_card(folder)
+    text = model_card(folder, name)
     if path.is_symlink(): raise LabError(f"{path}: a link; expected a file, or none")
     if path.exists() and not force and not is_ours(path.read_bytes().decode("utf-8", "replace")):
         raise LabError(f"{path}: written or changed by somebody else; move it away, or overwrite it with --force")

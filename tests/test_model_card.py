@@ -112,6 +112,13 @@ def test_names_from_elsewhere_stay_text(tmp_path):
     assert not re.search(r"(?<!\\)\]\((?!https://huggingface)", card.text)
 
 
+def test_a_card_of_a_folder_that_has_its_name_only_later(tmp_path):
+    folder = folder_of(tmp_path, "config.json")
+    text = write_card(folder, name="my model").read_text()
+    assert "\n# my model\n" in text and "load_model('my model')" in text and "verify 'my model'" in text
+    assert "tickets" not in text and verify(folder).ok
+
+
 def test_what_has_no_record_has_no_card(tmp_path):
     with pytest.raises(LabError, match="no such folder"): model_card(tmp_path / "nowhere")
     with pytest.raises(LabError, match=r"no manifest.json and no run.json"): model_card(tmp_path)
