@@ -39,6 +39,7 @@ _PUBLIC = {
     "data": ["docstring_pairs", "load_jsonl", "split"],
     "runs": ["Run", "TrainConfig"],
     "train": ["train"],
+    "open_run": ["open_run"],
     "memory": ["ledger"],
     "engine.planner": ["MemoryPlan", "plan"],
     "engine.fusing": ["fuse_layers"],
