@@ -40,6 +40,7 @@ _PUBLIC = {
     "runs": ["Run", "TrainConfig"],
     "train": ["train"],
     "open_run": ["open_run"],
+    "adapter_sets": ["adapter_set", "compare_answers"],
     "memory": ["ledger"],
     "engine.planner": ["MemoryPlan", "plan"],
     "engine.fusing": ["fuse_layers"],

@@ -103,24 +103,31 @@ def base_of(
     return {"held": held, "mark": base_mark(find_model(source)) if source else None}
 
 # %% ../nbs/reference/open_run.ipynb #3b081d4f
-def _by_peft(model: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Module:
-    "PEFT's wrapper around bitsandbytes' layers, with the adapter of a folder."
-    import bitsandbytes as bnb
-    from peft import PeftModel, get_peft_model_state_dict
-    for name in ADAPTER_FILES:
-        if not (folder / name).is_file(): raise LabError(f"{folder / name}: no such file; an adapter is a folder with "
-                                                         f"{' and '.join(ADAPTER_FILES)}")
-    saved = read_tensors(folder / ADAPTER_FILES[1])
+def _taken(model: nn.Module, folder: Path, name: str) -> nn.Module:
+    "PEFT's wrapper with one more adapter; raises LabError for what PEFT says against it."
+    from peft import PeftModel
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # `check_fits` makes an error of it
-        try: wrapped = PeftModel.from_pretrained(model, str(folder))
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # of an adapter that was refused
+        try:
+            if not hasattr(model, "peft_config"): return PeftModel.from_pretrained(model, str(folder), name)
+            model.load_adapter(str(folder), name)
+            return model
         except (RuntimeError, ValueError, TypeError, KeyError) as e:
             raise LabError(f"{folder}: PEFT cannot put this adapter on {getattr(model, 'lab_source', 'the model')!r} "
                            f"({' '.join(str(e).split())[:200]})") from None
-    taken = {layer_name(k)[0]: tuple(t.shape) for k, t in get_peft_model_state_dict(wrapped).items()}
-    check_fits(taken, saved, folder, wrapped.peft_config["default"].base_model_name_or_path)
-    for name, p in wrapped.named_parameters():
-        if "lora_" in name: p.data = p.data.to(dtype)
+
+def _by_peft(model: nn.Module, folder: Path, dtype: torch.dtype, name: str) -> nn.Module:
+    "PEFT's wrapper around bitsandbytes' layers, with the adapter of a folder."
+    import bitsandbytes as bnb
+    from peft import get_peft_model_state_dict
+    saved = read_tensors(folder / ADAPTER_FILES[1])
+    wrapped = _taken(model, folder, name)
+    taken = get_peft_model_state_dict(wrapped, adapter_name=name)
+    shapes = {layer_name(k)[0]: tuple(t.shape) for k, t in taken.items()}
+    check_fits(shapes, saved, folder, wrapped.peft_config[name].base_model_name_or_path)
+    for n, p in wrapped.named_parameters():
+        if "lora_" in n: p.data = p.data.to(dtype)
     for m in wrapped.eval().modules():
         if isinstance(m, bnb.nn.Linear4bit): m.training = True  # in eval mode it would repack its weight
     return wrapped
@@ -129,10 +136,12 @@ def attach_saved(
     model: nn.Module,    # of load_model, with either backend, without adapters
     folder: str | Path,  # PEFT's two files
     dtype: torch.dtype = torch.float32,  # of the adapters
+    name: str = "default",  # under which PEFT keeps it, beside others that it has
 ) -> nn.Module:          # in eval mode, nothing trainable: the model itself, or PEFT's wrapper around bitsandbytes' layers
     "Put a saved adapter on a model to be asked; raises LabError where it does not fit."
-    theirs = getattr(model, "is_loaded_in_4bit", False)
-    model = _by_peft(model, Path(folder), dtype) if theirs else load_adapter(model, folder, dtype).eval()
+    missing = next((p for p in (Path(folder) / file for file in ADAPTER_FILES) if not p.is_file()), None)
+    theirs = getattr(model, "is_loaded_in_4bit", False) and not missing  # else load_adapter says what is there instead
+    model = _by_peft(model, Path(folder), dtype, name) if theirs else load_adapter(model, folder, dtype).eval()
     return model.requires_grad_(False)
 
 # %% ../nbs/reference/open_run.ipynb #0a824dd9
