@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHELVES', 'hanging', 'Change', 'changes', 'hang', 'bytes_hash', 'AdapterSet', 'compare_answers', 'LabAdapters',
-           'PeftAdapters', 'adapter_set']
+           'PeftAdapters', 'adapter_set', 'base_alone']
 
 # %% ../nbs/reference/adapter_sets.ipynb #33c4dfb0
 # Several adapters on one base.
@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_files import read_adapter
+from .adapter_kinds import Wrapped
 from .held import held_tensors
 from .lora import load_adapter
 from .model import answer
@@ -155,11 +156,13 @@ class AdapterSet(_Switching):
         finally: self.set_adapter(active if active in self._held else None)
 
     @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        "The base alone, for a block."
+    def using(self, adapter_name: str | None) -> Iterator[nn.Module]:
+        "One adapter for a block, or None for the base alone."
         with self._kept():
-            self.set_adapter(None)
-            yield
+            self.set_adapter(adapter_name)
+            yield self.model
+
+    def disable_adapter(self): return self.using(None)
 
     def memory(self) -> "DataFrame":  # rows: base and adapters; column: bytes
         "What the base holds, and what each adapter adds."
@@ -184,10 +187,9 @@ def compare_answers(
     names = ["base", *adapters.names] if names is None else names
     for name in names: adapters._check(None if name == "base" else name)
     columns = {"prompt": prompts}
-    with adapters._kept():
-        for name in names:
-            adapters.set_adapter(None if name == "base" else name)
-            columns[name] = ask(adapters.model, tokenizer, prompts, **how)
+    for name in names:
+        with adapters.using(None if name == "base" else name) as model:
+            columns[name] = ask(model, tokenizer, prompts, **how)
     return pd.DataFrame(columns)
 
 # %% ../nbs/reference/adapter_sets.ipynb #b8c83d3f
@@ -273,3 +275,24 @@ def adapter_set(
 ) -> AdapterSet:
     "An empty set on a base."
     return (PeftAdapters if getattr(model, "is_loaded_in_4bit", False) else LabAdapters)(model)
+
+# %% ../nbs/reference/adapter_sets.ipynb #432d5f48
+@contextmanager
+def base_alone(
+    model: nn.Module,  # with the lab's adapters or PEFT's
+) -> Iterator[nn.Module]:
+    "The base of a model with one adapter, for a block; raises LabError where the base is not whole."
+    if hasattr(model, "peft_config"):
+        with model.disable_adapter(): yield model
+        return
+    if getattr(model, "lora_beside", None) or model.lora_config.target_parameters:
+        raise LabError("this adapter took the place of parts of its base; load the base alone, then both by "
+                       "adapter_set(model).load_adapter(folder)")
+    before = hanging(model)
+    for m in list(before):
+        for key, child in m._modules.items():
+            if isinstance(child, Wrapped): m._modules[key] = child.base_layer
+    made = changes(before, hanging(model))
+    try: yield model
+    finally:
+        for change in reversed(made): hang(change, back=True)
