@@ -41,6 +41,7 @@ _PUBLIC = {
     "train": ["train"],
     "open_run": ["open_run"],
     "adapter_sets": ["adapter_set", "compare_answers"],
+    "talk": ["Talk", "chat"],
     "memory": ["ledger"],
     "engine.planner": ["MemoryPlan", "plan"],
     "engine.fusing": ["fuse_layers"],

@@ -52,6 +52,7 @@ COMMANDS = {
     "doctor": Command("what this machine can do, with advice for each lack", "doctor.Doctor"),
     "train": Command("train adapters on a model in 4 bits", "training.Train"),
     "plan": Command("the memory that a training step will take", "planning.Plan"),
+    "chat": Command("talk to a finished run, its base beside it", "chat.Chat"),
 }
 
 def options_of(
