@@ -26,7 +26,7 @@ __all__ = ['SHELVES', 'hanging', 'Change', 'changes', 'hang', 'bytes_hash', 'Ada
 # %% ../nbs/reference/adapter_sets.ipynb #2b7f5c86
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,7 +39,7 @@ from .adapter_kinds import Wrapped
 from .held import held_tensors
 from .lora import load_adapter
 from .model import answer
-from .open_run import attach_saved
+from .open_run import attach_saved, to_answer
 from .records import LabError
 
 if TYPE_CHECKING:
@@ -49,13 +49,13 @@ if TYPE_CHECKING:
 SHELVES = "_modules", "_parameters", "_buffers"
 _NOTHING = object()  # where a place is empty
 
-def hanging(model: nn.Module) -> dict[nn.Module, dict]:
+def hanging(modules: Iterable[nn.Module]) -> dict[nn.Module, dict]:
     "By module what hangs at each place, by reference."
     def places(m):
         own = {(None, k): v for k, v in m.__dict__.items() if k not in SHELVES and k != "training"}
         own |= {(None, k): v.copy() for (_, k), v in own.items() if isinstance(v, (dict, set))}
         return own | {(s, k): v for s in SHELVES for k, v in getattr(m, s).items()} | {("class", ""): type(m)}
-    return {m: places(m) for m in model.modules()}
+    return {m: places(m) for m in modules}
 
 class Change(NamedTuple):
     "One place of one module."
@@ -69,10 +69,11 @@ def _same(a, b) -> bool:
     if isinstance(a, dict): return a.keys() == b.keys() and all(a[k] is b[k] for k in a)
     return isinstance(a, set) and a == b
 
-def changes(before: dict, after: dict) -> list[Change]:
-    "What happened to the modules of `before`; those that came are in what hangs on these."
+def changes(before: dict) -> list[Change]:
+    "What happened since to the modules of `before`; those that came are in what hangs on these."
+    after = hanging(before)
     return [Change(m, place, here.get(place, _NOTHING), after[m].get(place, _NOTHING))
-            for m, here in before.items() if m in after for place in {**here, **after[m]}
+            for m, here in before.items() for place in {**here, **after[m]}
             if not _same(here.get(place, _NOTHING), after[m].get(place, _NOTHING))]
 
 # %% ../nbs/reference/adapter_sets.ipynb #d6670b21
@@ -196,11 +197,11 @@ def compare_answers(
 def _own_places(model: nn.Module, folder: Path) -> None:
     "Put copies in the place of the base's tensors that this adapter would write to."
     config, saved = read_adapter(folder)
-    whole = tuple(config.modules_to_save or ())  # these are copied as modules
+    copied = [f"{n}." for n, _ in model.named_modules() if n and n.endswith(tuple(config.modules_to_save or ()))]
     there = dict(model.named_parameters(remove_duplicate=False))
     for name, t in saved.items():
         p = there.get(name.replace(".base_layer.", "."))
-        if p is None or not p.is_floating_point() or whole and name.rpartition(".")[0].endswith(whole): continue
+        if p is None or not p.is_floating_point() or name.startswith(tuple(copied)): continue
         if p.shape != t.shape or not name.endswith(".bias") and torch.equal(p, t.to(p)): continue
         own = nn.Parameter(p.detach().clone(), requires_grad=False)
         for m in model.modules():
@@ -209,12 +210,12 @@ def _own_places(model: nn.Module, folder: Path) -> None:
 class LabAdapters(AdapterSet):
     "By `load_adapter` of lesson 06."
     def _load(self, folder: Path, name: str) -> list[Change]:
-        before = hanging(self.model)
+        before = hanging(self.model.modules())
         try:
             _own_places(self.model, folder)
             load_adapter(self.model, folder).requires_grad_(False)
         finally:
-            made = changes(before, hanging(self.model))
+            made = changes(before)
             for change in reversed(made): hang(change, back=True)
         return made
 
@@ -237,7 +238,8 @@ def _refuse_writing(folder: Path) -> None:
     "Raise LabError for an adapter that PEFT would partly write into the base."
     config, saved = read_adapter(folder)
     whole = tuple(config.modules_to_save or ())
-    odd = [k for k in saved if ".lora_" not in k and not (whole and k.rpartition(".")[0].endswith(whole))]
+    def copied(name): return any(name[:at].endswith(whole) for at in (i for i, c in enumerate(name) if c == "."))
+    odd = [k for k in saved if ".lora_" not in k and not copied(k)]
     if odd: raise LabError(f"{folder}: brings {odd[0]}, which PEFT would write into the base that the adapters share; "
                            "take the lab's layers (backend='lab')")
 
@@ -245,12 +247,13 @@ class PeftAdapters(AdapterSet):
     "By PEFT; `model` is its wrapper while an adapter is loaded."
     def _load(self, folder: Path, name: str) -> str:
         _refuse_writing(folder)
-        before = hanging(self.model)
+        before = hanging(self.model.modules())
         try: self.model = attach_saved(self.model, folder, name=name)
         except LabError:
             if not self._held:
-                for change in reversed(changes(before, hanging(self.model))): hang(change, back=True)
+                for change in reversed(changes(before)): hang(change, back=True)
             elif name in self.model.peft_config: self.model.delete_adapter(name)
+            to_answer(self.model)  # PEFT has put bitsandbytes' layers into eval mode
             raise
         self.model.base_model.disable_adapter_layers()
         return name
@@ -288,11 +291,11 @@ def base_alone(
     if getattr(model, "lora_beside", None) or model.lora_config.target_parameters:
         raise LabError("this adapter took the place of parts of its base; load the base alone, then both by "
                        "adapter_set(model).load_adapter(folder)")
-    before = hanging(model)
+    before = hanging(model.modules())
     for m in list(before):
         for key, child in m._modules.items():
             if isinstance(child, Wrapped): m._modules[key] = child.base_layer
-    made = changes(before, hanging(model))
+    made = changes(before)
     try: yield model
     finally:
         for change in reversed(made): hang(change, back=True)
