@@ -10,11 +10,12 @@ __all__ = ['PIECES', 'PIECE', 'held_as_told', 'base_mark', 'base_of', 'to_answer
 #
 # run.json names the base, the library of its layers and the dtypes, and shows one 4-bit layer in words. `held_as_told`
 # makes arguments of `load_model` from that, in records of earlier versions too. bitsandbytes' layers do not say how
-# they hold their weight; there the bill of memory tells whether the statistics were quantized, and the command the type.
+# they hold their weight; there the bill of memory tells of double quantization, and the command of the type.
 #
-# `base_of` is what a run writes of its base: how it is held, and a mark of its weights, a hash of up to 4,096 numbers of
-# each tensor, in 16 pieces. Reading it takes a moment for any size, and tells another model of the same shape; one byte
-# that was altered it may miss (a manifest of the whole files is another page's). Files may be named and cut otherwise.
+# `base_of` is what a run writes of its base: how it is held, and a mark of its weights, a hash of up to 4,096 numbers
+# of each tensor, in 16 pieces. Reading it takes a moment for any size, and tells another model of the same shape; one
+# byte that was altered it may miss (a manifest of the whole files is another page's). Files may be named and cut
+# otherwise.
 #
 # `attach_saved` puts an adapter on by the library that the base's layers are of, and holds names and shapes of the
 # file against the model; PEFT alone would go on with a warning.
@@ -117,12 +118,14 @@ def _taken(model: nn.Module, folder: Path, name: str) -> nn.Module:
             raise LabError(f"{folder}: PEFT cannot put this adapter on {getattr(model, 'lab_source', 'the model')!r} "
                            f"({' '.join(str(e).split())[:200]})") from None
 
+# %% ../nbs/reference/open_run.ipynb #a587d6cb
 def to_answer(model: nn.Module) -> nn.Module:
     "The model in eval mode, bitsandbytes' layers aside, which would repack their weights in it on some CPUs."
     for m in model.eval().modules():
         if type(m).__module__.startswith("bitsandbytes."): m.training = True
     return model
 
+# %% ../nbs/reference/open_run.ipynb #bef0992d
 def _by_peft(model: nn.Module, folder: Path, dtype: torch.dtype, name: str) -> nn.Module:
     "PEFT's wrapper around bitsandbytes' layers, with the adapter of a folder."
     from peft import get_peft_model_state_dict
@@ -135,12 +138,13 @@ def _by_peft(model: nn.Module, folder: Path, dtype: torch.dtype, name: str) -> n
         if "lora_" in n: p.data = p.data.to(dtype)
     return to_answer(wrapped)
 
+# %% ../nbs/reference/open_run.ipynb #94f41ab1
 def attach_saved(
     model: nn.Module,    # of load_model, with either backend, without adapters
     folder: str | Path,  # PEFT's two files
     dtype: torch.dtype = torch.float32,  # of the adapters
     name: str = "default",  # under which PEFT keeps it, beside others that it has
-) -> nn.Module:          # in eval mode, nothing trainable: the model itself, or PEFT's wrapper around bitsandbytes' layers
+) -> nn.Module:          # in eval mode, nothing trainable: the model, or PEFT's wrapper around bitsandbytes' layers
     "Put a saved adapter on a model to be asked; raises LabError where it does not fit."
     missing = next((p for p in (Path(folder) / file for file in ADAPTER_FILES) if not p.is_file()), None)
     theirs = getattr(model, "is_loaded_in_4bit", False) and not missing  # else load_adapter says what is there instead
@@ -160,6 +164,7 @@ def _finished(folder: Path) -> dict:
         raise LabError(f"{folder}: this run is not done; the command or call that began it goes on with it")
     return record
 
+# %% ../nbs/reference/open_run.ipynb #32e3d9b4
 def _open_base(folder: Path, record: dict, options: dict) -> tuple:
     "Model and tokenizer; raises LabError where they are not what the run had."
     name, how = options.pop("name", record["identity"]["model"]), held_as_told(record) | options

@@ -108,7 +108,7 @@ class Reading:
 # %% ../nbs/reference/talk.ipynb #d6c95c05
 def speakers(
     model: nn.Module | AdapterSet,
-) -> dict[str, Callable[[], AbstractContextManager]]:  # name to a block in which the model is that one; the last is usual
+) -> dict[str, Callable[[], AbstractContextManager]]:  # name to a block in which the model is that one
     "The base and its adapters, or the model alone."
     if isinstance(model, AdapterSet):
         return {"base": partial(model.using, None)} | {name: partial(model.using, name) for name in model.names}
@@ -123,6 +123,7 @@ def check_manner(max_new_tokens: int, temperature: float) -> None:
     if not 0 <= temperature < float("inf"):
         raise LabError(f"temperature={temperature}: expected 0, or a positive number")
 
+# %% ../nbs/reference/talk.ipynb #5a0420bd
 @dataclass
 class _Manner:
     "Whom to talk to, and how answers are chosen."
@@ -181,6 +182,7 @@ class _Generating(_Manner):
 def unheard(piece: str) -> None:
     "Where nobody listens to the pieces."
 
+# %% ../nbs/reference/talk.ipynb #4f7431c5
 class Talk(_Generating):
     "A conversation, of which one speaker's answers are remembered."
     def _answer(self, text: str, who: str, write: Callable[[str], object]) -> tuple[str, bool]:
@@ -192,17 +194,15 @@ class Talk(_Generating):
 
     def ask(self, text: str, write: Callable[[str], object] = unheard, both: bool = False, begin=unheard
             ) -> dict[str, str]:
-        """Speaker to answer; with `both` that of each, of which the usual one's is remembered. `begin` is told who speaks
-        next. Ctrl-C ends an answer, and those that would have followed it."""
+        """Speaker to answer; with `both` that of each, of which the usual one's is remembered. `begin` is told who
+        speaks next. Ctrl-C ends an answer, and those that would have followed it."""
         if not text.strip(): raise LabError("the prompt is empty")
-        answers = {}
+        answers, asked = {}, {"role": "user", "content": text}
         for who in self.speakers if both else [self.who]:
             begin(who)
             answers[who], self.stopped = self._answer(text, who, write)
             if self.stopped: break
-        if self.who in answers:
-            said = {"role": "assistant", "content": answers[self.who]}
-            self.turns += [{"role": "user", "content": text}, said]
+        if self.who in answers: self.turns += [asked, {"role": "assistant", "content": answers[self.who]}]
         return answers
 
     def use(self, who: str) -> None:
@@ -211,9 +211,9 @@ class Talk(_Generating):
         self.who = who
 
 # %% ../nbs/reference/talk.ipynb #eeb48081
-def _shown(text: str) -> str:
+def _shown(text: str, tag: str = "div") -> str:
     "Text as HTML, its lines and blanks kept."
-    return f"<div style='white-space:pre-wrap'>{escape(text)}</div>"
+    return f"<{tag} style='white-space:pre-wrap'>{escape(text)}</{tag}>"
 
 def respond(
     talk: Talk,
@@ -235,13 +235,13 @@ class ChatBox:
         self.talk, self.shown, self.coming = talk, widgets.HTML(), widgets.HTML()
         self.line = widgets.Text(placeholder="Say something", layout={"width": "50%"})
         self.both = widgets.Checkbox(description="side by side", disabled=len(talk.speakers) < 2, indent=False)
-        ask, anew = widgets.Button(description="Ask"), widgets.Button(description="Begin anew")
+        ask, anew = (widgets.Button(description=word) for word in ("Ask", "Begin anew"))
         ask.on_click(self.send)
         anew.on_click(self.begin_anew)
         self.box = widgets.VBox([self.shown, self.coming, widgets.HBox([self.line, ask, anew, self.both])])
 
     def _ipython_display_(self) -> None:
-        from IPython.display import display
+        from IPython.display import display  # here where there is a notebook
         display(self.box)
 
     def begin_anew(self, _=None) -> None:
@@ -250,10 +250,8 @@ class ChatBox:
 
     def send(self, _=None) -> None:
         "Ask what stands in the line; pieces are shown as they come."
-        said, text, self.line.value = [], self.line.value, ""
-        def write(piece):
-            said.append(piece)
-            self.coming.value = _shown("".join(said))
+        text, self.line.value, self.coming.value = self.line.value, "", ""
+        def write(piece): self.coming.value += _shown(piece, "span")
         try: self.shown.value += respond(self.talk, text, self.both.value, write)
         except LabError as e: self.shown.value += _shown(str(e))
         finally: self.coming.value = ""

@@ -12,11 +12,12 @@ from torch import nn
 
 from conftest import make_llama
 from qlora_lab.adapter_files import ADAPTER_FILES
-from qlora_lab.adapter_sets import adapter_set, base_alone, changes, compare_answers, hanging
+from qlora_lab.adapter_sets import adapter_set, base_alone, compare_answers
 from qlora_lab.linear4bit import Linear4bit, quantize_model
 from qlora_lab.lora import add_lora, load_adapter, save_adapter, trainable
 from qlora_lab.model import load_model
 from qlora_lab.records import LabError
+from qlora_lab.tree_changes import changes, hanging
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = {"plain": dict(), "stable": dict(r=8, use_rslora=True, target_modules=["q_proj", "v_proj"]),

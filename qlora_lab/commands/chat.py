@@ -9,12 +9,13 @@ __all__ = ['LINES', 'adapter_name', 'open_talk', 'say', 'Conversation', 'Termina
 # From the options of `qlora-lab chat` to a conversation.
 #
 # A folder with run.json is a run: its base is opened as it was trained, and the run's adapter, or those that --adapter
-# names, go into a set (`adapter_sets`) from which one answers at a time. Anything else is a model by name, folder or hub
-# id, as `load_model` takes it. A name below a folder of this machine is never looked for on a network: it is a slip.
+# names, go into a set (`adapter_sets`) from which one answers at a time. Anything else is a model by name, folder or
+# hub id, as `load_model` takes it. A name below a folder of this machine is never looked for on a network: it is a
+# slip.
 #
-# In a terminal pieces of an answer are written as they come, and several speakers answer in columns, filled from left to
-# right. Where the output is no terminal, an answer is its text, and several come one below the other under their names.
-# With --prompt there is one answer and the end. Lines from a pipe are turns, one by one.
+# In a terminal pieces of an answer are written as they come, and several speakers answer in columns, filled from left
+# to right. Where the output is no terminal, an answer is its text, and several come one below the other under their
+# names. With --prompt there is one answer and the end. Lines from a pipe are turns, one by one.
 #
 # What a model says is text: control characters are left out, and no markup is read. Ctrl-C ends an answer and not the
 # program, if somebody sits at the keyboard; otherwise it ends the program, with 130. Built in nbs/commands/chat.ipynb.
@@ -50,15 +51,17 @@ def adapter_name(folder: Path, taken: list[str]) -> str:
     names = [name, *(f"{name}-{i}" for i in range(2, 100))]
     return next(n for n in names if n not in (*taken, "base"))
 
+# %% ../../nbs/commands/chat.ipynb #f708ca66
 def _check_place(name: str) -> None:
     "Refuse a name that is meant as a folder and is none."
     folder, first = Path(name), Path(name).parts[:1]
     if name == SMOLLM2 or (folder / "config.json").is_file(): return
     local = folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or first and Path(*first).is_dir()
     if local or name.count("/") != 1:
-        raise LabError(f"{name}: no run and no model here; expected a folder with run.json, as qlora-lab train makes it, "
-                       f"or one with config.json, {SMOLLM2!r}, or a hub id like 'owner/model'")
+        raise LabError(f"{name}: no run and no model here; expected a folder with run.json, as qlora-lab train makes "
+                       f"it, or one with config.json, {SMOLLM2!r}, or a hub id like 'owner/model'")
 
+# %% ../../nbs/commands/chat.ipynb #5029c611
 def open_talk(
     name: str,                  # a run's folder, or a model as load_model takes it
     adapters: tuple[str, ...],  # folders; of a run its own where there are none
@@ -97,6 +100,7 @@ def _side_by_side(talk: Talk, text: str) -> None:
             live.update(_columns(said, out.width))
         talk.ask(text, write, both=True, begin=begin)
 
+# %% ../../nbs/commands/chat.ipynb #ca478d33
 def say(
     talk: Talk,
     text: str,
@@ -109,9 +113,10 @@ def say(
         print(flush=True)
 
 # %% ../../nbs/commands/chat.ipynb #dcf60aec
-LINES = {"/base": "the base alone answers", "/use NAME": "an adapter answers", "/both": "all answer side by side, or one",
-         "/reset": "begin anew", "/quit": "the end, as Ctrl-D"}
+LINES = {"/base": "the base alone answers", "/use NAME": "an adapter answers",
+         "/both": "all answer side by side, or one", "/reset": "begin anew", "/quit": "the end, as Ctrl-D"}
 
+# %% ../../nbs/commands/chat.ipynb #6482b17f
 class Conversation:
     "What is typed, line by line."
     def __init__(self, talk: Talk, both: bool):
@@ -136,9 +141,9 @@ class Conversation:
             if self.live: show(Text(told, style="dim"))
         elif line.strip(): say(self.talk, line[1:] if line.startswith("//") else line, self.both)
 
-# %% ../../nbs/commands/chat.ipynb #6482b17f
-class Terminal(Conversation):
-    "From the first line to the last."
+# %% ../../nbs/commands/chat.ipynb #044c41c1
+class _Steps(Conversation):
+    "One line after the other."
     def _read(self) -> str | None:
         "A line, or None at the end."
         try: return input("> " if self.live else "")
@@ -158,10 +163,14 @@ class Terminal(Conversation):
             show(Text("(stopped)", style="dim"))
         return True
 
+# %% ../../nbs/commands/chat.ipynb #563f15eb
+class Terminal(_Steps):
+    "From the first line to the last."
     def run(self) -> None:
         "Talk until somebody has enough."
         if self.live:
-            with suppress(ImportError): import readline  # noqa: F401 - lines can be edited then
+            with suppress(ImportError):
+                import readline  # noqa: F401 - lines can be edited then
             names = ", ".join(self.talk.speakers)
             show(Text(f"{names}; {'all answer' if self.both else f'{self.talk.who} answers'}. /help says what can be "
                       "typed, Ctrl-D ends.", style="dim"))
