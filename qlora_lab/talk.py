@@ -15,8 +15,9 @@ __all__ = ['UNSEEN', 'prompt_ids', 'Pieces', 'Reading', 'speakers', 'check_manne
 #
 # What the last turn left in the cache of keys and values is kept, for each speaker, and the next turn reads on from
 # where the two texts part; a template that rewrites earlier turns costs reading these again. Only caches whose every
-# layer keeps all positions can be cut, others are made anew. A stopped answer leaves no cache: it may end in the middle
-# of a layer. What was said until then stays in the conversation.
+# layer keeps all positions can be cut, others are made anew. On a CPU each 4-bit weight is decoded once an answer
+# (engine.decoded_once). A stopped answer leaves no cache: it may end in the middle of a layer. What was said until then
+# stays in the conversation.
 #
 # A tokenizer without a chat template gets the prompt alone behind its own first mark, as training writes it, and no
 # earlier turns. transformers' TextStreamer decodes each line by itself, by which some tokenizers lose its indentation;
@@ -36,6 +37,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .adapter_sets import AdapterSet, base_alone
 from .assets import quiet
+from .engine.dispatch import faster
 from .open_run import to_answer
 from .records import LabError
 
@@ -173,7 +175,7 @@ class _Generating(_Manner):
         batch |= {"attention_mask": torch.ones_like(batch["input_ids"]), "max_new_tokens": room}
         pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         past = self.reading.take(who, ids)
-        with quiet(), self.speakers[who](), torch.no_grad():
+        with quiet(), self.speakers[who](), torch.no_grad(), faster("decode_once", device, self.net) or nullcontext():
             out = self.net.generate(**batch, **self._choice(), **past, pad_token_id=pad, streamer=pieces,
                                     return_dict_in_generate=True)
         self.reading.put(who, out.sequences[0, :-1].tolist(), getattr(out, "past_key_values", None))
