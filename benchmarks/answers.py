@@ -26,8 +26,9 @@ def answering(model, ids, tokens: int, block):
     "A call that makes one answer; returns its tokens."
     def call():
         with quiet(), torch.no_grad(), block(model) or nullcontext():
-            return model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens, max_new_tokens=tokens,
-                                  do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=0)
+            return model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens,
+                                  max_new_tokens=tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
+                                  pad_token_id=0)
     return call
 
 

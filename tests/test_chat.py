@@ -361,13 +361,12 @@ def read_until(fd, wanted, seconds=120):
 def test_in_a_terminal(run, tmp_path):
     "Commands, columns, Ctrl-C in an answer and at the prompt, Ctrl-D; the program ends with 0."
     ours, theirs = pty.openpty()
-    script = ("from qlora_lab import talk; from qlora_lab.cli import main; ask = talk.Talk.ask\n"
-              "def slow(self, text, write=talk.unheard, **kw):\n"
-              "    import time\n"
-              "    if 'slow' not in text: return ask(self, text, write, **kw)\n"
-              "    def late(piece): write(piece); time.sleep(1)\n"
-              "    return ask(self, text, late, **kw)\n"
-              "talk.Talk.ask = slow\n"
+    script = ("import time; from qlora_lab import talk; from qlora_lab.cli import main\n"
+              "usual = talk.Talk._generate\n"
+              "def slow(self, who, turns, pieces):\n"
+              "    if turns[-1]['content'] != 'slow': return usual(self, who, turns, pieces)\n"
+              "    pieces.said = 'PIECE'; pieces.write('PIECE'); time.sleep(600)\n"
+              "talk.Talk._generate = slow\n"
               "raise SystemExit(main())")
     env = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "NO_COLOR")}
     program = subprocess.Popen([sys.executable, "-c", script, "chat", str(run), "--max-new-tokens", "60", "--device",
@@ -389,8 +388,7 @@ def test_in_a_terminal(run, tmp_path):
         shown = type_in("read the file\n", "mine")
         assert "base" in shown
         type_in("/both\n", "now: mine")
-        os.write(ours, b"slow\n")
-        time.sleep(3)
+        type_in("slow\n", "PIECE")
         os.killpg(program.pid, signal.SIGINT)
         read_until(ours, "(stopped)")
         os.killpg(program.pid, signal.SIGINT)
