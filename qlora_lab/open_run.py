@@ -194,5 +194,5 @@ def open_run(
     model, tokenizer = _open_base(folder, record, load_model_options | {"device": device})
     if adapter is not None:
         place = folder / adapter if (folder / adapter).is_dir() or adapter == "adapter" else Path(adapter)
-        model = attach_saved(model, place, getattr(torch, record["config"].get("adapter_dtype", "float32")))
+        model = attach_saved(model, place, getattr(torch, record.get("config", {}).get("adapter_dtype", "float32")))
     return model, tokenizer, Run.load(folder)

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import families
 import pytest
 import torch
 from peft import LoraConfig
@@ -20,7 +22,9 @@ from safetensors.torch import load_file, save_file
 from conftest import make_llama, make_tokenizer
 from qlora_lab import cli
 from qlora_lab.adapter_sets import adapter_set
-from qlora_lab.linear4bit import quantize_model
+from qlora_lab.engine.decoded_once import decode_once
+from qlora_lab.engine.dispatch import standing_in, use_kernels
+from qlora_lab.linear4bit import Linear4bit, quantize_model
 from qlora_lab.lora import add_lora, load_adapter, save_adapter
 from qlora_lab.model import answer, load_model
 from qlora_lab.open_run import base_of, held_as_told, open_run
@@ -287,6 +291,44 @@ def test_the_widget_adds_nothing(adapters, tokenizer):
     assert "the prompt is empty" in box.shown.value and len(box.talk.turns) == 2
     box.begin_anew()
     assert box.talk.turns == [] and box.shown.value == ""
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("make, settings", [(make_llama, dict()), (make_llama, dict(use_dora=True)),
+                                            (lambda: families.build("mixtral"), dict(target_modules=["q_proj"]))])
+def test_weights_decoded_once_change_no_bit(make, settings, kernels):
+    "With plain and faster pieces, for adapters and experts; other weights and other models go the usual way."
+    model = quantize_model(make())
+    add_lora(model, LoraConfig(**dict(r=4, target_modules="all-linear", init_lora_weights=False) | settings), seed=0)
+    expected, other, calls = logits(model.eval()), Linear4bit.from_linear(torch.nn.Linear(64, 64)), []
+    ours = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    def counted(q, dtype, out=None): calls.append(q.packed.data_ptr())
+    try:
+        use_kernels(kernels)
+        plain = logits(model)
+        with standing_in({("dequantize", "cpu"): counted}), decode_once(model):
+            seen = [logits(model) for _ in range(3)]
+            for _ in range(2): other.quantized.dequantize()
+    finally: use_kernels(True)
+    assert all(torch.equal(plain, once) for once in seen) and torch.allclose(plain, expected, atol=1e-5)
+    assert all(calls.count(m.weight.data_ptr()) == 1 for m in ours) and calls.count(other.weight.data_ptr()) == 2
+
+
+def test_an_answer_decodes_each_weight_once(tokenizer):
+    "Whatever the number of tokens, and anew for the next."
+    model, calls = quantize_model(make_llama()), []
+    talk = Talk(model, tokenizer, max_new_tokens=5)
+    with standing_in({("dequantize", "cpu"): lambda q, dtype, out=None: calls.append(q.packed.data_ptr())}):
+        for turn in (1, 2):
+            talk.ask("read the file")
+            assert len(calls) == turn * len(set(calls)) == turn * 14 and len(talk.turns) == 2 * turn
+
+
+def test_weights_that_would_not_fit_are_decoded_in_each_pass(monkeypatch):
+    model = quantize_model(make_llama())
+    assert decode_once(model) is not None and decode_once(make_llama()) is None
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert decode_once(model) is None
 
 
 # -- the command

@@ -146,8 +146,9 @@ class _Steps(Conversation):
     "One line after the other."
     def _read(self) -> str | None:
         "A line, or None at the end."
-        try: return input("> " if self.live else "")
+        try: line = input("> ") if self.live else sys.stdin.readline()
         except EOFError: return None
+        return line.rstrip("\n") if line or self.live else None
 
     def _step(self) -> bool:
         "Read a line and answer it; False at the end."
