@@ -355,6 +355,19 @@ def test_one_shot_is_the_answer_alone(run, base, capsys, monkeypatch):
     assert told([str(run), *short], capsys, monkeypatch, lines)[1] == out + alone + both
 
 
+@pytest.mark.filterwarnings("ignore:run.json does not say")
+def test_a_run_of_the_other_library(base, data, tmp_path, capsys, monkeypatch):
+    "bitsandbytes' layers and PEFT's adapter answer as they do without this program, side by side and in turns."
+    trained(base, data, tmp_path / "run", "bnb")
+    model, tokenizer, _ = open_run(tmp_path / "run", device="cpu")
+    with model.disable_adapter(): alone = answer(model, tokenizer, "read the file", max_new_tokens=6)[0]
+    expected = answer(model, tokenizer, "read the file", max_new_tokens=6)[0]
+    short = [str(tmp_path / "run"), "--max-new-tokens", "6", "--device", "cpu", "--compare"]
+    code, out, _ = told([*short, "--prompt", "read the file"], capsys, monkeypatch)
+    parts = [part.strip() for part in re.split(r"^\[\w+\]$", out, flags=re.M)]
+    assert code == 0 and parts == ["", re.sub(r"[\x00-\x08\x0b-\x1f]", "", alone).strip(), expected]
+
+
 def test_two_adapters_by_name(run, tmp_path, capsys, monkeypatch):
     other = shutil.copytree(run / "adapter", tmp_path / "v2.other")
     line = [str(run), "--adapter", str(run / "adapter"), "--adapter", str(other), "--device", "cpu",
