@@ -66,7 +66,7 @@ def test_none_is_none():
     ("train --rank 0", "rank=0: expected at least 1"),
     ("train --quantize int3", "--quantize: expected auto or nf4 or fp4 or none, not 'int3'"),
     ("train --targets", "--targets: expected one name or several"),
-    ("trian", "expected a COMMAND (doctor, train, plan), not 'trian'; did you mean train?")])
+    ("trian", f"expected a COMMAND ({', '.join(cli.COMMANDS)}), not 'trian'; did you mean train?")])
 def test_a_mistake_is_one_line(line, said, capsys, monkeypatch):
     "Plain, whole whatever the terminal's width, with the nearest option where one is mistyped."
     monkeypatch.setenv("COLUMNS", "40")
