@@ -39,6 +39,8 @@ _PUBLIC = {
     "data": ["docstring_pairs", "load_jsonl", "split"],
     "runs": ["Run", "TrainConfig"],
     "train": ["train"],
+    "open_run": ["open_run"],
+    "adapter_sets": ["adapter_set", "compare_answers"],
     "memory": ["ledger"],
     "engine.planner": ["MemoryPlan", "plan"],
     "engine.fusing": ["fuse_layers"],
