@@ -42,6 +42,7 @@ _PUBLIC = {
     "open_run": ["open_run"],
     "adapter_sets": ["adapter_set", "compare_answers"],
     "memory": ["ledger"],
+    "ship": ["merge"],
     "engine.planner": ["MemoryPlan", "plan"],
     "engine.fusing": ["fuse_layers"],
     "engine.dispatch": ["use_kernels"],

@@ -12,8 +12,8 @@ __all__ = ['PERIOD', 'thresholds', 'dithered_codes', 'quantize_dithered']
 #     code = k + 1 where p > u, else k                       u a threshold between 0 and 1, another for each place
 #
 # Over the thresholds the mean of what is decoded is t, however small the change; its variance is p (1 - p) times the
-# gap squared. A number that lies on a level keeps its code, so a weight that was not changed keeps its bytes. Beyond
-# the largest level there is nothing to go to: that part of a change is lost (of one weight in 64, in one direction).
+# gap squared. A number that lies on a level stays there, so a weight that was not changed is not changed. Beyond the
+# largest level there is nothing to go to: that part of a change is lost (of one weight in 64, in one direction).
 #
 # The thresholds are a table of 65,521 numbers, a prime, read in row-major order over and over: each row meets another
 # part of it. The table is drawn once from a fixed seed on the CPU, so the same codes come out on every device.

@@ -27,6 +27,7 @@ from torch import nn
 from .double_quant import QuantizedTensor
 from .linear4bit import Linear4bit
 from .lora import load_adapter
+from .plain_again import not_quantized
 from .records import LabError
 from .replacing import no_plain_saving, replace_layer
 
@@ -46,10 +47,7 @@ def with_lab_layers(model: nn.Module) -> nn.Module:
     found = [m for m in model.modules() if getattr(getattr(m, "weight", None), "quant_state", None) is not None]
     if not found: return model
     for layer in found: replace_layer(model, layer, layer_of_the_lab(layer))
-    for name in ("is_loaded_in_4bit", "is_quantized", "hf_quantizer", "quantization_method"):
-        if name in model.__dict__: delattr(model, name)
-    if hasattr(model.config, "quantization_config"): del model.config.quantization_config
-    return no_plain_saving(model)
+    return no_plain_saving(not_quantized(model))
 
 # %% ../nbs/reference/from_peft.ipynb #1d8656f1
 def of_the_lab(

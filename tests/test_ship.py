@@ -23,7 +23,7 @@ from qlora_lab.lora import add_lora, load_adapter, save_adapter, trainable
 from qlora_lab.merged_weights import base_numbers, merged_weight, update_of
 from qlora_lab.model import load_model
 from qlora_lab.records import LabError
-from qlora_lab.ship import merge, merged_4bit, survival
+from qlora_lab.ship import merge, merged_4bit, save_merged, survival
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -345,3 +345,27 @@ def test_what_training_put_on_goes():
     assert fuse_layers(model) is model and is_fused(model.model.layers[0])
     merge(model)
     assert not any(is_fused(m) or is_checkpointed(m) or "_fused" in m.__dict__ for m in model.model.layers)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mixtral"])
+def test_a_base_that_was_opened_in_4_bits(name, tmp_path):
+    "Nothing of the checkpoint's quantization is left in the merged model, nor in what is written of it."
+    quietly(save_quantized, quietly(quantize_model, build(name)), tmp_path / "four", families.tokenizer(), decode=False)
+    exact = dict(device="cpu", dtype=torch.float32, compute_dtype=torch.float32)
+    model, _ = quietly(load_model, tmp_path / "four", **exact)
+    stir(quietly(add_lora, model, LoraConfig(r=4, target_modules=["q_proj"])))
+    wanted = logits(model)
+    merged = plain(merge(model, dtype=torch.float32))
+    assert apart(logits(merged), wanted) < 1e-5 and not hasattr(merged.config, "quantization_config")
+    quietly(save_merged, merged, tmp_path / "plain", families.tokenizer())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    assert apart(logits(again), wanted) < 1e-5
+
+
+def test_settings_for_answers_are_written_as_they_are(tmp_path):
+    "Also those that transformers would refuse to write, such as a temperature for greedy answers."
+    model = adapted()
+    model.generation_config.temperature, model.generation_config.do_sample = 0.6, False
+    quietly(save_merged, merge(model), tmp_path / "made", families.tokenizer())
+    assert '"temperature": 0.6' in (tmp_path / "made" / "generation_config.json").read_text()
+    assert model.generation_config.temperature == 0.6
