@@ -41,6 +41,7 @@ class Said(NamedTuple):
         sums = tuple(-logs.gather(1, t[:, None]).double().sum().item() for logs, t in zip(self.logs, self.targets))
         return Score(sums, tuple(len(t) for t in self.targets), self.groups)
 
+# %% ../nbs/reference/divergence.ipynb #dae7e051
 @torch.no_grad()
 def said(
     model: nn.Module,      # causal, of transformers

@@ -24,7 +24,6 @@ __all__ = ['CLOSE', 'OriginalBase', 'hold_base']
 import warnings
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from .admission import admit, quantization_of
@@ -37,8 +36,8 @@ from .plain_again import empty_layer
 from .records import LabError
 
 # %% ../nbs/reference/original_base.ipynb #76cc1ea3
-class OriginalBase:
-    "A checkpoint's tensors by the names that a model of transformers has for them."
+class _Opened:
+    "A checkpoint's files, and where in them a model's parameters are."
     def __init__(self, name: str | Path,  # a known name, a folder or a hub id
                  twin: nn.Module):        # the model without 4 bits, on the meta device
         self.name, self.source, self.twin = str(name), find_model(name), twin
@@ -53,6 +52,9 @@ class OriginalBase:
         self.found = targets(twin, state, list(self.stored.place))
         self.tied = {t: s for t, s in twin.all_tied_weights_keys.items() if t not in self.found}
 
+# %% ../nbs/reference/original_base.ipynb #22123ca4
+class OriginalBase(_Opened):
+    "A checkpoint's tensors by the names that a model of transformers has for them."
     def __contains__(self, name: str) -> bool: return self.tied.get(name, name) in self.found
 
     def __getitem__(self, name: str) -> Tensor:  # as the file has it

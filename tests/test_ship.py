@@ -197,7 +197,8 @@ def test_another_base_is_refused_and_nothing_changed(tmp_path):
         with pytest.raises(LabError, match=told): merge(model, how="original", base=tmp_path / name)
     four = quietly(quantize_model, build("qwen2"))
     quietly(save_quantized, four, tmp_path / "four", families.tokenizer())
-    with pytest.raises(LabError, match="its weights are quantized"): merge(model, how="original", base=tmp_path / "four")
+    four = tmp_path / "four"
+    with pytest.raises(LabError, match="its weights are quantized"): merge(model, how="original", base=four)
     with pytest.raises(LabError, match="no model named"): merge(model, how="original", base="nothing")
     with pytest.raises(LabError, match="needs the base"): merge(model, how="original")
     assert torch.equal(logits(model), wanted)

@@ -47,7 +47,8 @@ from .training import device_of_run
 # %% ../../nbs/commands/merging.ipynb #9163eae5
 _Run = Annotated[str, arg(metavar="RUN")]
 _Out = Annotated[str, arg(metavar="FOLDER")]
-_Base = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the one that the run was trained from)")]
+_Base = Annotated[str | None, arg(metavar="NAME", help_behavior_hint=(
+    "(default: the one that the run was trained from)"))]
 _Dtype = Annotated[Literal["bfloat16", "float16", "float32"] | None, arg(
     help_behavior_hint="(default: 16 bits; of an original base those of its file)")]
 _Device = Annotated[str | None, arg(metavar="DEVICE", help_behavior_hint="(default: the GPU if there is one)")]
@@ -85,9 +86,9 @@ def measured(adapted: Said, merged: Said) -> dict:  # {"before": {...}, "after":
     "What changed, in numbers; nothing where there was nothing to ask."
     if not adapted.targets: return {}
     def with_error(score): return score.loss, score.stderr
-    name = "held-out loss, nats a token"
+    name, kl = "held-out loss, nats a token", divergence(adapted, merged)
     return {"before": {name: with_error(adapted.score)},
-            "after": {name: with_error(merged.score), "KL from the adapted model": with_error(divergence(adapted, merged)),
+            "after": {name: with_error(merged.score), "KL from the adapted model": with_error(kl),
                       "same likeliest token": agreement(adapted, merged)}}
 
 # %% ../../nbs/commands/merging.ipynb #161b95cc

@@ -85,12 +85,14 @@ class MergedLinear(Wrapped):
 def through_quantizer(
     model: nn.Module,           # with the lab's adapters on 4-bit layers
     rounding: str = "dithered", # as `merge` is going to round
+    check: bool = False,        # only see whether it can be done
 ) -> int:                       # how many layers
     "Let every adapted 4-bit layer compute with its merged weight from now on; raises LabError, and then changes none."
     if rounding not in ROUNDINGS: raise LabError(f"rounding={rounding!r}: expected {' or '.join(map(repr, ROUNDINGS))}")
     found = {n: m for n, m in adapted_layers(model).items() if isinstance(m.base_layer, PackedWeight)}
     if not found: raise LabError("no adapter sits on a 4-bit layer, so there is no quantizer to train through")
     for name, m in found.items(): _check(name, m)
+    if check: return len(found)
     for m in found.values():
         if isinstance(m, LoRALinear): replace_layer(model, m, MergedLinear(m, rounding))
         else: m.rounding = rounding

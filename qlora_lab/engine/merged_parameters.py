@@ -66,7 +66,8 @@ def _restore(module: nn.Module, name: str, t: Tensor) -> None:
     del module._modules[name]
     module._parameters[name] = nn.Parameter(t, requires_grad=False)
     order = module.__dict__.get("parameter_order", [])
-    for other in [n for n in order if n in module._parameters]: module._parameters[other] = module._parameters.pop(other)
+    for other in [n for n in order if n in module._parameters]:
+        module._parameters[other] = module._parameters.pop(other)
 
 def _own_forward(model: nn.Module, module: nn.Module) -> None:
     "Let a module of experts run as transformers chooses."
@@ -113,13 +114,13 @@ def refuse_unquantizable(model: nn.Module) -> None:
             held = getattr(m, name)
             base = getattr(held, "base_layer", held)
             if held is base or isinstance(base, (Experts4bit, DenseExperts)): continue
-            raise LabError(f"{at}.{name}: {type(base).__name__} can be read and not written in its own type; merge with "
-                           "how='dequantized', or load the model with quantize='nf4' before the adapter")
+            raise LabError(f"{at}.{name}: {type(base).__name__} can be read and not written in its own type; merge "
+                           "with how='dequantized', or load the model with quantize='nf4' before the adapter")
 
 def parameters_requantized(model: nn.Module) -> None:
     "Adapters into what they hang on: packed experts are packed again, dense ones and matrices stay dense."
     _merge_matrices(model, lambda full: None, lambda full, there: there)
-    for at, (m, names) in holders(model).items():
+    for m, names in holders(model).values():
         for name in names:
             held = getattr(m, name)
             if not isinstance(held, ExpertsLoRA): continue
@@ -129,6 +130,7 @@ def parameters_requantized(model: nn.Module) -> None:
             hold(m, name, new)
             choose_forward(m)
 
+# %% ../../nbs/engine/merged_parameters.ipynb #c204146f
 def _packed_again(base: Experts4bit, whole: Tensor) -> Experts4bit:
     q = quantize_4bit(whole, base.quant_type, base.blocksize, base.absmax2 is not None)
     packed = Experts4bit(q, base.compute_dtype)
