@@ -53,6 +53,7 @@ _Dtype = Annotated[Literal["bfloat16", "float16", "float32"] | None, arg(
     help_behavior_hint="(default: 16 bits; of an original base those of its file)")]
 _Device = Annotated[str | None, arg(metavar="DEVICE", help_behavior_hint="(default: the GPU if there is one)")]
 
+# %% ../../nbs/commands/merging.ipynb #a33d4d50
 @dataclass(frozen=True)
 class Merge:
     """Put a run's adapter into its model and write the model.
