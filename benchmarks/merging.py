@@ -27,7 +27,7 @@ from qlora_lab.merged_weights import base_numbers, update_of
 from qlora_lab.model import answer, load_model
 from qlora_lab.runs import TrainConfig
 from qlora_lab.scoring import spread
-from qlora_lab.ship import ROUNDINGS, merge, survival
+from qlora_lab.ship import ROUNDINGS, WITH_DATA, merge, merged_4bit, survival
 from qlora_lab.train import make_optimizer, one_step, train
 
 RATIOS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # length of an update over that of its weight
@@ -78,17 +78,23 @@ def more_steps(bench, adapter, out, rounding=None, lr=None):
     return out, [r["loss"] for r in rows], sum(r["seconds"] for r in rows) / len(rows)
 
 
-def plain_ways(bench, adapter, trained, answers, label=""):
-    "Every way to merge one adapter."
-    base = smollm2_folder()
-    for name, how in {
-        "dequantized, float32": dict(dtype=torch.float32), "dequantized, bfloat16": dict(dtype=torch.bfloat16),
-        "original, bfloat16": dict(how="original", base=base), "4bit, nearest": dict(how="4bit", rounding="nearest"),
-        "4bit, dithered": dict(how="4bit", rounding="dithered"),
-    }.items():
+IN_16 = {"dequantized, float32": dict(dtype=torch.float32), "dequantized, bfloat16": dict(dtype=torch.bfloat16),
+         "original, bfloat16": dict(how="original")}
+IN_4 = {f"4bit, {rounding}": dict(how="4bit", rounding=rounding) for rounding in (*ROUNDINGS, WITH_DATA)}
+
+
+def plain_ways(bench, adapter, trained, answers, ways, label=""):
+    "Some ways to merge one adapter."
+    data = [tokenize(bench.tokenizer, e) for e in spread(bench.split.train, bench.asked.calibration)]
+    for name, how in ways.items():
+        if how.get("rounding") == WITH_DATA: how = how | {"data": data}
+        if how.get("how") == "original": how = how | {"base": smollm2_folder()}
+        start = time.perf_counter()
         model = merge(bench.adapted(adapter), **how)
         if model.dtype == torch.bfloat16: model.float()  # the weights were rounded; products stay in float32
+        seconds = time.perf_counter() - start
         bench.note(label + name, model, trained, answers)
+        bench.ways[label + name]["seconds"] = seconds  # opened and merged
 
 
 def by_peft(bench, adapter, trained, answers):
@@ -112,7 +118,6 @@ def ratios_of(model):
 
 def curve(bench, adapter, every=30):
     "How much of an update survives in 4 bits: some layers, their trained updates stretched to each length."
-    from qlora_lab.ship import merged_4bit
     model, found = bench.adapted(adapter), {r: {} for r in ROUNDINGS}
     layers = list(adapted_layers(model).values())[::every]
     for wanted in RATIOS:
@@ -135,6 +140,7 @@ def main():
     ask.add_argument("--lr-more", type=float, default=5e-4, help="rate of these")
     ask.add_argument("--examples", type=int, default=96)
     ask.add_argument("--prompts", type=int, default=24)
+    ask.add_argument("--calibration", type=int, default=64, help="training examples that calibrated codes see")
     ask.add_argument("--run", help="folder of the training, kept and reused")
     ask.add_argument("--device", default="cpu")
     ask.add_argument("--name", default="merging")
@@ -146,7 +152,9 @@ def main():
     model = bench.adapted(adapter)
     trained, answers, ratios = said(model, bench.held), bench.answers(model), ratios_of(model)
     print(f"untrained {bench.untrained.score}, trained {trained.score}", flush=True)
-    plain_ways(bench, adapter, trained, answers)
+    for name, how in {"untrained, NF4": {}, "untrained, 16-bit base": dict(quantize=None)}.items():
+        bench.note(name, load_model(**bench.how, **how)[0], trained, answers)
+    plain_ways(bench, adapter, trained, answers, IN_16 | IN_4)
     by_peft(bench, adapter, trained, answers)
     result = {"trained": asdict(trained.score), "untrained": asdict(bench.untrained.score), "ratios": ratios,
               "curve": curve(bench, adapter), "more": {}}
@@ -156,7 +164,7 @@ def main():
     result |= {"longer": asdict(reference.score), "ratios_longer": ratios_of(model)}
     result["more"]["as before"] = {"losses": losses, "seconds": seconds}
     print(f"trained on {reference.score}, {seconds:.2f} s a step", flush=True)
-    plain_ways(bench, longer, reference, answers, "longer: ")
+    plain_ways(bench, longer, reference, answers, IN_4, "longer: ")
     for rounding in ROUNDINGS:
         aware, losses, seconds = more_steps(bench, adapter, where / rounding, rounding)
         result["more"][rounding] = {"losses": losses, "seconds": seconds}

@@ -79,6 +79,7 @@ ALWAYS |= _on("cpu", "cuda", "meta", quantize_experts="engine.experts.quantize_e
     parameter_shapes="engine.adapted_parameters.parameter_shapes",
     parameter_names="engine.adapted_parameters.parameter_names",
     merge_parameters="engine.merged_parameters.merge_parameters",
+    calibrated_codes="engine.calibrated.calibrated_codes",
     through_quantizer="engine.merge_aware.through_quantizer")
 
 # %% ../../nbs/engine/dispatch.ipynb #4f329919
