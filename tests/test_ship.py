@@ -20,10 +20,11 @@ from qlora_lab.engine.merge_aware import MergedLinear, through_quantizer
 from qlora_lab.linear4bit import Linear4bit, PackedWeight, quantize_model
 from qlora_lab.linear_layers import linear_layers
 from qlora_lab.lora import add_lora, load_adapter, save_adapter, trainable
+from qlora_lab.merged_model import save_merged
 from qlora_lab.merged_weights import base_numbers, merged_weight, update_of
 from qlora_lab.model import load_model
 from qlora_lab.records import LabError
-from qlora_lab.ship import merge, merged_4bit, save_merged, survival
+from qlora_lab.ship import merge, merged_4bit, survival
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -35,10 +35,11 @@ from tyro.conf import Positional, arg
 from ..data import pair, tokenize
 from ..divergence import Said, agreement, divergence, said
 from ..manifest import record_step
+from ..merged_model import save_merged
 from ..open_run import open_run
 from ..records import LabError, whole_folder, write_whole
 from ..runs import Run
-from ..ship import merge, save_merged
+from ..ship import merge
 
 # isort: split
 from .report import heading, show, table, waiting
