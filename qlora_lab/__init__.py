@@ -46,6 +46,7 @@ _PUBLIC = {
     "engine.planner": ["MemoryPlan", "plan"],
     "engine.fusing": ["fuse_layers"],
     "engine.dispatch": ["use_kernels"],
+    "manifest": ["verify"],
 }
 
 # %% ../nbs/reference/public_names.ipynb #a1b2c3d4

@@ -53,6 +53,8 @@ COMMANDS = {
     "train": Command("train adapters on a model in 4 bits", "training.Train"),
     "plan": Command("the memory that a training step will take", "planning.Plan"),
     "merge": Command("put a run's adapter into its model", "merging.Merge"),
+    "verify": Command("whether a run or a model is what its manifest says", "verifying.Verify"),
+    "model-card": Command("write the README.md that the Hub shows", "verifying.ModelCard"),
 }
 
 def options_of(
