@@ -234,7 +234,8 @@ def entries(
 
 class _Shaped(Stored):
     "Tensors of safetensors files whose shapes are known without reading them."
-    def shape(self, name: str) -> tuple[int, ...]: return tuple(self._open[self.place[name]].get_slice(name).get_shape())
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._open[self.place[name]].get_slice(name).get_shape())
 
 def _opened(folder: str) -> _Shaped:
     from safetensors import SafetensorError

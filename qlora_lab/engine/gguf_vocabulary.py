@@ -9,14 +9,14 @@ __all__ = ['GPT2', 'DIGIT', 'WORDS', 'REST', 'SLASHED', 'CUTS', 'KNOWN_ENDS', 'p
 # %% ../../nbs/engine/gguf_vocabulary.ipynb #5862b16e
 # A tokenizer as keys of a GGUF file.
 #
-# Two kinds are written. BPE on bytes, as in GPT-2, Llama 3, Qwen and SmolLM: pieces and merges, and the name under which
+# Two kinds are written. BPE on bytes, as in GPT-2, Llama 3, Qwen, SmolLM: pieces and merges, and the name under which
 # llama.cpp knows the pattern that cuts a text first (`CUTS`). The name is found by the pattern in tokenizer.json, and
 # by whether a whole cut that is a piece is taken without merging. BPE on characters with bytes for the rest, as in
 # SentencePiece, Llama 2, Mistral and Gemma: llama.cpp merges there by scores, the highest first. A merge's place in the
 # list, negated, is its score, if pieces come in the order of their merges; that is looked at, not hoped for.
 #
 # End marks: llama.cpp has room for three (eos, eot, eom) and knows some more by their text. All that the generation
-# config or the tokenizer names must be among these. Whether a first mark is added is read off the tokenizer's behaviour.
+# config or the tokenizer names must be among these. Whether a first mark is added is seen from what the tokenizer does.
 # Rows of the embedding beyond the tokenizer are unused pieces.
 #
 # Anything else is refused with its name: Unigram and WordPiece models, normalizers, patterns that llama.cpp does not
