@@ -52,6 +52,7 @@ COMMANDS = {
     "doctor": Command("what this machine can do, with advice for each lack", "doctor.Doctor"),
     "train": Command("train adapters on a model in 4 bits", "training.Train"),
     "plan": Command("the memory that a training step will take", "planning.Plan"),
+    "merge": Command("put a run's adapter into its model", "merging.Merge"),
 }
 
 def options_of(

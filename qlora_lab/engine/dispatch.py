@@ -77,7 +77,9 @@ ALWAYS |= _on("cpu", "cuda", "meta", quantize_experts="engine.experts.quantize_e
     experts_left_alone="engine.experts.experts_left_alone",
     adapt_parameters="engine.adapted_parameters.adapt_parameters",
     parameter_shapes="engine.adapted_parameters.parameter_shapes",
-    parameter_names="engine.adapted_parameters.parameter_names")
+    parameter_names="engine.adapted_parameters.parameter_names",
+    merge_parameters="engine.merged_parameters.merge_parameters",
+    through_quantizer="engine.merge_aware.through_quantizer")
 
 # %% ../../nbs/engine/dispatch.ipynb #4f329919
 LACK = {"cpu": "engine.c_functions.c_lack", "cuda": "engine.gpu.gpu_lack"}  # device type to where its reason is found
