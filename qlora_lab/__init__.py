@@ -46,6 +46,8 @@ _PUBLIC = {
     "engine.planner": ["MemoryPlan", "plan"],
     "engine.fusing": ["fuse_layers"],
     "engine.dispatch": ["use_kernels"],
+    "engine.gguf_files": ["to_gguf"],
+    "engine.compressed": ["to_awq", "to_gptq"],
 }
 
 # %% ../nbs/reference/public_names.ipynb #a1b2c3d4

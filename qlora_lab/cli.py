@@ -53,6 +53,7 @@ COMMANDS = {
     "train": Command("train adapters on a model in 4 bits", "training.Train"),
     "plan": Command("the memory that a training step will take", "planning.Plan"),
     "merge": Command("put a run's adapter into its model", "merging.Merge"),
+    "export": Command("write a model for llama.cpp, Ollama or vLLM", "exporting.Export"),
 }
 
 def options_of(

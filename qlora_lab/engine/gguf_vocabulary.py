@@ -205,14 +205,21 @@ def _by_scores(writer, spec: dict, tokenizer, rows: int) -> None:
     writer.add_add_space_prefix(first)
 
 # %% ../../nbs/engine/gguf_vocabulary.ipynb #fa1e40bb
+def _begins(tokenizer) -> bool:
+    "Whether a chat begins with the first mark; True for a tokenizer without a chat template."
+    if not tokenizer.chat_template: return True
+    turn = [{"role": "user", "content": "a"}]
+    return tokenizer.apply_chat_template(turn, tokenize=False).startswith(tokenizer.bos_token)
+
+# %% ../../nbs/engine/gguf_vocabulary.ipynb #d1312695
 def _marks(writer, tokenizer) -> None:
     "The other marks, whether a first and a last one are added, and the chat template."
-    for place in ("bos", "unk", "pad"):
-        i = getattr(tokenizer, f"{place}_token_id")
+    marks = {place: getattr(tokenizer, f"{place}_token_id") for place in ("bos", "unk", "pad")}
+    if marks["bos"] is None: marks["bos"] = tokenizer.eos_token_id  # or llama.cpp takes token 11; it is added nowhere
+    for place, i in marks.items():
         if i is not None: getattr(writer, f"add_{place}_token_id")(i)
-    ids = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
+    ids, template = tokenizer("a")["input_ids"], tokenizer.chat_template
+    writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id and _begins(tokenizer))
     writer.add_add_eos_token(bool(ids) and ids[-1] == tokenizer.eos_token_id)
-    template = tokenizer.chat_template
     if isinstance(template, dict): template = [{"name": n, "template": t} for n, t in template.items()]
     if template: writer.add_chat_template(template)

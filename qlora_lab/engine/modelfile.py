@@ -65,14 +65,13 @@ def _common(a: str, b: str) -> str:
 # %% ../../nbs/engine/modelfile.ipynb #12bd144b
 S, U, A, V = "⟦one⟧", "⟦two⟧", "⟦three⟧", "⟦four⟧"  # contents that no template has
 
-def _pieces(render, first: str) -> Chain:
+def _pieces(render, mark: str) -> Chain:
     "The pieces of a template, whose rendering is given."
     def say(*turns, ask=False): return render([{"role": r, "content": c} for r, c in turns], ask)
     both = say(("system", S), ("user", U))
     head, rest = _cut(both, S)
     between, after_user = _cut(rest, U)
     alone, _ = _cut(say(("user", U)), U)
-    if not head.startswith(first): raise _Unlike("it does not begin with the mark that llama.cpp puts there")
     _, tail = _cut(say(("system", S), ("user", U), ("assistant", A)), U)
     mid, after_answer = _cut(tail, A)
     if not mid.startswith(after_user): raise _Unlike("what stands after a question depends on what follows")
@@ -81,6 +80,7 @@ def _pieces(render, first: str) -> Chain:
     next_user, _ = _cut(tail, V)
     if not next_user.startswith(after_answer): raise _Unlike("what stands after an answer depends on what follows")
     before_user = next_user.removeprefix(after_answer)
+    first = mark if all(t.startswith(mark) for t in (head, alone)) and not before_user.startswith(mark) else ""
     if not between.endswith(before_user): raise _Unlike("the first question is put otherwise than the next")
     after_system, before_system = between.removesuffix(before_user), head.removeprefix(first)
     asks = say(("user", U), ask=True).removeprefix(say(("user", U)))
@@ -117,14 +117,14 @@ def chain_of(
     ids = tokenizer("a")["input_ids"]
     added = bool(ids) and ids[0] == tokenizer.bos_token_id
     try:
-        chain = _pieces(render, tokenizer.bos_token if added else "")
+        chain = _pieces(render, tokenizer.bos_token or "")
         _against(chain, render)
     except _Unlike as e: return str(e)
     except Exception as e:  # a template may refuse a conversation with an error of any kind
         return f"it refuses a conversation ({(str(e).splitlines() or [type(e).__name__])[0][:80]})"
     texts = [*chain.before.values(), *chain.after.values(), chain.asks, chain.system or ""]
     if any("{{" in t or "}}" in t or '"""' in t for t in texts): return "it has braces or quotes that Go would read"
-    return chain._replace(first="") if added else chain
+    return chain._replace(first="") if added and chain.first else chain
 
 # %% ../../nbs/engine/modelfile.ipynb #6186a26f
 def go_template(
