@@ -39,7 +39,7 @@ def said_by_llama_cpp(file: Path, tokens: list) -> Said:
     import llama_cpp
     longest = max(len(t.ids) for t in tokens)
     model = llama_cpp.Llama(str(file), n_ctx=longest, n_batch=longest, logits_all=True, verbose=False,
-                            n_threads=torch.get_num_threads(), type_k=0, type_v=0, flash_attn=False)
+                            n_threads=1, type_k=0, type_v=0, flash_attn=False)
     logs, targets = [], []
     for one in tokens:
         at, target = answer_places(collate([one]))
@@ -82,34 +82,36 @@ def opened(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def measure(folder: Path, work: Path, examples: int, calibrated: int) -> dict:
-    "Every format of a merged model."
+def measure(folder: Path, work: Path, examples: int, calibrated: int, save) -> None:
+    "Every format of a merged model; what is there is saved after each."
     model, tokenizer = load_model(folder, None, dtype=torch.float32)
     data = default_split()
     tokens = [tokenize(tokenizer, e) for e in data.held_out[:examples]]
     ours, parameters = said(model, tokens), sum(p.numel() for p in model.parameters())
-    rows = [row("16 bits", mib(*weights_of(folder)), parameters, ours, ours, 0)]
+    rows = []
+    def add(*of, **more):
+        rows.append(row(of[0], of[1], parameters, ours, *of[2:]) | more)
+        save({"parameters": parameters, "examples": len(tokens), "tokens": sum(ours.score.tokens),
+              "calibrated on": calibrated, "formats": rows})
+    add("16 bits", mib(*weights_of(folder)), ours, 0)
     del model
     for kind in GGUF:
         start = time.perf_counter()
         file = to_gguf(folder, kind, work / kind)
         took = time.perf_counter() - start
-        rows.append(row(kind, mib(file), parameters, ours, said_by_llama_cpp(file, tokens), took)
-                    | {"tensors": contents(file).types})
+        add(kind, mib(file), said_by_llama_cpp(file, tokens), took, tensors=contents(file).types)
         shutil.rmtree(file.parent)
+    for double, name in ((False, "NF4"), (True, "NF4 + DQ")):
+        start = time.perf_counter()
+        size, theirs = nf4(folder, work / name, double, tokens)
+        add(name, size, theirs, time.perf_counter() - start)
     for make, name in ((to_gptq, "GPTQ"), (to_awq, "AWQ")):
         start = time.perf_counter()
         made = make(folder, data.train, work / name, count=calibrated)
         took = time.perf_counter() - start
-        rows.append(row(name, mib(*weights_of(made)), parameters, ours, said(opened(made), tokens), took))
+        add(name, mib(*weights_of(made)), said(opened(made), tokens), took)
         shutil.rmtree(made)
         release_memory()
-    for double, name in ((False, "NF4"), (True, "NF4 + DQ")):
-        start = time.perf_counter()
-        size, theirs = nf4(folder, work / name, double, tokens)
-        rows.append(row(name, size, parameters, ours, theirs, time.perf_counter() - start))
-    return {"parameters": parameters, "examples": len(tokens), "tokens": sum(ours.score.tokens), "calibrated on": calibrated,
-            "formats": rows}
 
 
 def main() -> None:
@@ -120,8 +122,9 @@ def main() -> None:
     asked = parser.parse_args()
     record = read_json(asked.run / "run.json")
     with TemporaryDirectory() as place, merged(asked.run, Path(place) / "out") as folder:
-        found = measure(folder, Path(place), asked.examples, asked.calibrated)
-    print(save_result("exports", {"run": {k: record["config"][k] for k in ("steps", "rank", "lr")}, **found}))
+        run = {k: record["config"][k] for k in ("steps", "rank", "lr")}
+        measure(folder, Path(place), asked.examples, asked.calibrated,
+                lambda found: save_result("exports", {"run": run, **found}))
 
 
 if __name__ == "__main__": main()

@@ -2,9 +2,9 @@
 
     python scripts/serve_wheel.py        # prints the folder that `pip install --find-links` takes
 
-PyPI has its source alone. A full build takes about six minutes on two cores; this one leaves out what is not needed
-here, the multimodal library and llama.cpp's own helpers for its programs, and takes about half. The wheel holds code for
-AVX2 and not for this processor in particular, so that it can be kept.
+PyPI has its source alone. A full build takes about six minutes on two cores; this one leaves out the multimodal library
+and llama.cpp's helpers for its programs, which nobody needs here, and takes about half. The wheel holds code for AVX2
+and not for this processor in particular, so that it can be kept.
 """
 import os
 import shutil
@@ -65,7 +65,8 @@ def main() -> None:
         start = time.perf_counter()
         with TemporaryDirectory(dir=wheels) as work:
             place = Path(work)
-            pip("download", "-q", "--no-deps", "--no-binary", "llama-cpp-python", "-d", work, f"llama-cpp-python=={version}")
+            wanted = f"llama-cpp-python=={version}"
+            pip("download", "-q", "--no-deps", "--no-binary", "llama-cpp-python", "-d", work, wanted)
             (source,) = place.glob("*.tar.gz")
             (place / "lean.cmake").write_text(LEAN, encoding="utf-8")
             options = " ".join([*OPTIONS, f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={place / 'lean.cmake'}"])

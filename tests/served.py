@@ -6,11 +6,11 @@ import numpy as np
 
 
 class Served:
-    "A model in llama.cpp, on two threads, with keys and values kept in float32 as transformers keeps them."
+    "A model in llama.cpp, on one thread, with keys and values kept in float32 as transformers keeps them."
     def __init__(self, file, **more):
         import llama_cpp
         self.library = llama_cpp
-        self.model = llama_cpp.Llama(str(file), n_ctx=256, n_batch=256, logits_all=True, verbose=False, n_threads=2,
+        self.model = llama_cpp.Llama(str(file), n_ctx=256, n_batch=256, logits_all=True, verbose=False, n_threads=1,
                                      flash_attn=False, type_k=0, type_v=0, **more)
 
     def logits(self, ids):

@@ -15,7 +15,8 @@ from qlora_lab.engine.gguf_files import to_gguf  # noqa: E402
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-@pytest.mark.parametrize("more", [{}, dict(use_rslora=True), dict(rank_pattern={"q_proj": 8}, alpha_pattern={"up_proj": 3})])
+@pytest.mark.parametrize("more", [
+    {}, dict(use_rslora=True), dict(rank_pattern={"q_proj": 8}, alpha_pattern={"up_proj": 3})])
 def test_an_adapter_on_its_base(more, tmp_path):
     from peft import LoraConfig, get_peft_model
     base = tmp_path / "base"
