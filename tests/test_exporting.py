@@ -20,7 +20,7 @@ def run(tmp_path_factory):
     model, tokenizer = load_model(place / "base", compute_dtype=torch.float32, device="cpu")
     data = split([pair(f"read the file {i}", f"sort the list {i}", group=str(i)) for i in range(12)], 0.3)
     train(model, tokenizer, data, TrainConfig(folder=str(place / "run"), steps=2, batch_size=2, accumulation=1, rank=4,
-                                              eval_examples=2, eval_prompts=1, max_new_tokens=2))
+                                              eval_examples=2, eval_prompts=1))
     return place / "run"
 
 

@@ -66,15 +66,13 @@ class Export:
         "Export, and say what was written; the exit code."
         return export(self)
 
-# %% ../../nbs/commands/exporting.ipynb #0865fc8a
+# %% ../../nbs/commands/exporting.ipynb #9d603481
 def kind_of(asked: Export) -> str:
     "What is to be made: 'GPTQ', 'AWQ', or a type of GGUF; raises LabError where nothing or several were asked for."
     wanted = [name for name, on in (("--gguf", asked.gguf), ("--gptq", asked.gptq), ("--awq", asked.awq)) if on]
     if len(wanted) != 1:
         raise LabError(f"expected one of --gguf TYPE, --gptq and --awq, not {' and '.join(wanted) or 'none'}")
     return file_type(asked.gguf).name if asked.gguf else wanted[0][2:].upper()
-
-assert kind_of(Export("m", gguf="q8_0")) == "Q8_0" and kind_of(Export("m", awq=True)) == "AWQ"
 
 # %% ../../nbs/commands/exporting.ipynb #a5b488c2
 def looked_at(

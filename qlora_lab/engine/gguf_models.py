@@ -232,6 +232,7 @@ def entries(
             for target, source in found.items() if target not in tied]
     return made + _rope_factors(config, family)
 
+# %% ../../nbs/engine/gguf_models.ipynb #dd706959
 class _Shaped(Stored):
     "Tensors of safetensors files whose shapes are known without reading them."
     def shape(self, name: str) -> tuple[int, ...]:

@@ -73,13 +73,13 @@ def cut_name(
 ) -> str:
     "llama.cpp's name for the way in which a tokenizer of bytes cuts a text."
     found = patterns(spec["pre_tokenizer"])
-    if found and found[-1:] != (GPT2,) and not _byte_level(spec["pre_tokenizer"]): found = ()
     name = CUTS.get((found, bool(spec["model"].get("ignore_merges"))))
     if name is None: raise LabError(f"it cuts a text by {' then '.join(found)[:90]!r}, which llama.cpp does not")
     return name
 
-def _byte_level(cutter: dict) -> bool:
-    return any(p["type"] == "ByteLevel" for p in cutter.get("pretokenizers", [cutter]))
+def _byte_level(cutter: dict | None) -> bool:
+    "Whether pieces are made of bytes, and not of characters."
+    return cutter is not None and any(p["type"] == "ByteLevel" for p in cutter.get("pretokenizers", [cutter]))
 
 # %% ../../nbs/engine/gguf_vocabulary.ipynb #fe9f971f
 def scores(
@@ -170,9 +170,7 @@ def describe_tokenizer(
         raise LabError(f"{folder}: its tokenizer is of the kind {spec['model']['type']}, which is not written as GGUF; "
                        "expected BPE")
     try:
-        if spec["normalizer"] and spec["normalizer"].get("normalizers") != [] and spec["model"]["byte_fallback"] or (
-                (spec["pre_tokenizer"] or {}).get("type") == "Metaspace"): _by_scores(writer, spec, tokenizer, rows)
-        else: _by_merges(writer, spec, tokenizer, rows)
+        (_by_merges if _byte_level(spec["pre_tokenizer"]) else _by_scores)(writer, spec, tokenizer, rows)
         for place, i in places_of_ends(end_marks(folder, tokenizer), tokenizer).items():
             getattr(writer, f"add_{place}_token_id")(i)
     except LabError as e: raise LabError(f"{folder}: the tokenizer cannot be written: {e}") from None
