@@ -48,6 +48,7 @@ _PUBLIC = {
     "engine.dispatch": ["use_kernels"],
     "engine.gguf_files": ["to_gguf"],
     "engine.compressed": ["to_awq", "to_gptq"],
+    "manifest": ["verify"],
 }
 
 # %% ../nbs/reference/public_names.ipynb #a1b2c3d4

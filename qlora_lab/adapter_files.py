@@ -37,6 +37,7 @@ from torch import Tensor
 
 from .adapter_settings import check_config, check_method, check_unknown
 from .records import LabError, read_json, write_whole
+from .safe_files import check_folder
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -58,7 +59,8 @@ def write_adapter(
 
 # %% ../nbs/reference/adapter_files.ipynb #6eb3c3a8
 def _check_there(folder: Path) -> None:
-    "Both files, or what is there in their stead; raises LabError."
+    "Both files, or what is there in their stead; raises LabError, and for a folder that leads out of itself too."
+    if folder.is_dir(): check_folder(folder)
     for name in ADAPTER_FILES:
         if (folder / name).is_file(): continue
         old, below = folder / "adapter_model.bin", sorted(p.parent.name for p in folder.glob(f"*/{ADAPTER_FILES[0]}"))

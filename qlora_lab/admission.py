@@ -26,6 +26,7 @@ import torch
 
 from .blockwise import codebook
 from .records import LabError
+from .safe_files import check_kernels
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -39,7 +40,7 @@ def admit(
     "The config of a causal language model; raises LabError for what cannot be trained."
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-    config = AutoConfig.from_pretrained(_known_family(source))
+    config = AutoConfig.from_pretrained(_known_family(source), trust_remote_code=False)
     family, kind = config.model_type, type(config)
     if getattr(config, "is_encoder_decoder", False):
         raise LabError(f"{source}: {family} is an encoder-decoder; the lab trains decoders alone")
@@ -60,6 +61,7 @@ def _known_family(source: str) -> str:
     "The source itself; raises LabError for a family that transformers does not have."
     from transformers import CONFIG_MAPPING, PretrainedConfig
     raw, _ = PretrainedConfig.get_config_dict(source)
+    check_kernels(raw, source)
     family = raw.get("model_type")
     if family is None and not raw:
         raise LabError(f"{source}: no config.json; expected a folder or repository that save_pretrained wrote")

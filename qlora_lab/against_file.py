@@ -8,9 +8,9 @@ __all__ = ['stored_files', 'Stored', 'stored_dtype', 'targets', 'converted', 'bi
 # %% ../nbs/reference/against_file.ipynb #46b2738d
 # A model and the files it was opened from, compared.
 #
-# `stored_files` finds what transformers reads: one safetensors file, the shards that an index names, or pytorch's older
-# format. `Stored` opens them memory-mapped and hands out single tensors. Names in a file may be older than the model's,
-# and experts may lie one by one where the model has one tensor of three axes: transformers' own renamings and
+# `stored_files` finds what transformers reads: one safetensors file, or the shards that an index names; weights in
+# another form are refused (`safe_files`). `Stored` opens them memory-mapped and hands out single tensors. Names in a
+# file may be older than the model's, and experts may lie one by one where the model has one tensor of three axes: transformers' own renamings and
 # conversions are applied, one target at a time.
 #
 # `hold_against` compares bits: the file's tensor, cast to the model's dtype if that is another, against what the model
@@ -32,55 +32,44 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .records import LabError, read_json
+from .records import LabError
+from .safe_files import no_weights, shards
 
 # %% ../nbs/reference/against_file.ipynb #c034075b
 def stored_files(
     source: str,      # a folder or a hub id
 ) -> list[str]:       # paths on this machine
     "The files with a model's weights; raises LabError where there are none."
-    from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
     from transformers.utils.hub import get_checkpoint_shard_files
     def find(name): return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    for stem in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
-        whole = find(stem)
-        if whole: return [whole]
-        index = find(f"{stem}.index.json")
-        if not index: continue
-        if "weight_map" not in read_json(index): raise LabError(f"{index}: no weight_map; expected an index of shards")
-        return list(get_checkpoint_shard_files(source, index)[0])
-    raise LabError(f"{source}: no weights; expected model.safetensors, or shards with their index")
+    whole = find(SAFE_WEIGHTS_NAME)
+    if whole: return [whole]
+    index = find(SAFE_WEIGHTS_INDEX_NAME)
+    if not index: raise no_weights(source)
+    shards(index)  # names no file elsewhere
+    return list(get_checkpoint_shard_files(source, index)[0])
 
 # %% ../nbs/reference/against_file.ipynb #f8acee5a
-def _older(file: str) -> dict[str, Tensor]:
-    "The tensors of a file in pytorch's older format, which transformers reads, and nothing but tensors."
-    from transformers.modeling_utils import load_state_dict
-    return load_state_dict(file, map_location="cpu", weights_only=True)
-
 class Stored:
     "Tensors of several files by name, read when they are asked for."
     def __init__(self, files: list[str]):
         self.place, self._open = {}, {}
         for file in files:
-            self._open[file] = safe_open(file, "pt") if Path(file).suffix == ".safetensors" else _older(file)
+            if Path(file).suffix != ".safetensors": raise LabError(f"{file}: not a safetensors file")
+            self._open[file] = safe_open(file, "pt")
             self.place |= dict.fromkeys(self._open[file].keys(), file)
 
-    def __getitem__(self, name: str) -> Tensor:
-        found = self._open[self.place[name]]
-        return found[name] if isinstance(found, dict) else found.get_tensor(name)
+    def __getitem__(self, name: str) -> Tensor: return self._open[self.place[name]].get_tensor(name)
 
     def dtype(self, name: str) -> str:
         "A tensor's dtype as safetensors writes it, without reading the tensor."
-        found = self._open[self.place[name]]
-        return str(found[name].dtype) if isinstance(found, dict) else found.get_slice(name).get_dtype()
+        return self._open[self.place[name]].get_slice(name).get_dtype()
 
-    def numel(self, name: str) -> int:
-        found = self._open[self.place[name]]
-        return torch.Size(found[name].shape if isinstance(found, dict) else found.get_slice(name).get_shape()).numel()
+    def numel(self, name: str) -> int: return torch.Size(self._open[self.place[name]].get_slice(name).get_shape()).numel()
 
 # %% ../nbs/reference/against_file.ipynb #e16ff26d
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_FLOATS |= {str(dtype): dtype for dtype in _FLOATS.values()}
 
 def stored_dtype(
     stored: Stored,
@@ -89,7 +78,7 @@ def stored_dtype(
     "The precision of a checkpoint; raises LabError for 8-bit floats, which need scales to mean anything."
     count = Counter()
     for name in stored.place: count[stored.dtype(name)] += stored.numel(name)
-    eight = [dtype for dtype in count if "F8" in dtype or "float8" in dtype]
+    eight = [dtype for dtype in count if "F8" in dtype]
     if eight:
         raise LabError(f"{source}: weights in {eight[0]}, 8-bit floats; the lab reads 16- and 32-bit ones: take the "
                        "unquantized checkpoint")

@@ -216,7 +216,8 @@ def load_quantized(
     compute = str(compute_dtype).removeprefix("torch.") if compute_dtype else None
     config.quantization_config = quant | {"quant_method": LAB_METHOD, "compute_dtype": compute}
     model, info = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True,
-                                                       ignore_mismatched_sizes=True)
+                                                       ignore_mismatched_sizes=True, use_safetensors=True,
+                                                       trust_remote_code=False)
     fits(info, source)
     _same_shapes(model, source)
     hold_against(model, Stored(files), source)

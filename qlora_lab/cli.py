@@ -54,6 +54,8 @@ COMMANDS = {
     "plan": Command("the memory that a training step will take", "planning.Plan"),
     "merge": Command("put a run's adapter into its model", "merging.Merge"),
     "export": Command("write a model for llama.cpp, Ollama or vLLM", "exporting.Export"),
+    "verify": Command("whether a run or a model is what its manifest says", "verifying.Verify"),
+    "model-card": Command("write the README.md that the Hub shows", "verifying.ModelCard"),
 }
 
 def options_of(

@@ -9,8 +9,8 @@ __all__ = ['PASSED_OVER', 'mark', 'hash_file', 'files_of']
 # The files of a folder by name, and SHA-256 and size of a file.
 #
 # `files_of` walks a folder without following a link: a link's target can change while the folder stays the same, so a
-# link is told as one and its bytes are not taken. What git and the Hub put beside an artefact (.git, .cache/huggingface,
-# .gitattributes) and files that another process is just writing under a hidden name are passed over.
+# link is told as one and its bytes are not taken. What git and the Hub put beside an artefact, the lock of a process at
+# work, and files that another process is just writing under a hidden name are passed over.
 #
 # `hash_file` streams, so that size does not matter, and compares size and time before and after: a file that changes
 # while it is read has no hash.
@@ -52,7 +52,7 @@ def _opener(path, flags):
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
 
 # %% ../nbs/reference/file_hashes.ipynb #959d15a2
-PASSED_OVER = ".git", ".cache/huggingface", ".gitattributes"  # of git and the Hub; nothing loads them
+PASSED_OVER = ".git", ".cache", ".gitattributes", ".lock"  # of git, the Hub, a process at work: nothing loads them
 
 def files_of(
     folder: str | Path,

@@ -35,6 +35,7 @@ from ..assets import quiet
 from ..data import tokenize
 from .gguf_files import check_out, check_source
 from ..manifest import record_step
+from ..model_card import write_card
 from ..records import LabError, whole_folder
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def _recipe(method: str, size: int) -> list:
     what = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
     return [GPTQModifier(**what)] if method == "GPTQ" else [AWQModifier(), QuantizationModifier(**what)]
 
+# %% ../../nbs/engine/compressed.ipynb #d61389d4
 def _compressed(folder: Path, examples, out: str | Path | None, method: str, count: int, longest: int, source) -> Path:
     "A folder by one of the methods, whole or not at all."
     check_compressor()
@@ -100,7 +102,7 @@ def _compressed(folder: Path, examples, out: str | Path | None, method: str, cou
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")
     rows, size = calibration(tokenizer, examples, count, longest), group_size(model, folder)
     try:
-        with whole_folder(out) as made: _fill(made, model, tokenizer, rows, method, size, source or folder)
+        with whole_folder(out) as made: _fill(made, model, tokenizer, rows, method, size, source or folder, out.name)
     except LabError: raise
     except OSError as e:
         raise LabError(f"{out}: cannot be written ({e.strerror or e}); nothing was left there") from None
@@ -118,7 +120,7 @@ def _without_pinning():
         with patch.object(IntermediatesCache, "pin_memory", lambda *args, **named: None): yield
 
 # %% ../../nbs/engine/compressed.ipynb #2d6412fe
-def _fill(made: Path, model, tokenizer, rows: list, method: str, size: int, source) -> None:
+def _fill(made: Path, model, tokenizer, rows: list, method: str, size: int, source, called: str) -> None:
     "Calibrate, round, save, record."
     os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")  # before it is imported
     from llmcompressor import oneshot
@@ -135,6 +137,7 @@ def _fill(made: Path, model, tokenizer, rows: list, method: str, size: int, sour
     settings = {"format": "compressed-tensors", "method": method, "bits": 4, "group": size, "examples": len(rows),
                 "tokens": tokens}
     record_step(made, "export", source, settings, {"after": {"bits a weight": round(bits_of(made), 3)}})
+    write_card(made, name=called)
 
 # %% ../../nbs/engine/compressed.ipynb #5bac89aa
 PARTS = "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"  # of a layer

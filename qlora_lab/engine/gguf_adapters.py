@@ -34,6 +34,7 @@ from .gguf_models import entries, family_of, name_map, reshaped
 from .gguf_types import Type, file_type, packed
 from ..loading import find_model
 from ..manifest import record_step
+from ..model_card import write_card
 from ..records import LabError, whole_folder
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def adapter_to_gguf(
         with whole_folder(out) as place:
             _write(place / name, made, config, written, wanted)
             record_step(place, "export", run_of(folder), settings)
+            write_card(place, name=out.name)
     except OSError as e:
         raise LabError(f"{out}: cannot be written ({e.strerror or e}); nothing was left there") from None
     return out / name

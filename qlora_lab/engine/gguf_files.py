@@ -11,7 +11,7 @@ __all__ = ['check_source', 'check_quantizer', 'check_out', 'check_space', 'Draft
 #
 # A file begins with "GGUF", a version and two counts; then come the keys, then name, shape, type and offset of each
 # tensor, then the tensors, each at a multiple of 32 bytes. `to_gguf` fills a folder with such a file, a Modelfile for
-# Ollama and manifest.json.
+# Ollama, manifest.json and a model card.
 #
 # The types of `gguf_types.HERE` are written here, tensor by tensor, so that memory holds one of them. For the others a
 # file is written in the precision of the folder and llama.cpp's own quantizer makes the one that was asked for
@@ -40,6 +40,7 @@ from .gguf_types import FileType, Type, file_type, packed, tensor_type
 from .gguf_vocabulary import describe_tokenizer, end_marks
 from .modelfile import modelfile
 from ..manifest import MANIFEST, read_manifest, record_step
+from ..model_card import write_card
 from ..records import LabError, read_json, whole_folder
 
 # %% ../../nbs/engine/gguf_files.ipynb #1afffc88
@@ -194,7 +195,7 @@ def to_gguf(
     out: str | Path | None = None,    # folder to make; FOLDER-KIND by default
     source: str | Path | None = None, # where the record goes on from, if not from the folder
 ) -> Path:                            # the GGUF file, in `out`
-    "Write a merged model as a GGUF file with a Modelfile and a manifest, whole or not at all; raises LabError."
+    "Write a merged model as a GGUF file with a Modelfile and its record, whole or not at all; raises LabError."
     wanted, folder = file_type(kind), check_source(folder)
     check_quantizer(wanted)
     out = check_out(out or f"{folder}-{wanted.name}")
@@ -202,14 +203,14 @@ def to_gguf(
     check_space(out, made.size if wanted.here else made.size * 3 // 2)
     name = f"model-{wanted.name}.gguf"
     try:
-        with whole_folder(out) as place: _fill(place, name, made, wanted, folder, source)
+        with whole_folder(out) as place: _fill(place, name, made, wanted, folder, source, out.name)
     except LabError: raise
     except OSError as e:
         raise LabError(f"{out}: cannot be written ({e.strerror or e}); nothing was left there") from None
     return out / name
 
 # %% ../../nbs/engine/gguf_files.ipynb #10fa3f10
-def _fill(place: Path, name: str, made: Draft, wanted: FileType, folder: Path, source) -> None:
+def _fill(place: Path, name: str, made: Draft, wanted: FileType, folder: Path, source, called: str) -> None:
     "Write all that belongs to a file."
     from transformers import AutoTokenizer
     plain = place / (name if wanted.here else "plain.gguf")
@@ -226,3 +227,4 @@ def _fill(place: Path, name: str, made: Draft, wanted: FileType, folder: Path, s
     (place / "Modelfile").write_text(text, encoding="utf-8")
     record_step(place, "export", source or folder, {"format": "GGUF", "type": wanted.name, "tensors": found.types},
                 {"after": {"bits a weight": round(found.bits, 3), "MiB": round(found.mib, 1)}})
+    write_card(place, name=called)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..records import LabError, read_json
+from ..safe_files import check_kernels
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -173,6 +174,7 @@ def model_config(
     who = str(model) if isinstance(model, (str, Path)) else "config"
     if isinstance(model, PretrainedConfig): found = model.to_dict()
     else: found = model if isinstance(model, dict) else _named_config(str(model))
+    check_kernels(found, who)
     fields, family = _plain(_checked(found, who)), found.get("model_type", "llama")
     if family in _ANY_LENGTH: fields = {"max_position_embeddings": 1 << 20} | fields
     try: config = AutoConfig.for_model(family, **fields)
