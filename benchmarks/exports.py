@@ -2,6 +2,7 @@
 
     make train                                   # runs/docstrings, which is exported here
     python -m benchmarks.exports                 # needs the extras serve and compress; about half an hour on two cores
+    python -m benchmarks.exports --formats Q4_0 AWQ     # these anew; the other rows of the same run stay
 
 The run is merged into its dequantized weights in 16 bits. That model is exported to each format, and each is asked on
 the same held-out docstrings: GGUF files by llama.cpp itself, which is what serves them, the others by transformers and
@@ -21,7 +22,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.common import save_result
+from benchmarks.common import RESULTS, save_result
 from qlora_lab import load_model, save_quantized
 from qlora_lab.commands.exporting import merged
 from qlora_lab.data import collate, default_split, tokenize
@@ -31,6 +32,7 @@ from qlora_lab.engine.gguf_files import contents, to_gguf
 from qlora_lab.records import read_json, release_memory
 from qlora_lab.train import answer_places
 
+OTHERS = "NF4", "NF4 + DQ", "GPTQ", "AWQ"
 GGUF = "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_K_S", "IQ4_NL", "Q4_1", "Q4_0", "Q3_K_M", "Q2_K"
 
 
@@ -82,7 +84,7 @@ def opened(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def measure(folder: Path, work: Path, examples: int, calibrated: int, save) -> None:
+def measure(folder: Path, work: Path, examples: int, calibrated: int, wanted: list[str], save) -> None:
     "Every format of a merged model; what is there is saved after each."
     model, tokenizer = load_model(folder, None, dtype=torch.float32)
     data = default_split()
@@ -95,17 +97,19 @@ def measure(folder: Path, work: Path, examples: int, calibrated: int, save) -> N
               "calibrated on": calibrated, "formats": rows})
     add("16 bits", mib(*weights_of(folder)), ours, 0)
     del model
-    for kind in GGUF:
+    for kind in (k for k in GGUF if k in wanted):
         start = time.perf_counter()
         file = to_gguf(folder, kind, work / kind)
         took = time.perf_counter() - start
         add(kind, mib(file), said_by_llama_cpp(file, tokens), took, tensors=contents(file).types)
         shutil.rmtree(file.parent)
     for double, name in ((False, "NF4"), (True, "NF4 + DQ")):
+        if name not in wanted: continue
         start = time.perf_counter()
         size, theirs = nf4(folder, work / name, double, tokens)
         add(name, size, theirs, time.perf_counter() - start)
     for make, name in ((to_gptq, "GPTQ"), (to_awq, "AWQ")):
+        if name not in wanted: continue
         start = time.perf_counter()
         made = make(folder, data.train, work / name, count=calibrated)
         took = time.perf_counter() - start
@@ -114,17 +118,27 @@ def measure(folder: Path, work: Path, examples: int, calibrated: int, save) -> N
         release_memory()
 
 
+def kept(found: dict) -> dict:
+    "With the rows of an earlier recording of the same run on the same examples, in the order of the formats."
+    file = RESULTS / "exports.json"
+    before = read_json(file) if file.is_file() else {}
+    same = all(before.get(k) == found[k] for k in ("run", "examples", "tokens"))
+    rows = {f["format"]: f for f in (before["formats"] if same else []) + found["formats"]}
+    return found | {"formats": [rows[name] for name in ("16 bits", *GGUF, *OTHERS) if name in rows]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/docstrings"))
     parser.add_argument("--examples", type=int, default=96, help="held-out docstrings")
     parser.add_argument("--calibrated", type=int, default=128, help="examples that GPTQ and AWQ look at")
+    parser.add_argument("--formats", nargs="+", default=[*GGUF, *OTHERS], choices=[*GGUF, *OTHERS])
     asked = parser.parse_args()
     record = read_json(asked.run / "run.json")
     with TemporaryDirectory() as place, merged(asked.run, Path(place) / "out") as folder:
-        run = {k: record["config"][k] for k in ("steps", "rank", "lr")}
-        measure(folder, Path(place), asked.examples, asked.calibrated,
-                lambda found: save_result("exports", {"run": run, **found}))
+        run = {k: record["config"][k] for k in ("steps", "rank", "lr")} | {"data": record["identity"]["data"]}
+        measure(folder, Path(place), asked.examples, asked.calibrated, asked.formats,
+                lambda found: save_result("exports", kept({"run": run, **found})))
 
 
 if __name__ == "__main__": main()

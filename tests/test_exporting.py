@@ -53,3 +53,13 @@ def test_a_run_that_is_not_done_is_refused(run, tmp_path, capsys):
     (tmp_path / "begun" / "run.json").write_text(json.dumps(record))
     assert main(["export", str(tmp_path / "begun"), "--gguf", "F16"]) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["begun"]
+
+
+def test_examples_to_calibrate_on_are_those_that_were_learned(run, tmp_path):
+    "Without --data the docstrings, and not for a run that learned from others."
+    from qlora_lab.commands.exporting import Export, calibrating
+    from qlora_lab.records import LabError
+    with pytest.raises(LabError, match="name them with --data"): calibrating(Export(str(run), gptq=True))
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps({"prompt": f"read {i}", "completion": "sort"}) + "\n" for i in range(20)))
+    assert len(calibrating(Export(str(run), gptq=True, data=str(mine)))) < 20

@@ -53,7 +53,8 @@ def test_a_file_is_the_model(merged):
     theirs = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     assert theirs("read the 12 files").input_ids == make_tokenizer()("read the 12 files").input_ids
     assert theirs.chat_template == make_tokenizer().chat_template
-    assert sorted(p.name for p in file.parent.iterdir()) == ["Modelfile", "README.md", "manifest.json", "model-F32.gguf"]
+    made = sorted(p.name for p in file.parent.iterdir())
+    assert made == ["Modelfile", "README.md", "manifest.json", "model-F32.gguf"]
     steps = json.loads((file.parent / "manifest.json").read_text())["steps"]
     assert verify(file.parent) and steps[-1]["name"] == "export"
 

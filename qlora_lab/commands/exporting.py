@@ -13,8 +13,8 @@ __all__ = ['Export', 'kind_of', 'looked_at', 'merged', 'calibrating', 'export', 
 # that a mistake is told at once and not after minutes.
 #
 # A run is merged by `merge(how="dequantized")` into a hidden folder beside the result, which is removed in any case.
-# Its step stands in the record of the result, between training and export. The data for GPTQ and AWQ are the examples that
-# are named by --data; without it the docstrings of Python, as for `train`, and only where the run learned from them.
+# Its step stands in the record of the result, between training and export. The data for GPTQ and AWQ are the examples
+# that --data names; without it the docstrings of Python, as for `train`.
 #
 # The last lines say what was written, how large it is, and the command that opens it.
 # Built in nbs/commands/exporting.ipynb.
@@ -116,7 +116,7 @@ def merged(
 def calibrating(
     asked: Export,
 ) -> list:  # Examples to learn from
-    "The examples that GPTQ and AWQ look at; raises LabError where those of a run are not the ones that were given."
+    "The examples that GPTQ and AWQ look at."
     from qlora_lab.commands.training import data_of_run
     data, _, _ = data_of_run(asked.data, None)
     return data.train
