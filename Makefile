@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-machines fuzz lab docs bench bench-gpu clean
+.PHONY: help setup train test test-serve test-compress test-machines fuzz lab docs bench bench-gpu clean
 
 help:  ## this list
 	@echo "QLoRA Lab"; sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -31,6 +31,21 @@ train: $(STAMP)  ## train SmolLM2 in 4 bits; options go in ARGS, as in: make tra
 
 test: $(STAMP)  ## every test: pytest, and every notebook run and compared with what is stored
 	@$(PY) -m pytest --nbval $(ARGS)
+
+test-serve: $(VENV)/.serve  ## exported models in llama.cpp, which is compiled the first time: some minutes
+	@$(PY) -m pytest -q tests/serve $(ARGS)
+
+test-compress: $(VENV)/.compress  ## GPTQ and AWQ by llm-compressor
+	@$(PY) -m pytest -q tests/compress $(ARGS)
+
+$(VENV)/.serve: $(STAMP) scripts/serve_wheel.py
+	@wheels=$$($(PY) scripts/serve_wheel.py) && \
+		$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt --find-links "$$wheels" -e '.[serve]'
+	@touch $@
+
+$(VENV)/.compress: $(STAMP)
+	@$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[compress]'
+	@touch $@
 
 test-machines: $(STAMP)  ## the same as on other machines: older instruction sets, one thread and four; about an hour
 	@ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(PY) -m pytest --nbval -q $(ARGS)

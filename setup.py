@@ -28,7 +28,8 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_name"], cfg["lib_name"] + ".*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "tested": tested},
+    extras_require={"dev": cfg["dev_requirements"].split(), "serve": cfg["serve_requirements"].split(),
+                    "compress": cfg["compress_requirements"].split(), "tested": tested},
     entry_points={
         "console_scripts": cfg["console_scripts"].split("\n"),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
