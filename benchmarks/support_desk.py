@@ -1,0 +1,90 @@
+"""SmolLM2 learns the support desk: held-out loss, format kept, label right, before and after.
+
+    python -m benchmarks.support_desk            # about twenty minutes on two cores
+
+Trains in runs/support_desk as `qlora-lab train --data nbs/data/support.jsonl --held-out 0.2` does, and goes on there
+if it was cut short. Three sets of answers to the held-out tickets are graded: by the untrained model, by the untrained
+model that is told the house's rules with each ticket (a control), and by the trained one. A second control deals the
+trained model's answers out to other tickets. Writes benchmarks/results/support_desk.json.
+"""
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+from benchmarks.common import save_result
+from qlora_lab.data import data_hash
+from qlora_lab.model import answer, load_model
+from qlora_lab.runs import Run, TrainConfig
+from qlora_lab.scoring import improvement
+from qlora_lab.support_desk import Grade, Share, desk, grade
+from qlora_lab.train import train
+
+RULES = """You answer support tickets of Fennelbook. Reply in exactly five lines:
+[label | priority]
+Hello NAME,
+one to three sentences that answer the ticket
+Next step: one line
+Your Fennelbook desk
+The label is one of billing, login, bug, setup, messages, account, idea, other. The priority is one of urgent, normal,
+low. Write "Hello," where the ticket has no name. The ticket:
+
+"""
+LONGEST = 128  # tokens of an answer; the desk's own have at most 110
+
+
+def answered(model, tokenizer, tickets: list, told: str = "", size: int = 25) -> tuple[list[str], float]:
+    "Greedy answers to tickets, and the seconds they took."
+    start, texts = time.perf_counter(), [told + e.prompt for e in tickets]
+    batches = [texts[i:i + size] for i in range(0, len(texts), size)]
+    answers = [a for batch in batches for a in answer(model, tokenizer, batch, max_new_tokens=LONGEST)]
+    return answers, time.perf_counter() - start
+
+
+def as_rows(share: Share) -> dict:
+    low, high = share.interval()
+    return {"share": share.share, "low": low, "high": high, "passed": list(share.passed)}
+
+
+def as_json(graded: Grade) -> dict:
+    return {"format_kept": as_rows(graded.format_kept), "label_right": as_rows(graded.label_right)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--folder", type=Path, default=Path("runs/support_desk"), help="where the run lives")
+    parser.add_argument("--few", type=int, help="this many held-out tickets, and nothing is written")
+    args = parser.parse_args(argv)
+    data, (model, tokenizer) = desk(), load_model()
+    tickets = data.held_out[:args.few]
+    given = {"untrained": answered(model, tokenizer, tickets), "told the rules": answered(model, tokenizer, tickets,
+             RULES)}
+    for name, (answers, _) in given.items(): print(name, *grade(answers, tickets)[:2], flush=True)
+    config = TrainConfig(folder=args.folder, steps=args.steps, lr=args.lr, rank=args.rank, alpha=2 * args.rank)
+    run: Run = train(model, tokenizer, data, config)
+    given["trained"] = answered(model, tokenizer, tickets)
+    trained = given["trained"][0]
+    given["dealt out"] = random.Random(0).sample(trained, len(trained)), 0.
+    graded = {name: grade(answers, tickets) for name, (answers, _) in given.items()}
+    for name, g in graded.items(): print(f"{name:15} format kept {g.format_kept}, label right {g.label_right}")
+    fell, error = improvement(run.before, run.after)
+    print(f"{run.before} before, {run.after} after; fell by {fell:.3f} ± {error:.3f}")
+    if args.few: return
+    scores = {k: {"loss": s.loss, "stderr": s.stderr} for k, s in (("before", run.before), ("after", run.after))}
+    print(save_result("support_desk", {
+        "data": {"train": len(data.train), "held_out": len(data.held_out),
+                 "hash": [data_hash(data.train), data_hash(data.held_out)]},
+        "config": run.record["config"] | {"folder": args.folder.name}, "losses": run.losses, "held_out": scores,
+        "improvement": {"nats": fell, "stderr": error},
+        "seconds": {"training": run.record["seconds"], "answers": {k: s for k, (_, s) in given.items() if s}},
+        "peak_memory_gib": run.record["peak_memory_gib"], "groups": [e.stays_with for e in tickets],
+        "scores": {name: as_json(g) for name, g in graded.items()},
+        "answers": {name: given[name][0] for name in ("untrained", "told the rules", "trained")}}))
+    print(json.dumps(scores))
+
+
+if __name__ == "__main__": main()
