@@ -97,7 +97,8 @@ class Share:
         for hit, group in zip(self.passed, self.groups): by_group[group] += hit - p
         k, alone = len(by_group), p * (1 - p) * n
         if k < 2 or not alone: return n
-        return n / max(1., sum(r * r for r in by_group.values()) * k / (k - 1) / alone)
+        clustered = sum(r * r for r in by_group.values()) * k / (k - 1)
+        return n / max(1., clustered / (alone * n / (n - 1)))
 
     def interval(self, z: float = 1.96) -> tuple[float, float]:
         "Wilson's interval; 95 % by default."
