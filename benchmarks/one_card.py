@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.common import RESULTS, random_model, save_result
 from benchmarks.memory import one
-from qlora_lab import plan
+from qlora_lab import TrainConfig, plan
 from qlora_lab.bnb_files import save_quantized
 from qlora_lab.data import data_hash, tokenize
 from qlora_lab.engine.allocator import CONTEXT_GIB
@@ -41,7 +41,6 @@ from qlora_lab.engine.rehearsal import Settings
 from qlora_lab.linear4bit import set_submodule
 from qlora_lab.lora import LoRALinear
 from qlora_lab.model import load_model
-from qlora_lab.runs import TrainConfig
 from qlora_lab.support_desk import desk
 from qlora_lab.train import train
 

@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 
 from benchmarks.common import save_result
+from qlora_lab import TrainConfig
 from qlora_lab.data import data_hash
 from qlora_lab.model import answer, load_model
-from qlora_lab.runs import Run, TrainConfig
+from qlora_lab.runs import Run
 from qlora_lab.scoring import improvement
 from qlora_lab.support_desk import Grade, Share, desk, grade
 from qlora_lab.train import train
