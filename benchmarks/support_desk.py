@@ -13,13 +13,14 @@ import random
 import time
 from pathlib import Path
 
-from benchmarks.common import save_result
+from benchmarks.common import RESULTS, save_result
 from qlora_lab import TrainConfig
 from qlora_lab.data import data_hash
 from qlora_lab.model import answer, load_model
+from qlora_lab.records import write_whole
 from qlora_lab.runs import Run
 from qlora_lab.scoring import improvement
-from qlora_lab.support_desk import Grade, Share, desk, grade
+from qlora_lab.support_desk import Grade, desk, grade
 from qlora_lab.train import train
 
 RULES = """You answer support tickets of Fennelbook. Reply in exactly five lines:
@@ -43,13 +44,27 @@ def answered(model, tokenizer, tickets: list, told: str = "", size: int = 25) ->
     return answers, time.perf_counter() - start
 
 
-def as_rows(share: Share) -> dict:
-    low, high = share.interval()
-    return {"share": share.share, "low": low, "high": high, "passed": list(share.passed)}
+def graded(answers: dict[str, list[str]], tickets: list) -> dict[str, Grade]:
+    "Each set of answers, and the trained model's dealt out to other tickets."
+    dealt = random.Random(0).sample(answers["trained"], len(tickets))
+    found = {name: grade(given, tickets) for name, given in (answers | {"dealt out": dealt}).items()}
+    for name, g in found.items(): print(f"{name:15} format kept {g.format_kept}, label right {g.label_right}")
+    return found
 
 
-def as_json(graded: Grade) -> dict:
-    return {"format_kept": as_rows(graded.format_kept), "label_right": as_rows(graded.label_right)}
+def as_json(found: dict[str, Grade]) -> dict:
+    "Which tickets passed; intervals follow from that and the groups (support_desk.Share)."
+    return {name: {score: {"share": s.share, "passed": list(s.passed)} for score, s in
+                   (("format_kept", g.format_kept), ("label_right", g.label_right))} for name, g in found.items()}
+
+
+def again() -> Path:
+    "Grade the recorded answers once more, by today's rules; when and where they were made stays as it was."
+    path = RESULTS / "support_desk.json"
+    record, tickets = json.loads(path.read_text()), desk().held_out
+    if record["data"]["hash"][1] != data_hash(tickets): raise SystemExit("the record is of other tickets")
+    record["scores"] = as_json(graded(record["answers"], tickets))
+    return write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,19 +74,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--folder", type=Path, default=Path("runs/support_desk"), help="where the run lives")
     parser.add_argument("--few", type=int, help="this many held-out tickets, and nothing is written")
+    parser.add_argument("--again", action="store_true", help="grade the recorded answers again; nothing is trained")
     args = parser.parse_args(argv)
+    if args.again: return print(again())
     data, (model, tokenizer) = desk(), load_model()
     tickets = data.held_out[:args.few]
     given = {"untrained": answered(model, tokenizer, tickets), "told the rules": answered(model, tokenizer, tickets,
              RULES)}
-    for name, (answers, _) in given.items(): print(name, *grade(answers, tickets)[:2], flush=True)
+    for name, (texts, _) in given.items(): print(name, *grade(texts, tickets)[:2], flush=True)
     config = TrainConfig(folder=args.folder, steps=args.steps, lr=args.lr, rank=args.rank, alpha=2 * args.rank)
     run: Run = train(model, tokenizer, data, config)
     given["trained"] = answered(model, tokenizer, tickets)
-    trained = given["trained"][0]
-    given["dealt out"] = random.Random(0).sample(trained, len(trained)), 0.
-    graded = {name: grade(answers, tickets) for name, (answers, _) in given.items()}
-    for name, g in graded.items(): print(f"{name:15} format kept {g.format_kept}, label right {g.label_right}")
+    answers = {name: texts for name, (texts, _) in given.items()}
+    found = graded(answers, tickets)
     fell, error = improvement(run.before, run.after)
     print(f"{run.before} before, {run.after} after; fell by {fell:.3f} ± {error:.3f}")
     if args.few: return
@@ -81,10 +96,9 @@ def main(argv: list[str] | None = None) -> None:
                  "hash": [data_hash(data.train), data_hash(data.held_out)]},
         "config": run.record["config"] | {"folder": args.folder.name}, "losses": run.losses, "held_out": scores,
         "improvement": {"nats": fell, "stderr": error},
-        "seconds": {"training": run.record["seconds"], "answers": {k: s for k, (_, s) in given.items() if s}},
+        "seconds": {"training": run.record["seconds"], "answers": {k: s for k, (_, s) in given.items()}},
         "peak_memory_gib": run.record["peak_memory_gib"], "groups": [e.stays_with for e in tickets],
-        "scores": {name: as_json(g) for name, g in graded.items()},
-        "answers": {name: given[name][0] for name in ("untrained", "told the rules", "trained")}}))
+        "scores": as_json(found), "answers": answers}))
     print(json.dumps(scores))
 
 
