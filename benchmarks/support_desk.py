@@ -9,6 +9,7 @@ trained model's answers out to other tickets. Writes benchmarks/results/support_
 """
 import argparse
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -44,6 +45,16 @@ def answered(model, tokenizer, tickets: list, told: str = "", size: int = 25) ->
     return answers, time.perf_counter() - start
 
 
+def controls(folder: Path, model, tokenizer, tickets: list) -> dict[str, tuple[list[str], float]]:
+    "The untrained model's answers, kept beside the run so that a benchmark cut short goes on from them."
+    path, key = folder.with_name(folder.name + "_untrained.json"), data_hash(tickets)
+    if path.exists() and (found := json.loads(path.read_text()))["tickets"] == key: return found["answers"]
+    made = {"untrained": answered(model, tokenizer, tickets),
+            "told the rules": answered(model, tokenizer, tickets, RULES)}
+    write_whole(path, json.dumps({"tickets": key, "answers": made}))
+    return made
+
+
 def graded(answers: dict[str, list[str]], tickets: list) -> dict[str, Grade]:
     "Each set of answers, and the trained model's dealt out to other tickets."
     dealt = random.Random(0).sample(answers["trained"], len(tickets))
@@ -74,14 +85,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--folder", type=Path, default=Path("runs/support_desk"), help="where the run lives")
     parser.add_argument("--few", type=int, help="this many held-out tickets, and nothing is written")
+    parser.add_argument("--untrained", action="store_true", help="the untrained model's answers alone")
     parser.add_argument("--again", action="store_true", help="grade the recorded answers again; nothing is trained")
     args = parser.parse_args(argv)
     if args.again: return print(again())
     data, (model, tokenizer) = desk(), load_model()
     tickets = data.held_out[:args.few]
-    given = {"untrained": answered(model, tokenizer, tickets), "told the rules": answered(model, tokenizer, tickets,
-             RULES)}
+    given = controls(args.folder, model, tokenizer, tickets)
     for name, (texts, _) in given.items(): print(name, *grade(texts, tickets)[:2], flush=True)
+    if args.untrained: return
     config = TrainConfig(folder=args.folder, steps=args.steps, lr=args.lr, rank=args.rank, alpha=2 * args.rank)
     run: Run = train(model, tokenizer, data, config)
     given["trained"] = answered(model, tokenizer, tickets)
@@ -97,6 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         "config": run.record["config"] | {"folder": args.folder.name}, "losses": run.losses, "held_out": scores,
         "improvement": {"nats": fell, "stderr": error},
         "seconds": {"training": run.record["seconds"], "answers": {k: s for k, (_, s) in given.items()}},
+        "load": os.getloadavg()[0],  # processes that wanted to run in the last minute: beside cores, how busy it was
         "peak_memory_gib": run.record["peak_memory_gib"], "groups": [e.stays_with for e in tickets],
         "scores": as_json(found), "answers": answers}))
     print(json.dumps(scores))

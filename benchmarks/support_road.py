@@ -21,7 +21,7 @@ from benchmarks.common import RESULTS, save_result
 RUN, MERGED = "runs/support_desk", "runs/support_desk_merged"
 TICKET = "hi, i was charged two times this month for the same plan?? please check. Ana"
 ROAD = {
-    "data": "qlora-lab data nbs/data/support.jsonl",
+    "data": "qlora-lab data nbs/data/support.jsonl --held-out 0.2 --samples 1",
     "train": f"qlora-lab train --data nbs/data/support.jsonl --held-out 0.2 --steps 120 --out {RUN}",
     "chat": f"qlora-lab chat {RUN} --prompt {shlex.quote(TICKET)}",
     "merge": f"qlora-lab merge {RUN} --out {MERGED}",
