@@ -104,6 +104,7 @@ class TrainConfig(_Learning):
     checkpointed_layers: int = 0 # of them the first so many; 0 for all
     checkpoints_in: Literal["device", "host"] = "device"  # where the inputs of these layers wait
     pass_size: int = 0           # examples of a step that go through the model at once; 0 for batch_size
+    packing: bool = False        # a step's examples one behind another in rows, without padding
     budget: str = ""             # memory that is chosen for, 24GiB: checkpoints, pages and passes for the fastest step
     adapter_dtype: str = "float32"  # of adapters and gradients; bfloat16 halves them
     optimizer_bits: int = 32     # of AdamW's state; 8 takes a quarter
@@ -155,7 +156,7 @@ class Run(RunFolder):
 
 # %% ../nbs/reference/runs.ipynb #c3989565
 INDIFFERENT = ("folder", "checkpoint_every", "checkpointing", "checkpointed_layers", "checkpoints_in", "device_budget",
-               "pass_size", "budget")  # change no result but for rounding: where things are kept, and how often
+               "pass_size", "packing", "budget")  # change no result but for rounding: where things are kept, and how often
 
 def fingerprint(model: nn.Module, data: Split, config: TrainConfig) -> dict:
     "What makes a run this run: a folder that holds another one is refused."

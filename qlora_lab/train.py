@@ -39,6 +39,7 @@ from .head_loss import place_losses
 from .linear4bit import saved_for_backward
 from .lora import add_lora, reset_lora, save_adapter, trainable
 from .model import answer
+from .packing import check_packing, kept_apart, pack, packed_batches
 from .paged import PagedAdamW
 from .records import LabError, peak_memory_gib, provenance, release_memory, write_whole
 from .runs import Run, TrainConfig, fingerprint, open_folder, resume, save_checkpoint, step_memory
@@ -60,8 +61,8 @@ def answer_losses(
     "The surprise at each token of the answers; logits are computed at those places alone, a piece at a time."
     device, (at, targets) = next(model.parameters()).device, answer_places(batch)
     rows, targets, at = (at // batch["labels"].shape[1]).to(device), targets.to(device), at.to(device)
-    inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
-    return place_losses(model, inputs, at, targets), rows
+    inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
+    with kept_apart(model, inputs): return place_losses(model, inputs, at, targets), rows
 
 # %% ../nbs/10_train.ipynb #5a160b99
 @torch.no_grad()
@@ -193,7 +194,8 @@ def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, learn: list, co
     lengths = [len(t.ids) for t in learn]
     passes = range(step * config.accumulation, (step + 1) * config.accumulation)
     chosen = [batch_indices(lengths, config.batch_size, k, config.seed) for k in passes]
-    batches = [collate([learn[i] for i in indices]) for indices in regrouped(chosen, lengths, config.pass_size)]
+    if config.packing: batches = packed_batches(model, learn, chosen, config.pass_size or config.batch_size)
+    else: batches = [collate([learn[i] for i in some]) for some in regrouped(chosen, lengths, config.pass_size)]
     lr, start = config.lr * min(1, (step + 1) / max(1, config.warmup)), time.perf_counter()
     loss, norm = train_step(model, optimizer, batches, lr, config.max_grad_norm)
     release_memory()
@@ -264,12 +266,14 @@ def train(
     learn = [tokenize(tokenizer, e, longest) for e in data.train]
     held = [tokenize(tokenizer, e, longest) for e in spread(data.held_out, config.eval_examples)]
     asked = spread(data.held_out, config.eval_prompts)
+    if config.packing: check_packing(model)
     config, chosen = as_chosen(config, model, learn)
     model = attach_adapters(model, config).train()
     optimizer = make_optimizer(trainable(model), config)
     if record is None: record = begin(folder, identity, config, model, tokenizer, held, asked)
     record |= chosen
-    activations = activation_bytes(model, collate(longest_batch(learn, config.pass_size or config.batch_size)))
+    largest = longest_batch(learn, config.pass_size or config.batch_size)
+    activations = activation_bytes(model, pack(largest) if config.packing else collate(largest))
     run_steps(folder, model, optimizer, learn, config, progress)
     finish(folder, record, model, tokenizer, held, step_memory(model, optimizer, activations))
     return Run.load(folder)

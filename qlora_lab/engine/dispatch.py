@@ -52,7 +52,7 @@ FASTER: dict[Key, str | Callable] = {
     ("adapted_linear", "cuda"): "engine.adapted_linear.adapted_linear",
     ("experts", "cuda"): "engine.grouped_experts.grouped_experts",
     ("fuse_layers", "cuda"): "engine.fusing.fuse_layers",
-    ("summed_loss", "cuda"): "engine.filled_up.filled_loss",
+    ("summed_loss", "cuda"): "engine.packed_rows.summed_loss",
     ("slopes", "cuda"): "engine.piecewise_loss.slopes_triton",
     ("forward_backward", "cuda"): "engine.step_graph.forward_backward",
     ("forget", "cuda"): "engine.step_graph.forget",
