@@ -1,7 +1,7 @@
 """Real tokens a second on docstrings' real lengths, padded and packed: the lab, and Unsloth where it can be imported.
 
     python -m benchmarks.packing                             # on a GPU: 8B, 7B and 135M shapes; under 5 minutes
-    python -m benchmarks.packing --shapes qwen3-8b --sides lab,unsloth --steps 16
+    python -m benchmarks.packing --shapes qwen3-8b --sides lab,unsloth --steps 16 --ways "padded, 1 x 64|packed, 64"
     python -m benchmarks.packing --cpu                       # SmolLM2 itself on real docstrings, 20 steps each way
     python -m benchmarks.packing --tiny --sides lab          # the same code on a CPU, in small; nothing is written
 
@@ -29,7 +29,7 @@ from benchmarks.common import RESULTS, random_model
 from benchmarks.fast import LLAMA_LIKE, run
 from benchmarks.shapes import SHAPES, shape_config
 
-WARMUP = 12  # steps in which shapes are seen for the first time
+WARMUP = 8  # steps in which shapes are seen for the first time
 BATCH, PASSES = 16, 4
 WAYS = {"padded, 4 x 16": dict(), "padded, 1 x 64": dict(pass_size=64), "packed, 16": dict(packing=True),
         "packed, 64": dict(packing=True, pass_size=64)}
@@ -38,7 +38,8 @@ ADDED = {"padded": False, "packed": True}  # Unsloth's: all 64 at once
 
 def lengths() -> list[list[int]]:
     "Length and learned tokens of each example."
-    return json.loads((RESULTS / "docstring_lengths.json").read_text())["examples"]
+    found = json.loads((RESULTS / "docstring_lengths.json").read_text())
+    return [[*map(int, pair)] for pair in zip(found["tokens"].split(), found["learned"].split())]
 
 
 def write_lengths() -> None:
@@ -50,7 +51,8 @@ def write_lengths() -> None:
     from qlora_lab.data import default_split, tokenize
     with quiet(): tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())
     tokens = [tokenize(tokenizer, e) for e in default_split().train]
-    save_result("docstring_lengths", {"examples": [[len(t.ids), int(t.mask[1:].sum())] for t in tokens]})
+    columns = {"tokens": [len(t.ids) for t in tokens], "learned": [int(t.mask[1:].sum()) for t in tokens]}
+    save_result("docstring_lengths", {name: " ".join(map(str, column)) for name, column in columns.items()})
 
 
 def random_examples(words: int) -> list:
@@ -79,20 +81,19 @@ def counted(seconds: list[float], tokens: list[int]) -> dict:
     return {"tokens_per_s": sum(tokens) / sum(seconds), "median_tokens_per_s": statistics.median(speeds)}
 
 
-def steps_of(model, optimizer, learn: list, config, steps: int, wait) -> dict:
+def steps_of(model, optimizer, learn: list, config, warmup: int, steps: int, wait) -> dict:
     "Some steps of a run, measured after the warm-up."
     from qlora_lab.train import one_step
     seconds, said = [], []
-    for step in range(WARMUP + steps):
-        if step == WARMUP: wait()
+    for step in range(warmup + steps):
         start = time.perf_counter()
         said.append(one_step(model, optimizer, learn, config, step))
         wait()
         seconds.append(time.perf_counter() - start)
-    rows = said[WARMUP:]
-    return counted(seconds[WARMUP:], [r["tokens"] for r in rows]) | {
+    rows = said[warmup:]
+    return counted(seconds[warmup:], [r["tokens"] for r in rows]) | {
         "losses": [r["loss"] for r in said], "norms": [r["grad_norm"] for r in said],
-        "seconds": seconds[WARMUP:], "tokens": [r["tokens"] for r in rows]}
+        "seconds": seconds[warmup:], "tokens": [r["tokens"] for r in rows]}
 
 
 def planned(config, learn: list, size: int, tiny: bool, packed: bool) -> float:
@@ -128,7 +129,8 @@ def lab_side(shape: str, ways: list[str], tiny: bool, steps: int) -> list[dict]:
         if not tiny:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        row = {"shape": shape, "who": "lab", "way": way} | steps_of(model, optimizer, learn, how, steps, wait)
+        row = {"shape": shape, "who": "lab", "way": way} | steps_of(
+            model, optimizer, learn, how, 1 if tiny else WARMUP, steps, wait)
         graph = model.__dict__.get("_graph")
         row["recorded"] = 0 if graph is None else sum(g is not None for g, _, _ in graph.graphs.values())
         if not tiny:
@@ -202,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shapes", default="qwen3-8b,smollm2-135m,llama-7b", help="names, with commas between")
     parser.add_argument("--sides", default="lab,unsloth", help="of lab, unsloth")
     parser.add_argument("--ways", default="|".join(WAYS), help="of the lab's, with | between")
-    parser.add_argument("--steps", type=int, default=16, help="measured steps, after twelve more")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps, after eight more")
     parser.add_argument("--limit", type=int, default=150, help="seconds for a process")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--cpu", action="store_true", help="SmolLM2 itself on this machine's processor")
