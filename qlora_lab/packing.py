@@ -29,13 +29,14 @@ __all__ = ['in_rows', 'pack', 'row_tokens', 'packed_batches', 'kept_apart', 'che
 # %% ../nbs/reference/packing.ipynb #c2c857e4
 import heapq
 import inspect
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from math import ceil
 
 import torch
 from torch import Tensor, nn
 
+from .engine.dispatch import faster
 from .head_loss import place_losses
 from .records import LabError
 
@@ -114,8 +115,10 @@ def kept_apart(
     "A block in which no place of a row sees another example of it."
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MAKERS
     from transformers.masking_utils import packed_sequence_mask_function
-    if "position_ids" not in inputs:
-        yield
+    found = nullcontext() if "position_ids" not in inputs else faster(
+        "kept_apart", inputs["position_ids"].device, model, inputs["position_ids"])
+    if found is not None:
+        with found: yield
         return
     same = packed_sequence_mask_function((inputs["position_ids"] == 0).cumsum(1))
     kinds = {c._attn_implementation for c in (model.config, model.config.get_text_config())} & {*MAKERS}

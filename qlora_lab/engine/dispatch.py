@@ -46,6 +46,7 @@ FASTER: dict[Key, str | Callable] = {
     ("dequantize", "cpu"): "engine.c_functions.dequantize_c",
     ("quantize", "cpu"): "engine.c_functions.quantize_c",
     ("adapted_linear", "cpu"): "engine.adapted_linear.adapted_linear",
+    ("kept_apart", "cpu"): "engine.packed_plain.apart",
     ("dequantize", "cuda"): "engine.triton_dequantize.dequantize_triton",
     ("quantize", "cuda"): "engine.triton_quantize.quantize_triton",
     ("quantize_absmax", "cuda"): "engine.triton_quantize.quantize_absmax_triton",
@@ -83,7 +84,7 @@ ALWAYS |= _on("cpu", "cuda", "meta", quantize_experts="engine.experts.quantize_e
 LACK = {"cpu": "engine.c_functions.c_lack", "cuda": "engine.gpu.gpu_lack"}  # device type to where its reason is found
 TRIAL = {"cuda": "engine.gpu.first_kernel"}  # where a device is tried, the first time that a twin is to work on it
 REHEARSED = "adapted_linear", "experts", "fuse_layers", "summed_loss", "slopes", "adamw"  # what a step holds
-IN_TORCH = {"adapted_linear", "experts"}  # written in torch's operations: they need neither a compiler nor Triton
+IN_TORCH = {"adapted_linear", "experts", "kept_apart"}  # written in torch's operations: they need neither a compiler nor Triton
 
 # %% ../../nbs/engine/dispatch.ipynb #4d720f62
 AT_WORK: dict[Key, str | Callable] = {}  # the twins that answer now
