@@ -3,7 +3,9 @@
 Protects: attention that stops at an example's border, positions that begin again, the first token that nobody learns,
 rows that hold what they may, and the refusal of models that cannot do it.
 """
+import sys
 import warnings
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from test_fused_families import EACH, made
 from test_step import Recording, recordings  # noqa: F401  a fixture
 
 from conftest import devices, make_llama
-from qlora_lab.checkpointing import checkpoint_layers
+from qlora_lab import plan
+from qlora_lab.checkpointing import checkpoint_layers, decoder_layers
 from qlora_lab.data import Example, Tokens, collate
 from qlora_lab.engine.dispatch import standing_in, use_kernels
 from qlora_lab.engine.fusing import fuse_layers, needs_no_mask
@@ -29,9 +32,12 @@ from qlora_lab.engine.packed_attention import (
     segment_attention_backward,
     side_by_side,
 )
+from qlora_lab.engine.packed_plain import hands_on
 from qlora_lab.engine.packed_rows import filled, filled_row, summed_loss
+from qlora_lab.engine.rehearsal import Settings
 from qlora_lab.engine.step_graph import forward_backward
 from qlora_lab.lora import trainable
+from qlora_lab.memory import watch_step
 from qlora_lab.model import load_model
 from qlora_lab.packing import check_packing, in_rows, pack, packed_batches, row_tokens
 from qlora_lab.records import LabError
@@ -76,18 +82,25 @@ def several():
     torch.set_num_threads(before)
 
 
+MARKED = {*FAMILIES} - {*REFUSED, "gpt2", "opt", "falcon", "gpt_oss", "deepseek_v3", "glm4_moe", "llama4_text"}
+
+
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in REFUSED])
 def test_each_family_as_it_is_alone(name, several):
-    "Losses and gradients of a row are those of the batch and of each example alone; windows are shorter than examples."
+    """Losses and gradients of a row are those of the batch and of each example alone, by marks and by masks; windows
+    are shorter than examples."""
     more = {"sliding_window": 5} if "sliding_window" in vars(FAMILIES[name]()) else {}
     model = build(name, **more).train()
     for key, p in model.named_parameters(): p.requires_grad_(p.dim() == 2 and (".layers." in key or ".h." in key))
-    check_packing(model)
-    losses, slope = learned(model, pack(several))
     batch, expected = learned(model, collate(several))
     alone = torch.cat([learned(model, collate([t]), grads=False)[0] for t in several])
-    assert len(losses) == sum(int(t.mask[1:].sum()) for t in several)
-    assert off(losses, batch) < 1e-5 and off(losses, alone) < 1e-5 and off(slope, expected) < 2e-5
+    assert hands_on(model) == (name in MARKED)
+    for by_marks in (True, False)[name not in MARKED:]:
+        use_kernels(by_marks)
+        check_packing(model)
+        losses, slope = learned(model, pack(several))
+        assert len(losses) == sum(int(t.mask[1:].sum()) for t in several)
+        assert off(losses, batch) < 1e-5 and off(losses, alone) < 1e-5 and off(slope, expected) < 2e-5
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in REFUSED])
@@ -116,6 +129,7 @@ def test_what_leaks_is_noticed(monkeypatch):
     check_packing(model)
     with monkeypatch.context() as m:
         m.setattr(packing, "_within", lambda make, same, *args, **more: make(*args, **more))
+        use_kernels(False)
         with pytest.raises(LabError, match="would see the one before"): check_packing(model)
     learned_positions = build("gpt2")
     learned_positions.transformer.wpe.weight.data.mul_(50)
@@ -205,6 +219,19 @@ def test_few_shapes():
 def places_of(ends, longest): return Segments(torch.tensor(ends, dtype=torch.int32), longest)
 
 
+def test_what_hands_marks_on_is_asked_each_time():
+    "Dropout in attention, eager attention, attention that looks ahead, a class of somebody's own: masks."
+    assert hands_on(make_llama())
+    for other in (dict(attention_dropout=0.1), dict(attn_implementation="eager")):
+        assert not hands_on(make_llama(**other))
+    model = make_llama()
+    model.model.layers[0].self_attn.is_causal = False
+    assert not hands_on(model)
+    model = make_llama()
+    model.model.layers[1].self_attn.__class__ = type("Own", (type(model.model.layers[1].self_attn),), {})
+    assert not hands_on(model)
+
+
 @pytest.mark.parametrize("window", [None, 1, 3, 24])
 def test_attention_by_segments_is_attention_of_each(window):
     "With shared heads, an empty segment, a scale; kept and run again."
@@ -224,6 +251,16 @@ def test_attention_by_segments_is_attention_of_each(window):
         out, leaves = segment_attention(q, k, v, places_of(ends, 16), keep, **how)
         found = [out, *segment_attention_backward(g, out, leaves, places_of(ends, 16), **how)]
         assert all(off(a, b) < 1e-5 for a, b in zip(found, expected))
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    out = side_by_side(*leaves, places_of(ends, 16), 0.3, window)
+    assert all(off(a, b) < 1e-5 for a, b in zip((out, *torch.autograd.grad(out, leaves, g)), expected))
+
+
+def unfused(model):
+    "Its layers as transformers has them."
+    for layer in decoder_layers(model):
+        for name in ("forward", "_unfused", "_fused"): layer.__dict__.pop(name, None)
+    return model
 
 
 def passed(model, batch, way):
@@ -238,17 +275,18 @@ def plainly(model, batch): return answer_losses(model, batch)[0].sum()
 
 
 @pytest.mark.parametrize("device", devices())
-@pytest.mark.parametrize("again", [False, True])
 @EACH
-def test_fused_layers_keep_examples_apart(family, more, again, device, several):
-    "Every family that is fused, windows among them: a row by fused layers is a batch by plain ones."
-    batches = [pack(examples([70, 9, 33, 1])), collate(examples([70, 9, 33, 1]))]
+def test_fused_layers_keep_examples_apart(family, more, device, several):
+    "Every family that is fused, windows among them, kept or run twice: a row by fused layers is a batch by plain ones."
+    row, batch = pack(examples([70, 9, 33, 1])), collate(examples([70, 9, 33, 1]))
     use_kernels(False)
-    expected = passed(made(family, more, device=device), batches[1], plainly)
+    model = made(family, more, device=device)
+    expected = passed(model, batch, plainly)
     use_kernels()
-    model = fuse_layers(made(family, more, again, device=device))
-    assert needs_no_mask(model, 128)
-    assert off(passed(model, batches[0], summed_loss), expected) < 2e-5
+    for again in (False, True):
+        fuse_layers(checkpoint_layers(unfused(model), again))
+        assert needs_no_mask(model, 128)
+        assert off(passed(model, row, summed_loss), expected) < 2e-5
 
 
 def test_a_row_that_is_not_fused_has_a_mask():
@@ -271,8 +309,10 @@ def test_beside_checkpoints(where):
     lengths = [30, 9, 21]
     use_kernels(False)
     expected = passed(small(), collate(examples(lengths)), plainly)
-    found = [passed(checkpoint_layers(small(), layers=2, where=where), pack(examples(lengths)), plainly)]
+    with warnings.catch_warnings(action="ignore"): model = checkpoint_layers(small(), layers=2, where=where)
+    found = [passed(model, pack(examples(lengths)), plainly)]
     use_kernels()
+    found.append(passed(model, pack(examples(lengths)), plainly))  # marks, also when a layer runs again
     with standing_in({("host_checkpoints", "cpu"): "engine.host_checkpoints.keep_on_host"}):
         model = fuse_layers(checkpoint_layers(small(), layers=2, where=where), keep_attention=True)
     found.append(passed(model, pack(examples(lengths)), summed_loss))
@@ -318,11 +358,14 @@ def run(tiny, data, folder, **more):
     return train(model, tokenizer, data, config, progress=False)
 
 
-@pytest.mark.parametrize("more", [{}, dict(pass_size=8), dict(pass_size=3), dict(checkpointing=True),
-                                  dict(budget="64GiB"), dict(accumulation=1)], ids=str)
-def test_a_packed_run_is_the_run(tiny, data, tmp_path, more):
+@pytest.fixture(scope="module")
+def plain(tiny, data, tmp_path_factory): return run(tiny, data, tmp_path_factory.mktemp("plain") / "run", packing=False)
+
+
+@pytest.mark.parametrize("more", [dict(pass_size=8), dict(pass_size=3, checkpointing=True), dict(budget="64GiB")],
+                         ids=str)
+def test_a_packed_run_is_the_run(tiny, data, plain, tmp_path, more):
     "The same steps on the same examples, however rows and passes are cut."
-    plain = run(tiny, data, tmp_path / "plain", packing=False, **{k: v for k, v in more.items() if k == "accumulation"})
     found = run(tiny, data, tmp_path / "packed", **more)
     assert found.losses == pytest.approx(plain.losses, rel=1e-4)
     assert [m["grad_norm"] for m in found.metrics] == pytest.approx([m["grad_norm"] for m in plain.metrics], rel=1e-3)
@@ -331,10 +374,11 @@ def test_a_packed_run_is_the_run(tiny, data, tmp_path, more):
     assert found.record["identity"] == plain.record["identity"]
 
 
-def test_a_packed_run_goes_on_to_the_same_bytes(tiny, data, tmp_path, monkeypatch):
-    import sys
+def test_a_packed_run_goes_on_to_the_same_bytes(tiny, data, plain, tmp_path, monkeypatch):
+    "Rows follow from the step alone. The first row holds four of the longest examples, as a batch of four does."
     real = sys.modules["qlora_lab.train"].one_step
     whole = run(tiny, data, tmp_path / "whole")
+    assert whole.losses == pytest.approx(plain.losses, rel=1e-4)
     def step(model, optimizer, learn, config, n):
         if n == 3: raise KeyboardInterrupt
         return real(model, optimizer, learn, config, n)
@@ -344,6 +388,22 @@ def test_a_packed_run_goes_on_to_the_same_bytes(tiny, data, tmp_path, monkeypatc
     cut = run(tiny, data, tmp_path / "cut")
     ends = [(r.folder / "adapter/adapter_model.safetensors").read_bytes() for r in (whole, cut)]
     assert ends[0] == ends[1] and whole.losses == cut.losses
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_a_plan_holds_a_packed_row(name, checkpointing):
+    "With its masks, which an unpacked step does not need: a hundredth more than the live step at most, and no less."
+    from test_plan_families import described, live, step_peak
+    s = Settings(rank=4, batch_size=3, sequence=40, dtype="float32", device="cpu", packed=True,
+                 checkpointing=checkpointing)
+    model, batch = live(described(name), s), pack(examples([40] * 3))
+    batch["labels"] = torch.where(batch["position_ids"] > 0, batch["input_ids"], -100)  # all are learned
+    use_kernels(False)
+    watch_step(model, batch)
+    step = watch_step(model, batch).peak
+    packed, apart = (step_peak(plan(described(name), **asdict(replace(s, packed=p)))) for p in (True, False))
+    assert step <= packed < 1.01 * step and apart < packed
 
 
 def test_a_run_that_cannot_be_packed_leaves_nothing(tokenizer, data, tmp_path):
