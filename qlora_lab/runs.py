@@ -16,8 +16,8 @@ __all__ = ['INDIFFERENT', 'gib_of', 'TrainConfig', 'RunFolder', 'Run', 'fingerpr
 #
 # A folder knows whose it is: the identity holds all settings that change the result, the model, its quantization, and
 # hashes of the data. The same call on the same folder goes on; any other is refused, with the field that differs. Where
-# the folder lies, how often a checkpoint is made and how memory is kept (checkpointing, paging, passes, a budget)
-# change nothing but rounding and belong to no identity.
+# the folder lies, how often a checkpoint is made and how memory is kept (checkpointing, paging, passes, packing, a
+# budget) change nothing but rounding and belong to no identity.
 #
 # Trainers of other libraries keep the state of random generators in their checkpoints. Here order and dropout follow
 # from the number of the step (`batches`, lesson 10), so a checkpoint holds adapters and optimizer and nothing else.
@@ -156,7 +156,7 @@ class Run(RunFolder):
 
 # %% ../nbs/reference/runs.ipynb #c3989565
 INDIFFERENT = ("folder", "checkpoint_every", "checkpointing", "checkpointed_layers", "checkpoints_in", "device_budget",
-               "pass_size", "packing", "budget")  # change no result but for rounding: where things are kept, and how often
+               "pass_size", "packing", "budget")  # change no result but for rounding: where things are kept, how often
 
 def fingerprint(model: nn.Module, data: Split, config: TrainConfig) -> dict:
     "What makes a run this run: a folder that holds another one is refused."

@@ -13,10 +13,11 @@ __all__ = ['Key', 'FASTER', 'ALWAYS', 'LACK', 'TRIAL', 'REHEARSED', 'IN_TORCH', 
 # import no other module of the engine, and this one imports none before it is asked for: a table holds the places of
 # the twins as text, "module.function" below the package.
 #
-# Most twins replace a piece: the same arguments, the same result, None for input that they do not take. Two make what
-# a piece asks for, a mover of pages and an optimizer. Three do what has no plain piece: fuse_layers changes a model,
-# forward_backward does both passes of a batch, forget gives back what that kept. While torch.compile reads, no twin is
-# looked up; engine.traced has an operator for `dequantize` and for `matmul_4bit`, which stands in no table.
+# Most twins replace a piece: the same arguments, the same result, None for input that they do not take. Some make what
+# a piece asks for: a mover of pages, an optimizer, a block that keeps a row's examples apart. Three do what has no plain
+# piece: fuse_layers changes a model, forward_backward does both passes of a batch, forget gives back what that kept.
+# While torch.compile reads, no twin is looked up; engine.traced has an operator for `dequantize` and for
+# `matmul_4bit`, which stands in no table.
 #
 # Twins in FASTER save time, or memory of a step. `use_kernels(False)`, or QLORA_LAB_KERNELS=0, leaves them off, and
 # results stay (to the bit for quantizing, decoding and AdamW; up to rounding for products). Twins in ALWAYS keep what
@@ -84,7 +85,7 @@ ALWAYS |= _on("cpu", "cuda", "meta", quantize_experts="engine.experts.quantize_e
 LACK = {"cpu": "engine.c_functions.c_lack", "cuda": "engine.gpu.gpu_lack"}  # device type to where its reason is found
 TRIAL = {"cuda": "engine.gpu.first_kernel"}  # where a device is tried, the first time that a twin is to work on it
 REHEARSED = "adapted_linear", "experts", "fuse_layers", "summed_loss", "slopes", "adamw"  # what a step holds
-IN_TORCH = {"adapted_linear", "experts", "kept_apart"}  # written in torch's operations: they need neither a compiler nor Triton
+IN_TORCH = {"adapted_linear", "experts", "kept_apart"}  # in torch's operations: no compiler, no Triton
 
 # %% ../../nbs/engine/dispatch.ipynb #4d720f62
 AT_WORK: dict[Key, str | Callable] = {}  # the twins that answer now

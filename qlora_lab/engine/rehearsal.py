@@ -41,12 +41,12 @@ from ..double_quant import BLOCKSIZES, STATS_BLOCK, QuantizedTensor, levels_by_c
 from .allocator import ROUNDED
 from .dispatch import REHEARSED, faster, standing_in
 from .empty_answers import Answers, quantize_absmax_empty, quantize_empty
-from .empty_answers import register_attention, without_padding
 from .filled_up import EVEN
 from .host_checkpoints import result_bytes
 from .known_models import model_config
 
 # %% ../../nbs/engine/rehearsal.ipynb #4fe3aa6d
+from .empty_answers import register_attention, without_padding
 from .layer_kinds import gradient_bytes, held_bytes, in_all, kind_of, representatives, told
 from .state_formats import BLOCK
 from ..linear4bit import quantize_model
