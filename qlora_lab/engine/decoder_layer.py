@@ -21,6 +21,7 @@ __all__ = ['attend', 'mlp', 'experts', 'experts_backward', 'mlp_backward', 'atte
 # product (unless a norm behind it reads that), and writes gradients over what that run made (`own`).
 #
 # An MLP of experts is called as a module, with a graph of its own. It runs twice in a checkpointed layer, as all does.
+# In a packed row attention stays inside each segment (engine/packed_attention); nothing else knows of them.
 #
 # transformers keeps every operation's input, and its checkpointing repeats the whole layer. peft and bitsandbytes add
 # two small products a layer and their sums. Lesson 14b; built in nbs/engine/decoder_layer.ipynb.
@@ -33,6 +34,7 @@ from torch.autograd.function import once_differentiable
 from .attention import Result, attention, attention_backward, worth_keeping
 from .group import adapter_gradients, group_backward, group_forward
 from .layer_parts import FusedLayer
+from .packed_attention import Segments, segment_attention, segment_attention_backward, segments_now
 
 # %% ../../nbs/engine/decoder_layer.ipynb #38d12246
 def attend(
@@ -44,12 +46,14 @@ def attend(
     keep: bool,                # a graph for attention's backward pass
     whole: bool = True,        # False leaves out what the backward pass does not need
     result: Result | None = None,  # of attention, beside a checkpoint
+    segments: Segments | None = None,  # of a packed row
 ) -> tuple[Tensor | None, list]:  # the shape of x; and what the backward pass needs
     "x plus attention of its norm."
     h, rstd = f.norm_in.forward(x)
     qkv = group_forward(f.qkv, h)
     heads = [t.unflatten(0, (batch, -1)).transpose(1, 2) for t in f.turn(qkv, cos, sin)]
-    out, leaves = attention(*heads, keep, **f.how, result=result)
+    if segments is None: out, leaves = attention(*heads, keep, **f.how, result=result)
+    else: out, leaves = segment_attention(*heads, segments, keep, **f.how, result=result)
     o = f.out.with_room(out.detach().transpose(1, 2).reshape(len(x), -1))
     if not whole and f.norm_behind is None:
         f.out.fill(o)
@@ -138,6 +142,7 @@ def attend_backward(
     own: bool,                              # whether what is saved may be written over
     wanted: bool,                           # whether the input needs a gradient
     result: Result | None,                  # as for `attend`
+    segments: Segments | None,              # as for `attend`
 ) -> tuple[Tensor | None, list[Tensor]]:    # of the input; of the adapters
     "The gradients of `attend`."
     x, h, rstd, qkv, o, out, q, k, v, *behind = saved
@@ -146,7 +151,8 @@ def attend_backward(
     g_out = group_backward(f.out, grad, grad.new_empty(len(grad), f.out.inputs))
     g_o = adapter_gradients(f.out, grad, o)
     g_heads = g_out.view(batch, -1, out.shape[1], f.size).transpose(1, 2)
-    parts = attention_backward(g_heads, out, [q, k, v], **f.how, result=result)
+    if segments is None: parts = attention_backward(g_heads, out, [q, k, v], **f.how, result=result)
+    else: parts = segment_attention_backward(g_heads, out, [q, k, v], segments, **f.how, result=result)
     del o, out, q, k, v, grad, behind
     g_qkv = qkv if own else torch.empty_like(qkv)
     f.turn_back(parts, qkv, g_qkv, *angles)
@@ -158,21 +164,22 @@ def attend_backward(
 # %% ../../nbs/engine/decoder_layer.ipynb #fb6ead12
 def _run(
     f: FusedLayer, x: Tensor, angles: tuple[Tensor, Tensor], batch: int, keep: bool, whole: bool, result: Result | None,
+    segments: Segments | None,
 ) -> tuple[Tensor | None, list, list]:
     "The output for x [batch * tokens, width], and what the two halves of the backward pass need."
-    middle, kept = attend(f, x, *angles, batch, keep, whole or not f.parallel, result)
+    middle, kept = attend(f, x, *angles, batch, keep, whole or not f.parallel, result, segments)
     if not keep: kept.clear()
     below = x if f.parallel else middle
     if f.mlp is not None: y, more = experts(f, below, middle, batch, keep, whole)
     else: y, more = mlp(f, below, middle, f.parallel or not keep, whole)
     return y, kept, more
 
-def _back(f: FusedLayer, grad: Tensor, angles, batch: int, halves: list[list], own: bool, wanted: bool, result):
+def _back(f: FusedLayer, grad: Tensor, angles, batch: int, halves: list[list], own: bool, wanted: bool, *how):
     "The gradients of the input (if `wanted`) and of all that learns, in the order of `FusedLayer.params`."
     backward = mlp_backward if f.mlp is None else experts_backward
     g_middle, above = backward(f, grad, halves[1], own)
     grads = (grad if f.parallel else g_middle), g_middle
-    g_x, below = attend_backward(f, grads, angles, batch, halves[0], own, wanted, result)
+    g_x, below = attend_backward(f, grads, angles, batch, halves[0], own, wanted, *how)
     return g_x, [*below, *above]
 
 # %% ../../nbs/engine/decoder_layer.ipynb #2a3110ac
@@ -180,13 +187,14 @@ class DecoderLayer(torch.autograd.Function):
     "A decoder layer as one operation; with `again` it keeps little but its input and runs forward a second time."
     @staticmethod
     def forward(ctx, f, again, x, cos, sin, *params):
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
-        result = Result() if again and f.keeps_attention and worth_keeping(x.shape[1], f.how["window"]) else None
-        y, kept, more = _run(f, flat, (cos, sin), len(x), not again, True, result)
+        flat, row = x.reshape(-1, x.shape[-1]).contiguous(), segments_now()
+        longest = x.shape[1] if row is None else row.longest // 2 + 1  # of a power of two it is at least that
+        result = Result() if again and f.keeps_attention and worth_keeping(longest, f.how["window"]) else None
+        y, kept, more = _run(f, flat, (cos, sin), len(x), not again, True, result, row)
         if again: kept, more = [flat], ([] if result is None else result.tensors)
         ctx.save_for_backward(cos, sin, *kept, *more, *params, *f.frozen)
         ctx.f, ctx.again, ctx.batch, ctx.counts = f, again, len(x), (len(kept), len(kept) + len(more))
-        ctx.kernel = None if result is None else result.kernel
+        ctx.kernel, ctx.row = None if result is None else result.kernel, row
         return y.view(x.shape)
 
     @staticmethod
@@ -197,7 +205,7 @@ class DecoderLayer(torch.autograd.Function):
         saved.clear()
         if ctx.again:
             result = Result(ctx.kernel, halves[1])
-            halves = list(_run(f, *halves[0], (cos, sin), ctx.batch, True, False, result)[1:])
+            halves = list(_run(f, *halves[0], (cos, sin), ctx.batch, True, False, result, ctx.row)[1:])
         flat, wanted = grad.reshape(-1, grad.shape[-1]).contiguous(), ctx.needs_input_grad[2]
-        g_x, found = _back(f, flat, (cos, sin), ctx.batch, halves, ctx.again, wanted, result)
+        g_x, found = _back(f, flat, (cos, sin), ctx.batch, halves, ctx.again, wanted, result, ctx.row)
         return None, None, g_x if g_x is None else g_x.view(grad.shape), None, None, *found

@@ -19,8 +19,9 @@ __all__ = ['EVEN', 'padded', 'without_mask', 'filled_losses', 'causal', 'same_ro
 #
 # transformers would look through a mask of ones, and wait for the card to see it, or make a full one where it must not
 # wait; `without_mask` answers in its place: none for plain causal attention, and the window's where a window or chunk
-# is shorter than the sequence. `filled_loss` is the twin of `summed_loss` (lesson 10). Unsloth and others pack rows
-# into one instead. Built in nbs/engine/filled_up.ipynb.
+# is shorter than the sequence. `filled_loss` is what the twin of `summed_loss` (lesson 10, engine/packed_rows) makes
+# of such a batch. Rows without padding go another way there. Unsloth and others pack rows into one instead.
+# Built in nbs/engine/filled_up.ipynb.
 
 # %% ../../nbs/engine/filled_up.ipynb #002e7a40
 from collections.abc import Callable

@@ -40,6 +40,7 @@ from .gpu import gpu_lack
 from .head_norms import fits_heads
 from .layer_parts import FusedLayer
 from .norms import NORMS
+from .packed_attention import segments_now
 from ..linear4bit import Linear4bit
 from ..lora import LoRALinear
 from ..records import LabError
@@ -121,6 +122,7 @@ def _forward(
     plain = special or mask is not None or past_key_values is not None
     if not plain and (f := fused_part(layer, x.shape[1], x.dtype, x.device)):
         return DecoderLayer.apply(f, is_checkpointed(layer), x, *position_embeddings, *f.params)
+    if segments_now() is not None: raise LabError("a packed row has come to a layer that is not fused, without a mask")
     given = {"position_embeddings": position_embeddings, "past_key_values": past_key_values}
     given = {name: value for name, value in given.items() if value is not None}
     return layer._unfused(x, attention_mask=attention_mask, **given, **kwargs)

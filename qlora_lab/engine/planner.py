@@ -35,6 +35,7 @@ from .allocator import CONTEXT_GIB, FRAGMENTS, LIBRARY_BYTES, ROUNDED
 from .dispatch import REHEARSED, twin
 from .host_checkpoints import piece_bytes
 from .known_models import longest_text, model_config
+from .packed_rows import filled
 from .rehearsal import Rehearsal, Settings, dtype_named, rehearsed, rehearsing
 from .state_formats import FORMATS, page_parameters, read_moments, state_bytes, write_moments
 from ..memory import Moment
@@ -142,6 +143,7 @@ def _host_inputs(config: "PretrainedConfig", s: Settings, layers: int, fused: bo
     "Bytes of host memory that the inputs of checkpointed layers take."
     if not s.checkpointing or s.checkpoints_in == "device" or s.device == "cpu": return 0
     tokens = s.batch_size * (ceil(s.sequence / 64) * 64 if fused else s.sequence)  # as a recorded step fills them up
+    if s.packed and fused: tokens = filled(s.batch_size * s.sequence)
     size = tokens * config.get_text_config().hidden_size * dtype_named(s.dtype).itemsize
     return ((s.checkpointed_layers or layers) - 1) * piece_bytes(size)
 

@@ -40,18 +40,13 @@ from ..checkpointing import checkpoint_layers, decoder_layers
 from ..double_quant import BLOCKSIZES, STATS_BLOCK, QuantizedTensor, levels_by_code
 from .allocator import ROUNDED
 from .dispatch import REHEARSED, faster, standing_in
-from qlora_lab.engine.empty_answers import (
-    Answers,
-    quantize_absmax_empty,
-    quantize_empty,
-    register_attention,
-    without_padding,
-)
+from .empty_answers import Answers, quantize_absmax_empty, quantize_empty
 from .filled_up import EVEN
 from .host_checkpoints import result_bytes
 from .known_models import model_config
 
 # %% ../../nbs/engine/rehearsal.ipynb #4fe3aa6d
+from .empty_answers import register_attention, without_padding
 from .layer_kinds import gradient_bytes, held_bytes, in_all, kind_of, representatives, told
 from .state_formats import BLOCK
 from ..linear4bit import quantize_model
@@ -115,6 +110,7 @@ class Settings(_Checked):
     adapter_dtype: str = "float32"        # of the adapters and their gradients
     optimizer_bits: int = 32     # of AdamW's state
     device_budget: int | None = None      # bytes of that state on the device at once; None for all of it
+    packed: bool = False         # the examples of a pass one behind another in one row
     accumulation: int = 1  # forward passes an optimizer step: from the second on, gradients are there from the start
     device: str = "cuda"         # "cuda" or "cpu"
     kernels: bool = True         # layers as the device's kernels make them (from lesson 14 on), or all in plain torch
@@ -207,7 +203,9 @@ def empty_batch(
     labels = torch.full((s.batch_size, s.sequence), -100)
     place = torch.arange(s.learned or s.batch_size * (s.sequence - 1))
     labels[place // (s.sequence - 1), place % (s.sequence - 1) + 1] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if not s.packed: return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    row = {name: t.reshape(1, -1) for name, t in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
+    return row | {"position_ids": torch.arange(s.sequence).repeat(1, s.batch_size)}
 
 # %% ../../nbs/engine/rehearsal.ipynb #0fd80ae7
 def rehearsing(kernels: tuple):  # one for each name in REHEARSED; None for plain torch
