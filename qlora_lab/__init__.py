@@ -41,10 +41,17 @@ _PUBLIC = {
     "runs": ["Run"],
     "settings": ["TrainConfig"],
     "train": ["train"],
+    "open_run": ["open_run"],
+    "adapter_sets": ["adapter_set", "compare_answers"],
+    "talk": ["Talk", "chat"],
     "memory": ["ledger"],
+    "ship": ["merge"],
     "engine.planner": ["MemoryPlan", "plan"],
     "engine.fusing": ["fuse_layers"],
     "engine.dispatch": ["use_kernels"],
+    "engine.gguf_files": ["to_gguf"],
+    "engine.compressed": ["to_awq", "to_gptq"],
+    "manifest": ["verify"],
 }
 
 # %% ../nbs/reference/public_names.ipynb #a1b2c3d4

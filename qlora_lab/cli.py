@@ -50,9 +50,14 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "doctor": Command("what this machine can do, with advice for each lack", "doctor.Doctor"),
-    "train": Command("train adapters on a model in 4 bits", "training.Train"),
     "data": Command("what is in a file of examples, and what a model would learn from it", "inspecting.Data"),
     "plan": Command("the memory that a training step will take", "planning.Plan"),
+    "train": Command("train adapters on a model in 4 bits", "training.Train"),
+    "chat": Command("talk to a finished run, its base beside it", "chat.Chat"),
+    "merge": Command("put a run's adapter into its model", "merging.Merge"),
+    "export": Command("write a model for llama.cpp, Ollama or vLLM", "exporting.Export"),
+    "verify": Command("whether a run or a model is what its manifest says", "verifying.Verify"),
+    "model-card": Command("write the README.md that the Hub shows", "verifying.ModelCard"),
 }
 
 def options_of(

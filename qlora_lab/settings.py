@@ -135,6 +135,7 @@ class TrainConfig(_Measured):
     checkpointed_layers: int = 0 # of them the first so many; 0 for all
     checkpoints_in: Literal["device", "host"] = "device"  # where the inputs of these layers wait
     pass_size: int = 0           # examples of a step that go through the model at once; 0 for batch_size
+    packing: bool = False        # a step's examples one behind another in rows, without padding
     budget: str = ""             # memory that is chosen for, 24GiB: checkpoints, pages and passes for the fastest step
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of adapters and gradients
     optimizer_bits: int = 32     # of AdamW's state; 8 takes a quarter

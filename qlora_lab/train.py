@@ -44,6 +44,7 @@ from .linear4bit import saved_for_backward
 from .locks import locked
 from .lora import add_lora, reset_lora, save_adapter, trainable
 from .model import answer
+from .packing import check_packing, kept_apart, pack, packed_batches
 from .rates import make_optimizer, rates_at, steps_of
 from .records import LabError, peak_memory_gib, provenance, release_memory, write_whole
 from .runs import Run, fingerprint, open_folder, step_memory
@@ -69,8 +70,8 @@ def answer_losses(
     "The surprise at each token of the answers; logits are computed at those places alone, a piece at a time."
     device, (at, targets) = next(model.parameters()).device, answer_places(batch)
     rows, targets, at = (at // batch["labels"].shape[1]).to(device), targets.to(device), at.to(device)
-    inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
-    return place_losses(model, inputs, at, targets), rows
+    inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
+    with kept_apart(model, inputs): return place_losses(model, inputs, at, targets), rows
 
 # %% ../nbs/10_train.ipynb #5a160b99
 @torch.no_grad()
@@ -183,7 +184,8 @@ def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, learn: list, co
     lengths = [len(t.ids) for t in learn]
     passes = range(step * config.accumulation, (step + 1) * config.accumulation)
     chosen = [batch_indices(lengths, config.batch_size, k, config.seed) for k in passes]
-    batches = [collate([learn[i] for i in indices]) for indices in regrouped(chosen, lengths, config.pass_size)]
+    if config.packing: batches = packed_batches(model, learn, chosen, config.pass_size or config.batch_size)
+    else: batches = [collate([learn[i] for i in some]) for some in regrouped(chosen, lengths, config.pass_size)]
     rates, start = rates_at(config, step, optimizer), time.perf_counter()
     loss, norm = train_step(model, optimizer, batches, rates, config.max_grad_norm)
     release_memory()
@@ -280,13 +282,15 @@ def _carry_out(folder, identity, record, model, tokenizer, data, asked_for, look
     scored = spread(data.held_out, asked_for.eval_examples)
     held = encode(tokenizer, scored, longest, asked_for.long, "held-out examples")
     prompts = spread([e for e in data.held_out if e.prompt], asked_for.eval_prompts)  # plain text has no question
+    if asked_for.packing: check_packing(model)
     config, said = as_decided(asked_for, model, learn)
     model = attach_adapters(model, config).train()
     if config.merge_aware: through_quantizer(model, check=True)
     optimizer = make_optimizer(model, config)
     if record is None: record = begin(folder, identity, asked_for, model, tokenizer, held, prompts)
     record |= said
-    activations = activation_bytes(model, collate(longest_batch(learn, config.pass_size or config.batch_size)))
+    largest = longest_batch(learn, config.pass_size or config.batch_size)
+    activations = activation_bytes(model, pack(largest) if config.packing else collate(largest))
     with Log(folder, config, model, optimizer) as log:
         before = Score(**record["before"]["score"]).loss
         lookers.tell("on_start", Outset(folder, config, list(log.rows), before))

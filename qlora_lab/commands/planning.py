@@ -190,7 +190,7 @@ def _step_of_run(asked, config, data, device, model, tokenizer) -> dict:
         dtype="float32" if device.type == "cpu" else compute, compute_dtype=compute,
         adapter_dtype=config.adapter_dtype,
         optimizer_bits=config.optimizer_bits, device_budget=config.device_budget << 20 or None,
-        accumulation=config.accumulation, device=device.type,
+        accumulation=config.accumulation, device=device.type, packed=config.packing,
         kernels=asked.backend == "lab" and not config.dropout)  # neither dropout nor another library's layers are fused
 
 # %% ../../nbs/commands/planning.ipynb #ee41591d

@@ -138,6 +138,7 @@ def _settings_of(model: nn.Module, config: TrainConfig, tokens: list) -> dict:
     return held | dict(
         rank=config.rank, targets=config.targets, batch_size=len(longest_ones), sequence=len(longest_ones[-1].ids),
         learned=sum(int(t.mask[1:].sum()) for t in longest_ones), accumulation=config.accumulation,
+        packed=config.packing,
         dtype=str(model.dtype).removeprefix("torch."), adapter_dtype=config.adapter_dtype,
         optimizer_bits=config.optimizer_bits, device=model.device.type, kernels=not config.dropout)
 

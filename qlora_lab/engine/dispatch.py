@@ -13,8 +13,8 @@ __all__ = ['Key', 'FASTER', 'ALWAYS', 'LACK', 'TRIAL', 'REHEARSED', 'IN_TORCH', 
 # import no other module of the engine, and this one imports none before it is asked for: a table holds the places of
 # the twins as text, "module.function" below the package.
 #
-# Most twins replace a piece: the same arguments, the same result, None for input that they do not take. Two make what
-# a piece asks for, a mover of pages and an optimizer. Three do what has no plain piece: fuse_layers changes a model,
+# Most twins replace a piece: the same arguments, the same result, None for input that they do not take. Some make what
+# a piece asks for: a mover of pages, an optimizer, a block that keeps a row's examples apart. Three do what has no plain piece: fuse_layers changes a model,
 # forward_backward does both passes of a batch, forget gives back what that kept. While torch.compile reads, no twin is
 # looked up; engine.traced has an operator for `dequantize` and for `matmul_4bit`, which stands in no table.
 #
@@ -47,13 +47,14 @@ FASTER: dict[Key, str | Callable] = {
     ("quantize", "cpu"): "engine.c_functions.quantize_c",
     ("adapted_linear", "cpu"): "engine.adapted_linear.adapted_linear",
     ("decode_once", "cpu"): "engine.decoded_once.decode_once",
+    ("kept_apart", "cpu"): "engine.packed_plain.apart",
     ("dequantize", "cuda"): "engine.triton_dequantize.dequantize_triton",
     ("quantize", "cuda"): "engine.triton_quantize.quantize_triton",
     ("quantize_absmax", "cuda"): "engine.triton_quantize.quantize_absmax_triton",
     ("adapted_linear", "cuda"): "engine.adapted_linear.adapted_linear",
     ("experts", "cuda"): "engine.grouped_experts.grouped_experts",
     ("fuse_layers", "cuda"): "engine.fusing.fuse_layers",
-    ("summed_loss", "cuda"): "engine.filled_up.filled_loss",
+    ("summed_loss", "cuda"): "engine.packed_rows.summed_loss",
     ("slopes", "cuda"): "engine.piecewise_loss.slopes_triton",
     ("forward_backward", "cuda"): "engine.step_graph.forward_backward",
     ("forget", "cuda"): "engine.step_graph.forget",
@@ -78,13 +79,16 @@ ALWAYS |= _on("cpu", "cuda", "meta", quantize_experts="engine.experts.quantize_e
     experts_left_alone="engine.experts.experts_left_alone",
     adapt_parameters="engine.adapted_parameters.adapt_parameters",
     parameter_shapes="engine.adapted_parameters.parameter_shapes",
-    parameter_names="engine.adapted_parameters.parameter_names")
+    parameter_names="engine.adapted_parameters.parameter_names",
+    merge_parameters="engine.merged_parameters.merge_parameters",
+    calibrated_codes="engine.calibrated.calibrated_codes",
+    through_quantizer="engine.merge_aware.through_quantizer")
 
 # %% ../../nbs/engine/dispatch.ipynb #4f329919
 LACK = {"cpu": "engine.c_functions.c_lack", "cuda": "engine.gpu.gpu_lack"}  # device type to where its reason is found
 TRIAL = {"cuda": "engine.gpu.first_kernel"}  # where a device is tried, the first time that a twin is to work on it
 REHEARSED = "adapted_linear", "experts", "fuse_layers", "summed_loss", "slopes", "adamw"  # what a step holds
-IN_TORCH = {"adapted_linear", "experts", "decode_once"}  # in torch alone: they need no compiler and no Triton
+IN_TORCH = {"adapted_linear", "experts", "decode_once", "kept_apart"}  # in torch alone: they need no compiler and no Triton
 
 # %% ../../nbs/engine/dispatch.ipynb #4d720f62
 AT_WORK: dict[Key, str | Callable] = {}  # the twins that answer now

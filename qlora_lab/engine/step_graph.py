@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'HOOKS', 'OWN', 'GradientPlaces', 'Recordings', 'Roomy', 'Recorder', 'Measured', 'Proof', 'Proven',
-           'StepGraph', 'relied_on', 'overheard', 'held_tables', 'forward_backward', 'forget']
+           'StepGraph', 'relied_on', 'overheard', 'forward_backward', 'forget']
 
 # %% ../../nbs/engine/step_graph.ipynb #2df24af8
 # Forward and backward pass of a causal model as one CUDA graph for each shape of batch.
@@ -15,10 +15,10 @@ __all__ = ['PATIENCE', 'HOOKS', 'OWN', 'GradientPlaces', 'Recordings', 'Roomy', 
 # (shapes, whether the gradients are made). Dropped gradients are set to zero, those made elsewhere are copied there.
 #
 # A recording never waits for the card: no .item(), no mask to look at. Rotary tables, which some models choose by the
-# longest position, are made outside and held. What cannot be recorded runs as it is, with one line of notice. The
-# first recording is compared with two passes that ran before it, loss and length of the gradient; what they freed goes
-# back to the card first, so no second pass's worth lies beside the pool. A change of the model (modules, addresses,
-# what learns, train mode) is noticed before each step, and it is recorded anew.
+# longest position, are made outside and held (engine/rotary_tables). What cannot be recorded runs as it is, with one
+# line of notice. The first recording is compared with two passes that ran before it, loss and length of the gradient;
+# what they freed goes back to the card first, so no second pass's worth lies beside the pool. A change of the model
+# (modules, addresses, what learns, train mode) is noticed before each step, and it is recorded anew.
 #
 # torch.cuda.make_graphed_callables records one module for fixed inputs, and keeps inputs, outputs and gradients of
 # each apart; torch.compile ("reduce-overhead") records each layer. Built in nbs/engine/step_graph.ipynb, for 14c.
@@ -26,8 +26,6 @@ __all__ = ['PATIENCE', 'HOOKS', 'OWN', 'GradientPlaces', 'Recordings', 'Roomy', 
 # %% ../../nbs/engine/step_graph.ipynb #b3a1f1d9
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
-from functools import partial
 from operator import is_
 
 import torch
@@ -36,6 +34,8 @@ from torch import Tensor, nn
 from .capture import captured, draws_again
 from .filled_up import filled_losses, padded, takes
 from .gpu import on_device
+from .packed_rows import Row, filled_row, row_losses, same_angles
+from .rotary_tables import held_tables
 from ..lora import trainable
 
 # %% ../../nbs/engine/step_graph.ipynb #4a7b030e
@@ -251,48 +251,37 @@ def overheard(modules: list[nn.Module], params: list[nn.Parameter]) -> bool:
     whose = [getattr(getattr(hook, "func", hook), "__module__", None) or "" for hook in hooks]  # of partials too
     return not {name.split(".")[0] for name in whose} <= OWN
 
-# %% ../../nbs/engine/step_graph.ipynb #522f48fb
-@contextmanager
-def held_tables(
-    model: nn.Module,
-    held: dict,    # filled here: key to the outputs of the rotary modules, in order
-    key: tuple,    # what they depend on
-    recording: bool,  # whether a step is being recorded
-):
-    "A block in which rotary modules work as ever, and hand out what is held where a step is recorded."
-    rotary = [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
-    fresh, made = key not in held, []
-    ready = iter(held.get(key, ()))
-    def run(own, *args, **kwargs):
-        if recording and not fresh: return next(ready)
-        made.append(own(*args, **kwargs))
-        return made[-1]
-    before = [m.__dict__.get("forward") for m in rotary]
-    for m in rotary: m.forward = partial(run, m.forward)
-    try: yield
-    finally:
-        for m, own in zip(rotary, before):
-            del m.forward
-            if own is not None: m.forward = own
-    held.setdefault(key, made)
-
 # %% ../../nbs/engine/step_graph.ipynb #8dfb6028
+def _batch_loss(model: nn.Module, recorder: StepGraph, given: list[Tensor]) -> Tensor:
+    "Of a batch of `padded`, the summed loss."
+    with held_tables(model, recorder.tables, given[0].shape, recorder.recording):
+        return filled_losses(model, *given).sum()
+
+def _row_loss(model: nn.Module, recorder: StepGraph, given: list[Tensor]) -> Tensor:
+    "Of a packed row."
+    row = Row(*given)
+    tables = "places", len(row.places)
+    with held_tables(model, recorder.tables, tables, recorder.recording, row.places, row.positions):
+        return row_losses(model, row).sum()
+
+# %% ../../nbs/engine/step_graph.ipynb #80fca750
 def forward_backward(
     model: nn.Module,
-    batch: dict[str, Tensor],  # of `collate`
+    batch: dict[str, Tensor],  # of `collate` or of `pack`
     total: int,                # learned tokens of the whole step
 ) -> Tensor | None:            # the batch's share of the loss; None where the plain path has to take over
     "One pass each way of a causal model, as a graph."
-    device = next(model.parameters()).device.type
-    if torch.is_autocast_enabled(device) or not takes(model, batch): return None  # a recording would keep its casts
-    recorder = _recorder(model)
+    if torch.is_autocast_enabled(next(model.parameters()).device.type): return None  # a recording would keep its casts
+    row = filled_row(batch) if "position_ids" in batch else None
+    if not (takes(model, batch) if row is None else same_angles(model, row)): return None
+    recorder, summed = _recorder(model), _batch_loss if row is None else _row_loss
     if recorder is None or overheard(model._relied[0], recorder.params): return None
-    def passes(ids, at, targets, total):
-        with held_tables(model, recorder.tables, ids.shape, recorder.recording):
-            loss = filled_losses(model, ids, at, targets).sum() / total
+    def passes(*inputs):
+        *given, total = inputs
+        loss = summed(model, recorder, given) / total
         loss.backward()
         return loss.detach()
-    return recorder(passes, *padded(batch), torch.tensor(float(total)))
+    return recorder(passes, *(row or padded(batch)), torch.tensor(float(total)))
 
 def forget(model: nn.Module) -> None:
     "Give back the memory of a model's recordings; its gradients stay."
