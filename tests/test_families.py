@@ -102,8 +102,9 @@ def test_saved_and_opened_here(family, form, tmp_path):
     "The same logits, the same bytes when saved again, decoded on request, and in eval mode."
     saved = getattr(family, form)
     again, tokenizer = opened(saved)
-    equal = torch.equal if form == "kept" or family.name not in ONLY_LAB else torch.allclose
-    assert not again.training and equal(logits(again), family.logits)
+    found, decoded = logits(again), form == "saved" and family.name in ONLY_LAB  # decoded experts are other products
+    assert not again.training
+    assert torch.allclose(found, family.logits, atol=1e-5) if decoded else torch.equal(found, family.logits)
     if form == "kept":
         again.load_state_dict(family.model.state_dict())
         assert torch.equal(logits(again), family.logits)

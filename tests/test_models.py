@@ -61,7 +61,8 @@ def save(s):
 def reopen(s):
     for written in (s.saved, s.whole):
         (model, _), _ = said(lambda written=written: load_model(written, **EXACT))
-        assert torch.equal(logits(model), s.logits)
+        whole, found = share_in_4_bits(model) == share_in_4_bits(s.model), logits(model)
+        assert torch.equal(found, s.logits) if whole else torch.allclose(found, s.logits, atol=1e-5)  # decoded experts
         again = s.where / f"again from {written.name}"
         said(lambda model=model, again=again: save_quantized(model, again, s.tokenizer, decode=False))
         files = sorted(p.name for p in written.glob("*.safetensors"))
