@@ -183,6 +183,7 @@ def train_step(
 # %% ../nbs/10_train.ipynb #0df954d6
 def as_chosen(config: TrainConfig, model: nn.Module, learn: list) -> tuple[TrainConfig, dict]:
     "The config with what the planner chooses for its budget, if it has one, and what run.json says of that."
+    if config.packing: check_packing(model)
     if not config.budget: return config, {}
     config, said = faster("within_budget", next(model.parameters()).device, config, model, learn)  # nbs/engine/budget
     print(said, flush=True)
@@ -266,12 +267,10 @@ def train(
     learn = [tokenize(tokenizer, e, longest) for e in data.train]
     held = [tokenize(tokenizer, e, longest) for e in spread(data.held_out, config.eval_examples)]
     asked = spread(data.held_out, config.eval_prompts)
-    if config.packing: check_packing(model)
     config, chosen = as_chosen(config, model, learn)
     model = attach_adapters(model, config).train()
     optimizer = make_optimizer(trainable(model), config)
-    if record is None: record = begin(folder, identity, config, model, tokenizer, held, asked)
-    record |= chosen
+    record = (record or begin(folder, identity, config, model, tokenizer, held, asked)) | chosen
     largest = longest_batch(learn, config.pass_size or config.batch_size)
     activations = activation_bytes(model, pack(largest) if config.packing else collate(largest))
     run_steps(folder, model, optimizer, learn, config, progress)
