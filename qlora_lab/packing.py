@@ -128,22 +128,28 @@ def kept_apart(
     finally: MAKERS._local_mapping = before
 
 # %% ../nbs/reference/packing.ipynb #f7d357a4
-def _losses(model: nn.Module, ids: Tensor, positions: Tensor, of: int) -> tuple[Tensor, Tensor]:
-    "Losses of the last `of` tokens but the first, and how much they depend on each token's embedding, [tokens]."
-    table, kept = model.get_input_embeddings(), []
+@contextmanager
+def _cut_off(model: nn.Module):
+    "A block in which embeddings are leaves of a graph, which are noted."
+    kept = []
     def cut(_, args, out):
         kept.append(out.detach().requires_grad_())
         return kept[-1].clone()  # which the model may change in place
+    hook = model.get_input_embeddings().register_forward_hook(cut)
+    try: yield kept
+    finally: hook.remove()
+
+def _losses(model: nn.Module, ids: Tensor, positions: Tensor, of: int) -> tuple[Tensor, Tensor]:
+    "Losses of the last `of` tokens but the first, and how much they depend on each token's embedding, [tokens]."
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
     at = torch.arange(ids.shape[1] - of, ids.shape[1] - 1, device=ids.device)
-    hook = table.register_forward_hook(cut)
-    try:
-        with torch.enable_grad(), kept_apart(model, inputs): losses = place_losses(model, inputs, at, ids[0, at + 1])
-    finally: hook.remove()
+    with torch.enable_grad(), _cut_off(model) as kept, kept_apart(model, inputs):
+        losses = place_losses(model, inputs, at, ids[0, at + 1])
     weights = torch.rand(len(at), generator=torch.Generator().manual_seed(0)).to(losses.device)
     slope = torch.autograd.grad((losses * weights).sum(), kept[0])[0]
     return losses.detach(), slope.abs().sum(-1).flatten()
 
+# %% ../nbs/reference/packing.ipynb #4c233908
 def _lack(model: nn.Module, tokens: int = 24) -> str | None:
     "Why a model's examples cannot share a row; None if they can."
     config, of = model.config.get_text_config(), tokens // 2 + 1
@@ -158,7 +164,6 @@ def _lack(model: nn.Module, tokens: int = 24) -> str | None:
     apart, may = (losses - alone).abs().median().item(), 1e-3 if model.dtype == torch.float32 else 0.1
     return f"an example's loss in a row would be another than alone, by {apart:.2g} nats" if apart > may else None
 
-# %% ../nbs/reference/packing.ipynb #4c233908
 def check_packing(
     model: nn.Module,  # in eval mode, or without dropout
 ) -> None:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention import Result, attention, attention_backward, worth_keeping
+from .attention import Result, worth_keeping
 from .group import adapter_gradients, group_backward, group_forward
 from .layer_parts import FusedLayer
 from .packed_attention import Segments, segment_attention, segment_attention_backward, segments_now
@@ -42,18 +42,17 @@ def attend(
     x: Tensor,                 # [batch * tokens, width]
     cos: Tensor,               # [1 or batch, tokens, size]; sin too
     sin: Tensor,
+    segments: Segments | None, # of a packed row
     batch: int,                # sequences
     keep: bool,                # a graph for attention's backward pass
     whole: bool = True,        # False leaves out what the backward pass does not need
     result: Result | None = None,  # of attention, beside a checkpoint
-    segments: Segments | None = None,  # of a packed row
 ) -> tuple[Tensor | None, list]:  # the shape of x; and what the backward pass needs
     "x plus attention of its norm."
     h, rstd = f.norm_in.forward(x)
     qkv = group_forward(f.qkv, h)
     heads = [t.unflatten(0, (batch, -1)).transpose(1, 2) for t in f.turn(qkv, cos, sin)]
-    if segments is None: out, leaves = attention(*heads, keep, **f.how, result=result)
-    else: out, leaves = segment_attention(*heads, segments, keep, **f.how, result=result)
+    out, leaves = segment_attention(*heads, segments, keep, **f.how, result=result)
     o = f.out.with_room(out.detach().transpose(1, 2).reshape(len(x), -1))
     if not whole and f.norm_behind is None:
         f.out.fill(o)
@@ -136,13 +135,12 @@ def mlp_backward(
 def attend_backward(
     f: FusedLayer,
     grads: tuple[Tensor, Tensor],           # [batch * tokens, width and more], of the output; of the residual's sum
-    angles: tuple[Tensor, Tensor],          # cos and sin
+    row: tuple,                             # cos and sin; the segments of a packed row, or None
     batch: int,                             # sequences
     saved: list,                            # of `attend`; is emptied
     own: bool,                              # whether what is saved may be written over
     wanted: bool,                           # whether the input needs a gradient
     result: Result | None,                  # as for `attend`
-    segments: Segments | None,              # as for `attend`
 ) -> tuple[Tensor | None, list[Tensor]]:    # of the input; of the adapters
     "The gradients of `attend`."
     x, h, rstd, qkv, o, out, q, k, v, *behind = saved
@@ -151,11 +149,10 @@ def attend_backward(
     g_out = group_backward(f.out, grad, grad.new_empty(len(grad), f.out.inputs))
     g_o = adapter_gradients(f.out, grad, o)
     g_heads = g_out.view(batch, -1, out.shape[1], f.size).transpose(1, 2)
-    if segments is None: parts = attention_backward(g_heads, out, [q, k, v], **f.how, result=result)
-    else: parts = segment_attention_backward(g_heads, out, [q, k, v], segments, **f.how, result=result)
+    parts = segment_attention_backward(g_heads, out, [q, k, v], row[2], **f.how, result=result)
     del o, out, q, k, v, grad, behind
     g_qkv = qkv if own else torch.empty_like(qkv)
-    f.turn_back(parts, qkv, g_qkv, *angles)
+    f.turn_back(parts, qkv, g_qkv, *row[:2])
     f.qkv.fill_back(g_qkv)
     g_in = [*adapter_gradients(f.qkv, g_qkv, h), *g_o]
     if not wanted: return None, g_in
@@ -163,23 +160,22 @@ def attend_backward(
 
 # %% ../../nbs/engine/decoder_layer.ipynb #fb6ead12
 def _run(
-    f: FusedLayer, x: Tensor, angles: tuple[Tensor, Tensor], batch: int, keep: bool, whole: bool, result: Result | None,
-    segments: Segments | None,
+    f: FusedLayer, x: Tensor, row: tuple, batch: int, keep: bool, whole: bool, result: Result | None,
 ) -> tuple[Tensor | None, list, list]:
     "The output for x [batch * tokens, width], and what the two halves of the backward pass need."
-    middle, kept = attend(f, x, *angles, batch, keep, whole or not f.parallel, result, segments)
+    middle, kept = attend(f, x, *row, batch, keep, whole or not f.parallel, result)
     if not keep: kept.clear()
     below = x if f.parallel else middle
     if f.mlp is not None: y, more = experts(f, below, middle, batch, keep, whole)
     else: y, more = mlp(f, below, middle, f.parallel or not keep, whole)
     return y, kept, more
 
-def _back(f: FusedLayer, grad: Tensor, angles, batch: int, halves: list[list], own: bool, wanted: bool, *how):
+def _back(f: FusedLayer, grad: Tensor, row, batch: int, halves: list[list], own: bool, wanted: bool, result):
     "The gradients of the input (if `wanted`) and of all that learns, in the order of `FusedLayer.params`."
     backward = mlp_backward if f.mlp is None else experts_backward
     g_middle, above = backward(f, grad, halves[1], own)
     grads = (grad if f.parallel else g_middle), g_middle
-    g_x, below = attend_backward(f, grads, angles, batch, halves[0], own, wanted, *how)
+    g_x, below = attend_backward(f, grads, row, batch, halves[0], own, wanted, result)
     return g_x, [*below, *above]
 
 # %% ../../nbs/engine/decoder_layer.ipynb #2a3110ac
@@ -187,25 +183,25 @@ class DecoderLayer(torch.autograd.Function):
     "A decoder layer as one operation; with `again` it keeps little but its input and runs forward a second time."
     @staticmethod
     def forward(ctx, f, again, x, cos, sin, *params):
-        flat, row = x.reshape(-1, x.shape[-1]).contiguous(), segments_now()
-        longest = x.shape[1] if row is None else row.longest // 2 + 1  # of a power of two it is at least that
+        flat, segments = x.reshape(-1, x.shape[-1]).contiguous(), segments_now()
+        longest = x.shape[1] if segments is None else segments.longest // 2 + 1  # that of a power of two at least
         result = Result() if again and f.keeps_attention and worth_keeping(longest, f.how["window"]) else None
-        y, kept, more = _run(f, flat, (cos, sin), len(x), not again, True, result, row)
+        y, kept, more = _run(f, flat, (cos, sin, segments), len(x), not again, True, result)
         if again: kept, more = [flat], ([] if result is None else result.tensors)
         ctx.save_for_backward(cos, sin, *kept, *more, *params, *f.frozen)
         ctx.f, ctx.again, ctx.batch, ctx.counts = f, again, len(x), (len(kept), len(kept) + len(more))
-        ctx.kernel, ctx.row = None if result is None else result.kernel, row
+        ctx.kernel, ctx.segments = None if result is None else result.kernel, segments
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (cos, sin, *saved), f, (some, more) = ctx.saved_tensors, ctx.f, ctx.counts
-        halves, result = [saved[:some], saved[some:more]], None
+        halves, result, row = [saved[:some], saved[some:more]], None, (cos, sin, ctx.segments)
         saved.clear()
         if ctx.again:
             result = Result(ctx.kernel, halves[1])
-            halves = list(_run(f, *halves[0], (cos, sin), ctx.batch, True, False, result, ctx.row)[1:])
+            halves = list(_run(f, *halves[0], row, ctx.batch, True, False, result)[1:])
         flat, wanted = grad.reshape(-1, grad.shape[-1]).contiguous(), ctx.needs_input_grad[2]
-        g_x, found = _back(f, flat, (cos, sin), ctx.batch, halves, ctx.again, wanted, result, ctx.row)
+        g_x, found = _back(f, flat, row, ctx.batch, halves, ctx.again, wanted, result)
         return None, None, g_x if g_x is None else g_x.view(grad.shape), None, None, *found

@@ -135,14 +135,14 @@ def segment_attention(
     q: Tensor,                     # [1, heads, tokens, size]
     k: Tensor,                     # perhaps with fewer heads
     v: Tensor,                     # as k
-    segments: Segments,
+    segments: Segments | None,     # None: the row is one example
     keep: bool = True,             # a graph for the backward pass
     scale: float | None = None,    # of q k^T; 1 / sqrt(size) by default
     window: int | None = None,     # keys that a query sees at most
     result: Result | None = None,  # as for `attention`
 ) -> tuple[Tensor, list[Tensor]]:  # the shape of q, and the leaves of its graph
     "Causal attention inside each segment of a row."
-    if q.is_meta: return attention(q, k, v, keep, scale, window, result)
+    if segments is None or q.is_meta: return attention(q, k, v, keep, scale, window, result)
     flash = _flash_takes(q, segments)
     if flash and result is not None and (result.tensors or not keep):
         if not result.tensors:
@@ -160,13 +160,13 @@ def segment_attention_backward(
     grad: Tensor,                        # of out
     out: Tensor,                         # of `segment_attention`
     leaves: list[Tensor],                # of `segment_attention`
-    segments: Segments,
+    segments: Segments | None,
     scale: float | None = None,          # as for `segment_attention`
     window: int | None = None,           # as for `segment_attention`
     result: Result | None = None,        # as for `segment_attention`
 ) -> tuple[Tensor, Tensor, Tensor]:      # gradients of q, k and v
     "As `attention_backward`."
     kept = result is not None and result.tensors
-    if not (out.requires_grad or kept or out.is_meta):
+    if segments is not None and not (out.requires_grad or kept or out.is_meta):
         out, leaves = segment_attention(*leaves, segments, scale=scale, window=window)
     return attention_backward(grad, out, leaves, scale, window, result)

@@ -41,6 +41,18 @@ def _asked(own: Callable, places: Tensor, args: tuple, kwargs: dict):
     def put(t): return places[None] if isinstance(t, Tensor) and not t.is_floating_point() else t
     return own(*map(put, args), **{name: put(t) for name, t in kwargs.items()})
 
+
+@contextmanager
+def _through(modules: list[nn.Module], run: Callable):
+    "A block in which `run` is called with a module's own forward in front of what it is called with."
+    before = [m.__dict__.get("forward") for m in modules]
+    for m in modules: m.forward = partial(run, m.forward)
+    try: yield
+    finally:
+        for m, own in zip(modules, before):
+            del m.forward
+            if own is not None: m.forward = own
+
 # %% ../../nbs/engine/rotary_tables.ipynb #e7ad47b9
 @contextmanager
 def held_tables(
@@ -61,11 +73,5 @@ def held_tables(
             found = own(*args, **kwargs) if places is None else _asked(own, places, args, kwargs)
             made.append(found)
         return found if positions is None else picked(found, positions)
-    before = [m.__dict__.get("forward") for m in rotary]
-    for m in rotary: m.forward = partial(run, m.forward)
-    try: yield
-    finally:
-        for m, own in zip(rotary, before):
-            del m.forward
-            if own is not None: m.forward = own
+    with _through(rotary, run): yield
     held.setdefault(key, made)
