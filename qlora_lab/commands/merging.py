@@ -19,7 +19,7 @@ __all__ = ['Merge', 'kept_examples', 'measured', 'free', 'write_model', 'told', 
 # The folder appears whole or not at all, under a name that is free. What is said of it is written into it: a step of
 # the manifest, with settings and both measurements, and a README.md.
 #
-# A merged model is as large as its 16-bit base (or a quarter of it, with --how 4bit), so main memory is where it is made
+# A merged model is as large as its 16-bit base (or a quarter of it, with --how 4bit), so it is made in main memory
 # unless --device says otherwise: a card that trained the model in 4 bits may be too small. The run is only read. Built
 # in nbs/commands/merging.ipynb.
 
