@@ -77,8 +77,8 @@ def _codes_apart(name: str, held: nn.Module, w: Tensor, base: OriginalBase) -> i
     shape = tuple(getattr(held, "shape", None) or (held.out_features, held.in_features))
     if tuple(w.shape) != shape:
         raise LabError(f"{base.name}: another model than the 4-bit base: {name} is {tuple(w.shape)}, there {shape}")
-    q = quantize_4bit(w.to(held.weight.device), held.quant_type, held.blocksize, held.absmax2 is not None)
-    return int((q.packed.view(-1) != held.weight.view(-1)).sum())
+    q = quantize_4bit(w.cpu(), held.quant_type, held.blocksize, held.absmax2 is not None)  # where load_model does it
+    return int((q.packed.view(-1) != held.weight.cpu().view(-1)).sum())
 
 def _plain(name: str) -> str: return name.replace(".base_layer", "")
 

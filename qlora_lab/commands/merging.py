@@ -19,8 +19,9 @@ __all__ = ['Merge', 'kept_examples', 'measured', 'free', 'write_model', 'told', 
 # The folder appears whole or not at all, under a name that is free. What is said of it is written into it: a step of
 # the manifest, with settings and both measurements, and a README.md.
 #
-# A merged model is as large as its 16-bit base (or a quarter of it, with --how 4bit); the run is only read. Built in
-# nbs/commands/merging.ipynb.
+# A merged model is as large as its 16-bit base (or a quarter of it, with --how 4bit), so it is made in main memory
+# unless --device says otherwise: a card that trained the model in 4 bits may be too small. The run is only read. Built
+# in nbs/commands/merging.ipynb.
 
 # %% ../../nbs/commands/merging.ipynb #5166e6dd
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ _Base = Annotated[str | None, arg(metavar="NAME", help_behavior_hint=(
     "(default: the one that the run was trained from)"))]
 _Dtype = Annotated[Literal["bfloat16", "float16", "float32"] | None, arg(
     help_behavior_hint="(default: 16 bits; of an original base those of its file)")]
-_Device = Annotated[str | None, arg(metavar="DEVICE", help_behavior_hint="(default: the GPU if there is one)")]
+_Device = Annotated[str, arg(metavar="DEVICE")]
 
 # %% ../../nbs/commands/merging.ipynb #a33d4d50
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Merge:
     base: _Base = None           # of "original": name or folder of the 16-bit checkpoint
     dtype: _Dtype = None         # of the weights that are not in 4 bits
     rounding: Literal["dithered", "nearest"] = "dithered"  # of "4bit"; merge-aware runs are trained for "dithered"
-    device: _Device = None       # cpu or cuda
+    device: _Device = "cpu"      # or cuda, which is quicker where the card has room for the merged model
 
     def run(self) -> int:
         "Open, merge, compare, write; the exit code."
