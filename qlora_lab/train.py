@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['answer_places', 'answer_losses', 'score', 'attach_adapters', 'summed_loss', 'activation_bytes', 'train_step',
-           'as_decided', 'one_step', 'through_quantizer', 'run_steps', 'begin', 'finish', 'train']
+           'as_decided', 'as_chosen', 'one_step', 'through_quantizer', 'run_steps', 'begin', 'finish', 'train']
 
 # %% ../nbs/10_train.ipynb #2563e113
 # Fine-tuning adapters on a frozen model in 4 bits.
@@ -177,6 +177,13 @@ def as_decided(config: TrainConfig, model: nn.Module, learn: list) -> tuple[Trai
     steps, said = steps_of(config, len(learn)), {"chosen": chosen, "config": as_json(config)} if config.budget else {}
     if config.epochs: print(f"steps   {steps}: {config.epochs:g} passes over {len(learn)} examples", flush=True)
     return replace(config, steps=steps, epochs=0.), said | {"steps": steps}
+def as_chosen(config: TrainConfig, model: nn.Module, learn: list) -> tuple[TrainConfig, dict]:
+    "The config with what the planner chooses for its budget, if it has one, and what run.json says of that."
+    if config.packing: check_packing(model)
+    if not config.budget: return config, {}
+    config, said = faster("within_budget", next(model.parameters()).device, config, model, learn)  # nbs/engine/budget
+    print(said, flush=True)
+    return config, {"chosen": said, "config": asdict(config) | {"folder": str(config.folder)}}
 
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, learn: list, config: TrainConfig, step: int) -> dict:
     "One optimizer step, counted from 0, on the batches that are its own; returns what metrics.jsonl says of it."
@@ -289,6 +296,16 @@ def _carry_out(folder, identity, record, model, tokenizer, data, asked_for, look
     optimizer = make_optimizer(model, config)
     if record is None: record = begin(folder, identity, asked_for, model, tokenizer, held, prompts)
     record |= said
+    record = open_folder(folder, identity)
+    if record and record["state"] == "done": return Run.load(folder)
+    longest = min(config.max_length, getattr(model.config, "max_position_embeddings", config.max_length))
+    learn = [tokenize(tokenizer, e, longest) for e in data.train]
+    held = [tokenize(tokenizer, e, longest) for e in spread(data.held_out, config.eval_examples)]
+    asked = spread(data.held_out, config.eval_prompts)
+    config, chosen = as_chosen(config, model, learn)
+    model = attach_adapters(model, config).train()
+    optimizer = make_optimizer(trainable(model), config)
+    record = (record or begin(folder, identity, config, model, tokenizer, held, asked)) | chosen
     largest = longest_batch(learn, config.pass_size or config.batch_size)
     activations = activation_bytes(model, pack(largest) if config.packing else collate(largest))
     with Log(folder, config, model, optimizer) as log:

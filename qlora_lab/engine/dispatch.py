@@ -17,6 +17,9 @@ __all__ = ['Key', 'FASTER', 'ALWAYS', 'LACK', 'TRIAL', 'REHEARSED', 'IN_TORCH', 
 # a piece asks for: a mover of pages, an optimizer, a block that keeps a row's examples apart. Three do what has no plain piece: fuse_layers changes a model,
 # forward_backward does both passes of a batch, forget gives back what that kept. While torch.compile reads, no twin is
 # looked up; engine.traced has an operator for `dequantize` and for `matmul_4bit`, which stands in no table.
+# a piece asks for: a mover of pages, an optimizer, a block that keeps examples apart. Three do what has no plain
+# piece: fuse_layers changes a model, forward_backward does both passes of a batch, forget gives back what that kept.
+# While torch.compile reads, no twin is looked up: engine.traced has operators for what is in no table then.
 #
 # Twins in FASTER save time, or memory of a step. `use_kernels(False)`, or QLORA_LAB_KERNELS=0, leaves them off, and
 # results stay (to the bit for quantizing, decoding and AdamW; up to rounding for products). Twins in ALWAYS keep what
