@@ -77,7 +77,7 @@ class Pieces(BaseStreamer):
     def _say(self, final: bool) -> None:
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         text = UNSEEN.sub("", text).lstrip()
-        sure = text if final else text.rstrip("\ufffd")
+        sure = (text if final else text.rstrip("\ufffd")).rstrip()  # blanks wait too, for a word behind them
         if len(sure) > len(self.said):
             self.write(sure[len(self.said):])
             self.said = sure
@@ -191,8 +191,8 @@ class Talk(_Generating):
         "What a speaker says, and whether it was stopped; the conversation stays as it was."
         turns, pieces = [*self.turns, {"role": "user", "content": text}], Pieces(self.tokenizer, write)
         try: self._generate(who, turns, pieces)
-        except KeyboardInterrupt: return pieces.said.rstrip(), True
-        return pieces.said.rstrip(), False
+        except KeyboardInterrupt: return pieces.said, True
+        return pieces.said, False
 
     def ask(self, text: str, write: Callable[[str], object] = unheard, both: bool = False, begin=unheard
             ) -> dict[str, str]:
