@@ -23,10 +23,10 @@ def write_examples(path: Path, n: int, words: int = 20, every: int = 50) -> int:
     draw, letters = np.random.default_rng(0), np.array(list("etaoinshrdlu"))
     pool = np.array(["".join(draw.choice(letters, 2 + i % 7)) for i in range(30_000)])
     weights = 1 / np.arange(1, len(pool) + 1)
+    drawn = draw.choice(pool, (n, 2 * words), p=weights / weights.sum())
     copies, kept = 0, None
     with path.open("w") as file:
-        for i in range(n):
-            text = draw.choice(pool, 2 * words, p=weights / weights.sum())
+        for i, text in enumerate(drawn):
             if i % every == every - 1:
                 text, copies = kept.copy(), copies + 1
                 text[draw.integers(2 * words)] = "another"

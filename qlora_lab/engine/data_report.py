@@ -21,6 +21,7 @@ __all__ = ['Lengths', 'lengths_of', 'Copies', 'copies_of', 'Found', 'DataReport'
 # %% ../../nbs/engine/data_report.ipynb #66720886
 import html
 import json
+import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -163,7 +164,8 @@ class DataReport(Found):
                        "max_length": lengths["longest"], "longer": self.lengths.longer, "emptied": self.lengths.emptied}
 
     def __repr__(self) -> str:
-        lines = [f"{name:12}{value}".rstrip() for name, value in [*self.facts(), ("", ""), *self.bars()]]
+        lines = [textwrap.fill(f"{name:12}{value}", 80, subsequent_indent=12 * " ") for name, value in self.facts()]
+        lines += ["", *(f"{name:12}{bar}" for name, bar in self.bars())]
         return "\n".join([*lines, *("\n" + underlined(runs) for runs in self.lengths.shown)])
 
     def _repr_html_(self) -> str:
