@@ -177,7 +177,6 @@ def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, learn: list, co
     seconds, tokens = time.perf_counter() - start, sum(int(b["attention_mask"].sum()) for b in batches)
     return {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": rates[0], "tokens": tokens, "seconds": seconds}
 
-# %% ../nbs/10_train.ipynb #5617286f
 def run_steps(log: Log, learn: list, held: list, watchers: Watchers) -> None:
     "The loop: from the last checkpoint to the last step, a line of metrics.jsonl each."
     model, config, aware = log.model, log.config, log.turn is not None

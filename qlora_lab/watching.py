@@ -71,6 +71,7 @@ class Watchers:
         self.tell("on_step", row)
         if "held_out" in row: self.tell("on_evaluation", row)
 
+# %% ../nbs/reference/watching.ipynb #4ba7617b
 @contextmanager
 def watched(
     config: "TrainConfig",
