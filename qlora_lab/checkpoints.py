@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_checkpoint', 'load_checkpoint', 'saved_step', 'best_path', 'load_best', 'best_row', 'without_gain', 'measured',
-           'Log', 'check_finite']
+           'through_quantizer', 'Log', 'check_finite']
 
 # %% ../nbs/reference/checkpoints.ipynb #c8bcd992
 # A run on its way, in files from which it goes on to the byte.
@@ -38,6 +38,7 @@ from torch import nn
 
 from .adapter_contents import adapter_tensors
 from .adapter_files import PEFT_PREFIX
+from .engine.dispatch import faster, twin
 from .lora import lora_state
 from .records import LabError, write_whole
 from .settings import count_of
@@ -114,6 +115,16 @@ def measured(score: "Score") -> dict:
     return {"held_out": score.loss, "held_out_stderr": None if isnan(score.stderr) else score.stderr}
 
 # %% ../nbs/reference/checkpoints.ipynb #42e10a68
+def through_quantizer(model: nn.Module, check: bool = False) -> None:  # check: only ask whether it can be done
+    "From now on the model computes with what merging into its 4 bits would leave; raises LabError where nothing does."
+    device = next(model.parameters()).device
+    if (found := twin("through_quantizer", device.type)) is None:
+        raise LabError(f"merge_aware: nothing trains through the quantizer on {device.type}; leave it out")
+    if check: return
+    faster("forget", device, model)
+    found(model)
+
+# %% ../nbs/reference/checkpoints.ipynb #89463dde
 class _Rows:
     "The lines of metrics.jsonl, and what follows from them."
     def __init__(self, folder: Path, config: "TrainConfig", done: int):
@@ -130,6 +141,9 @@ class _Rows:
     @property
     def best(self) -> dict | None: return best_row(self.rows, self.turn or 0)
 
+# %% ../nbs/reference/checkpoints.ipynb #0e6f31fe
+class _Plan(_Rows):
+    "Which steps are to come, when to measure, and what came out."
     @property
     def ended(self) -> str | None:
         "Why no step is to come; None while there are some."
@@ -153,7 +167,7 @@ class _Rows:
         return said | {"adapter_step": self.best["step"], "best": told(self.best), "last": told(self.rows[-1])}
 
 # %% ../nbs/reference/checkpoints.ipynb #4bc4d645
-class Log(_Rows):
+class Log(_Plan):
     "A run on its way: opened where its checkpoint ends, written step by step."
     def __init__(self, folder: Path, config: "TrainConfig", model: nn.Module, optimizer: torch.optim.Optimizer):
         self.model, self.optimizer = model, optimizer
@@ -182,6 +196,7 @@ class Log(_Rows):
         for path in (self.folder / "checkpoint").glob("best-*.safetensors"):
             if path != best: path.unlink()
 
+# %% ../nbs/reference/checkpoints.ipynb #7a21b8f2
 def check_finite(row: dict, saved: int, config: "TrainConfig") -> None:
     "Raise LabError for a step from which no training can go on."
     odd = next((k for k in ("loss", "grad_norm", "held_out") if not isfinite(row.get(k, 0.))), None)

@@ -89,6 +89,7 @@ def draw_memory(ax: "Axes", steps: list[int], gib: list[float]) -> None:
     ax.set_ylim(0, 1.2 * max(gib))
     label(ax, "step", "peak (GiB)")
 
+# %% ../nbs/reference/run_figure.ipynb #22320161
 class RunFigure(Figure):
     "A figure that a notebook shows without pyplot."
     def _repr_png_(self) -> bytes:

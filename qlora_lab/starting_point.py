@@ -71,6 +71,7 @@ def check_settings(held: "LoraConfig", config: "TrainConfig") -> None:
         if getattr(held, name, None):
             raise LabError(f"{here}: it has {name}={getattr(held, name)!r}, which a run does not train")
 
+# %% ../nbs/reference/starting_point.ipynb #a09158b0
 def take_over(
     model: nn.Module,      # with the run's own adapters, the lab's or PEFT's
     config: "TrainConfig",

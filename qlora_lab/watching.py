@@ -71,10 +71,15 @@ class Watchers:
         self.tell("on_step", row)
         if "held_out" in row: self.tell("on_evaluation", row)
 
+# %% ../nbs/reference/watching.ipynb #4ba7617b
 @contextmanager
-def watched(watchers: Iterable[Watcher]):
-    "Watchers for the length of a block; told that the run was cut short where the block ends by an exception."
-    all_of_them = Watchers(watchers)
+def watched(
+    config: "TrainConfig",
+    progress: bool,              # whether the run's own watchers show how far it is
+    watchers: Iterable[Watcher], # others
+):
+    "A run's watchers, for the length of a block; told that it was cut short where the block ends by an exception."
+    all_of_them = Watchers([*usual_watchers(config, progress), *watchers])
     try: yield all_of_them
     except BaseException:
         all_of_them.tell("on_end", None)
