@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['answer_places', 'answer_losses', 'score', 'attach_adapters', 'summed_loss', 'activation_bytes', 'train_step',
-           'as_decided', 'as_chosen', 'one_step', 'through_quantizer', 'run_steps', 'begin', 'finish', 'train']
+           'one_step', 'run_steps', 'begin', 'finish', 'train']
 
-# %% ../nbs/10_train.ipynb #2563e113
+# %% ../nbs/10_train.ipynb #08acbf14
 # Fine-tuning adapters on a frozen model in 4 bits.
 #
 # A step: forward and backward passes over one or several batches, the gradient shortened to max_grad_norm, a rate of
@@ -21,13 +21,10 @@ __all__ = ['answer_places', 'answer_losses', 'score', 'attach_adapters', 'summed
 # time: `locks`. Bar, figure, logs: `watching`. Folder and results: `runs`. Going on from an adapter: `starting_point`.
 # Errors of losses: `scoring`. Order: `batches`. Built in nbs/10_train.ipynb.
 
-# %% ../nbs/10_train.ipynb #651041e5
+# %% ../nbs/10_train.ipynb #2563e113
 import json
 import time
-from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from math import isfinite
 from pathlib import Path
 
 import torch
@@ -36,23 +33,23 @@ from torch import Tensor, nn
 
 from .batches import batch_indices, longest_batch, regrouped
 from .checkpointing import checkpoint_layers
-from .checkpoints import Log, load_best, measured
+from .checkpoints import Log, load_best, measured, through_quantizer
 from .data import Example, Split, collate, encode
-from .engine.dispatch import faster, twin
+from .engine.dispatch import faster
 from .head_loss import place_losses
 from .linear4bit import saved_for_backward
-from .locks import locked
 from .lora import add_lora, reset_lora, save_adapter, trainable
 from .model import answer
+from .open_run import base_of
 from .packing import check_packing, kept_apart, pack, packed_batches
-from .rates import make_optimizer, rates_at, steps_of
-from .records import LabError, peak_memory_gib, provenance, release_memory, write_whole
-from .runs import Run, fingerprint, open_folder, step_memory
-from .scoring import Score, spread
+from .rates import as_decided, make_optimizer, rates_at
+from .records import peak_memory_gib, provenance, release_memory, write_whole
+from .runs import Run, fingerprint, held_open, step_memory
+from .scoring import Score, recorded, spread
 from .settings import TrainConfig, as_json
 from .starting_point import take_over
 from .trimming import trim_between_layers
-from .watching import Outset, Watcher, Watchers, usual_watchers, watched
+from .watching import Outset, Watcher, Watchers, watched
 
 # %% ../nbs/10_train.ipynb #cac206c7
 def answer_places(
@@ -169,22 +166,6 @@ def train_step(
     return sum(part.item() for part in parts), norm.item()  # only now does Python wait for a GPU
 
 # %% ../nbs/10_train.ipynb #0df954d6
-def as_decided(config: TrainConfig, model: nn.Module, learn: list) -> tuple[TrainConfig, dict]:
-    "The config with its number of steps and what the planner chooses for its budget; what run.json says of that."
-    if config.budget:
-        config, chosen = faster("within_budget", next(model.parameters()).device, config, model, learn)
-        print(chosen, flush=True)  # nbs/engine/budget
-    steps, said = steps_of(config, len(learn)), {"chosen": chosen, "config": as_json(config)} if config.budget else {}
-    if config.epochs: print(f"steps   {steps}: {config.epochs:g} passes over {len(learn)} examples", flush=True)
-    return replace(config, steps=steps, epochs=0.), said | {"steps": steps}
-def as_chosen(config: TrainConfig, model: nn.Module, learn: list) -> tuple[TrainConfig, dict]:
-    "The config with what the planner chooses for its budget, if it has one, and what run.json says of that."
-    if config.packing: check_packing(model)
-    if not config.budget: return config, {}
-    config, said = faster("within_budget", next(model.parameters()).device, config, model, learn)  # nbs/engine/budget
-    print(said, flush=True)
-    return config, {"chosen": said, "config": asdict(config) | {"folder": str(config.folder)}}
-
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, learn: list, config: TrainConfig, step: int) -> dict:
     "One optimizer step, counted from 0, on the batches that are its own; returns what metrics.jsonl says of it."
     torch.manual_seed(config.seed * 1_000_003 + step)  # dropout depends on the step alone, not on what ran before
@@ -199,16 +180,6 @@ def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, learn: list, co
     seconds, tokens = time.perf_counter() - start, sum(int(b["attention_mask"].sum()) for b in batches)
     return {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": rates[0], "tokens": tokens, "seconds": seconds}
 
-# %% ../nbs/10_train.ipynb #5617286f
-def through_quantizer(model: nn.Module, check: bool = False) -> None:  # check: only ask whether it can be done
-    "From now on the model computes with what merging into its 4 bits would leave; raises LabError where nothing does."
-    device = next(model.parameters()).device
-    if (found := twin("through_quantizer", device.type)) is None:
-        raise LabError(f"merge_aware: nothing trains through the quantizer on {device.type}; leave it out")
-    if check: return
-    faster("forget", device, model)
-    found(model)
-
 def run_steps(log: Log, learn: list, held: list, watchers: Watchers) -> None:
     "The loop: from the last checkpoint to the last step, a line of metrics.jsonl each."
     model, config, aware = log.model, log.config, log.turn is not None
@@ -216,7 +187,7 @@ def run_steps(log: Log, learn: list, held: list, watchers: Watchers) -> None:
     for step in log.to_come():
         if aware and step == log.turn: through_quantizer(model)
         row = one_step(model, log.optimizer, learn, config, step)
-        if log.is_due(step + 1) and isfinite(row["loss"]): row |= measured(score(model, held))
+        if log.is_due(step + 1): row |= measured(score(model, held))
         log.add(row)
         watchers.told_of(row)
     faster("forget", next(model.parameters()).device, model)
@@ -227,17 +198,11 @@ def begin(
 ) -> dict:
     "What is known before the first step: settings, machine, the untrained model's held-out loss and its answers."
     record = {"state": "running", "identity": identity, "config": as_json(config), "provenance": provenance(),
-              "before": _scored(model, held, "before the first step")}
+              "base": base_of(model), "before": recorded(score(model, held), "before the first step")}
     answers = _answers(model, tokenizer, [e.prompt for e in asked])
     record["answers"] = [{"prompt": e.prompt, "reference": e.answer, "before": a} for e, a in zip(asked, answers)]
     write_whole(folder / "run.json", json.dumps(record, indent=1))
     return record
-
-def _scored(model: nn.Module, held: list, when: str) -> dict:
-    found = score(model, held)
-    if isfinite(found.loss): return {"score": asdict(found)}
-    raise LabError(f"the held-out loss {when} is {found.loss}; a lower lr may help, or float32 or bfloat16 in place of "
-                   "float16, whose numbers end at 65,504")
 
 def _answers(model: nn.Module, tokenizer, prompts: list[str]) -> list[str]:
     with _dropout_off(model): return answer(model, tokenizer, prompts) if prompts else []
@@ -246,13 +211,14 @@ def _save(model: nn.Module, folder: Path) -> None:
     if hasattr(model, "lora_config"): save_adapter(model, folder)
     else: model.save_pretrained(folder)
 
+# %% ../nbs/10_train.ipynb #67749121
 def finish(folder: Path, record: dict, log: Log, tokenizer, held: list, memory: dict) -> None:
     "Score, answer, save the adapter, the best one where there was a choice, and only then call the run done."
     model, kept = log.model, log.outcome()
     if kept["adapter_step"] != log.done:
         _save(model, folder / "last_adapter")
         load_best(folder, model, kept["adapter_step"])
-    record |= kept | {"after": _scored(model, held, "after training")}
+    record |= kept | {"after": recorded(score(model, held), "after training")}
     answers = _answers(model, tokenizer, [r["prompt"] for r in record["answers"]])
     for row, text in zip(record["answers"], answers): row["after"] = text
     seconds = sum(row["seconds"] for row in log.rows)
@@ -260,28 +226,27 @@ def finish(folder: Path, record: dict, log: Log, tokenizer, held: list, memory: 
     _save(model, folder / "adapter")
     write_whole(folder / "run.json", json.dumps(record | {"state": "done"}, indent=1))
 
-# %% ../nbs/10_train.ipynb #67749121
+# %% ../nbs/10_train.ipynb #2d6faf72
 def train(
     model: nn.Module,      # of `load_model`, with either backend
     tokenizer,
     data: Split,
     config: TrainConfig = TrainConfig(),  # noqa: B008 - frozen, so shared
     progress: bool = True, # show a progress bar, in a notebook a live figure
-    watchers: Iterable[Watcher] = (),  # who else is told of each step
+    watchers: list[Watcher] | tuple[Watcher, ...] = (),  # who else is told of each step
 ) -> Run:
     """Train adapters on a frozen model. The same call on the folder of a run cut short goes on from its last checkpoint
     and ends with the same adapter."""
     folder, identity = Path(config.folder), fingerprint(model, data, config)
-    found = open_folder(folder, identity)
-    if found and found["state"] == "done": return Run.load(folder)
-    with locked(folder), watched([*usual_watchers(config, progress), *watchers]) as lookers:
-        found = open_folder(folder, identity)  # as it is now that nobody else is at work in it
-        if not found or found["state"] != "done":
-            _carry_out(folder, identity, found, model, tokenizer, data, config, lookers)
-        run = Run.load(folder)
-        lookers.tell("on_end", run)
+    with held_open(folder, identity) as record:
+        if record and record["state"] == "done": return Run.load(folder)
+        with watched(config, progress, watchers) as lookers:
+            _carry_out(folder, identity, record, model, tokenizer, data, config, lookers)
+            run = Run.load(folder)
+            lookers.tell("on_end", run)
     return run
 
+# %% ../nbs/10_train.ipynb #8b0cb9ad
 def _carry_out(folder, identity, record, model, tokenizer, data, asked_for, lookers) -> None:
     "A run from its begin, or from its checkpoint, to its end."
     longest = min(asked_for.max_length, getattr(model.config, "max_position_embeddings", asked_for.max_length))
@@ -296,16 +261,6 @@ def _carry_out(folder, identity, record, model, tokenizer, data, asked_for, look
     optimizer = make_optimizer(model, config)
     if record is None: record = begin(folder, identity, asked_for, model, tokenizer, held, prompts)
     record |= said
-    record = open_folder(folder, identity)
-    if record and record["state"] == "done": return Run.load(folder)
-    longest = min(config.max_length, getattr(model.config, "max_position_embeddings", config.max_length))
-    learn = [tokenize(tokenizer, e, longest) for e in data.train]
-    held = [tokenize(tokenizer, e, longest) for e in spread(data.held_out, config.eval_examples)]
-    asked = spread(data.held_out, config.eval_prompts)
-    config, chosen = as_chosen(config, model, learn)
-    model = attach_adapters(model, config).train()
-    optimizer = make_optimizer(trainable(model), config)
-    record = (record or begin(folder, identity, config, model, tokenizer, held, asked)) | chosen
     largest = longest_batch(learn, config.pass_size or config.batch_size)
     activations = activation_bytes(model, pack(largest) if config.packing else collate(largest))
     with Log(folder, config, model, optimizer) as log:
