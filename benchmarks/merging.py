@@ -28,7 +28,7 @@ from qlora_lab.model import answer, load_model
 from qlora_lab.runs import TrainConfig
 from qlora_lab.scoring import spread
 from qlora_lab.ship import ROUNDINGS, WITH_DATA, merge, merged_4bit, survival
-from qlora_lab.train import make_optimizer, one_step, train
+from qlora_lab.train import one_step, train
 
 RATIOS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # length of an update over that of its weight
 
@@ -72,7 +72,7 @@ def more_steps(bench, adapter, out, rounding=None, lr=None):
     if rounding: through_quantizer(model, rounding)
     config = replace(bench.config, lr=lr or asked.lr_more, warmup=0)
     learn = [tokenize(bench.tokenizer, e) for e in bench.split.train]
-    optimizer = make_optimizer(trainable(model), config)
+    optimizer = torch.optim.AdamW(trainable(model), weight_decay=0)
     rows = [one_step(model, optimizer, learn, config, asked.steps + k) for k in range(asked.more)]
     save_adapter(model, out)
     return out, [r["loss"] for r in rows], sum(r["seconds"] for r in rows) / len(rows)
