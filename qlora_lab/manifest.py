@@ -62,7 +62,8 @@ class Verdict(NamedTuple):
         rows = [self.told] if self.told else []
         rows += [f"altered  {path}: {why}" for path, why in self.altered.items()]
         rows += [f"missing  {path}" for path in self.missing]
-        return rows + [f"added    {path}" + (f": {what}" if what != "file" else "") for path, what in self.added.items()]
+        here = {path: "" if what == "file" else f": {what}" for path, what in self.added.items()}
+        return rows + [f"added    {path}{what}" for path, what in here.items()]
 
 # %% ../nbs/reference/manifest.ipynb #a0f9c8ff
 def verify(
