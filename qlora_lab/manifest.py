@@ -30,11 +30,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from . import __version__
 from .file_hashes import files_of, hash_file
 from .manifest_file import MANIFEST, edited, empty, parsed, plain, read_manifest, write_manifest
 from .origins import base_of
-from .records import LabError, read_json, versions
+from .records import PACKAGES, LabError, read_json, versions
 from .scoring import Score, improvement
 
 # %% ../nbs/reference/manifest.ipynb #140cb81c
@@ -193,7 +192,7 @@ def record_step(
     files = _files(folder)
     _hold(folder, content["files"] if own else {}, files, {*written, README})
     step = {"name": name, "settings": dict(settings or {}), "metrics": dict(metrics or {}),
-            "versions": {"qlora-lab": __version__, **versions()},
+            "versions": versions(("qlora-lab", *PACKAGES)),
             "date": datetime.now(UTC).isoformat(timespec="seconds"), "source": content.get("digest")}
     whence = {"base": {**content["base"], **(base or {})}, "data": {**content["data"], **(data or {})}}
     return write_manifest(folder, content | whence | {"steps": [*content["steps"], step], "files": files})
