@@ -10,8 +10,8 @@ __all__ = ['stored_files', 'Stored', 'stored_dtype', 'targets', 'converted', 'bi
 #
 # `stored_files` finds what transformers reads: one safetensors file, or the shards that an index names; weights in
 # another form are refused (`safe_files`). `Stored` opens them memory-mapped and hands out single tensors. Names in a
-# file may be older than the model's, and experts may lie one by one where the model has one tensor of three axes: transformers' own renamings and
-# conversions are applied, one target at a time.
+# file may be older than the model's, and experts may lie one by one where the model has one tensor of three axes:
+# transformers' own renamings and conversions are applied, one target at a time.
 #
 # `hold_against` compares bits: the file's tensor, cast to the model's dtype if that is another, against what the model
 # has. It names what differs, and what the model has and no file gave. With `restore`, a value that the model's dtype
@@ -66,7 +66,8 @@ class Stored:
         "A tensor's dtype as safetensors writes it, without reading the tensor."
         return self._open[self.place[name]].get_slice(name).get_dtype()
 
-    def numel(self, name: str) -> int: return torch.Size(self._open[self.place[name]].get_slice(name).get_shape()).numel()
+    def numel(self, name: str) -> int:
+        return torch.Size(self._open[self.place[name]].get_slice(name).get_shape()).numel()
 
 # %% ../nbs/reference/against_file.ipynb #e16ff26d
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -11,8 +11,9 @@ __all__ = ['HARMLESS', 'find_model', 'best_device', 'best_dtype', 'settle', 'lis
 #
 # A name is the course's own model, a local folder, or a hub id "owner/model". Whatever cannot be one of these is
 # refused before any library goes looking for it on a network; a folder with code, or that leads out of itself, before
-# it is read (`safe_files`); what the config rules out, before weights are fetched (`admission`). A 4-bit checkpoint is opened with the lab's layers (`bnb_files`), everything else by transformers, in
-# the precision of the file; the layers are replaced afterwards. With backend "bnb" transformers puts in bitsandbytes'.
+# it is read (`safe_files`); what the config rules out, before weights are fetched (`admission`). A 4-bit checkpoint is
+# opened with the lab's layers (`bnb_files`), everything else by transformers, in the precision of the file; the layers
+# are replaced afterwards. With backend "bnb" transformers puts in bitsandbytes'.
 #
 # What is loaded is what the file says. transformers' account of missing and surplus names becomes an error, every
 # tensor is compared with the file (`against_file`), and what the libraries log on the way reaches the user as a
@@ -158,6 +159,7 @@ def open_tokenizer(source: str):
     from transformers import AutoTokenizer
     return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
+# %% ../nbs/reference/loading.ipynb #f701b9b4
 def _special(source: str, config, wish: Wish, backend: str, compute_dtype: torch.dtype, dtype: torch.dtype):
     "A model that an engine page opens; None for all others."
     if quantization_of(config).get("quant_method") != "mxfp4": return None

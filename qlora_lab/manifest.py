@@ -30,11 +30,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from . import __version__
 from .file_hashes import files_of, hash_file
 from .manifest_file import MANIFEST, edited, empty, parsed, plain, read_manifest, write_manifest
 from .origins import base_of
-from .records import LabError, read_json, versions
+from .records import PACKAGES, LabError, read_json, versions
 from .scoring import Score, improvement
 
 # %% ../nbs/reference/manifest.ipynb #140cb81c
@@ -62,7 +61,8 @@ class Verdict(NamedTuple):
         rows = [self.told] if self.told else []
         rows += [f"altered  {path}: {why}" for path, why in self.altered.items()]
         rows += [f"missing  {path}" for path in self.missing]
-        return rows + [f"added    {path}" + (f": {what}" if what != "file" else "") for path, what in self.added.items()]
+        here = {path: "" if what == "file" else f": {what}" for path, what in self.added.items()}
+        return rows + [f"added    {path}{what}" for path, what in here.items()]
 
 # %% ../nbs/reference/manifest.ipynb #a0f9c8ff
 def verify(
@@ -192,7 +192,7 @@ def record_step(
     files = _files(folder)
     _hold(folder, content["files"] if own else {}, files, {*written, README})
     step = {"name": name, "settings": dict(settings or {}), "metrics": dict(metrics or {}),
-            "versions": {"qlora-lab": __version__, **versions()},
+            "versions": versions(("qlora-lab", *PACKAGES)),
             "date": datetime.now(UTC).isoformat(timespec="seconds"), "source": content.get("digest")}
     whence = {"base": {**content["base"], **(base or {})}, "data": {**content["data"], **(data or {})}}
     return write_manifest(folder, content | whence | {"steps": [*content["steps"], step], "files": files})

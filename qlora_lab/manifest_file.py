@@ -121,6 +121,7 @@ def parsed(
     if fault: raise LabError(f"{path}: not a whole manifest: {fault}")
     return content
 
+# %% ../nbs/reference/manifest_file.ipynb #d1cce5d0
 def edited(
     path: Path,
     content: dict,  # of `parsed`

@@ -111,8 +111,8 @@ def _origin(folder: Path, content: dict, name: str) -> Iterator[str]:
     yield from _table(["", ""], rows)
     if base.get("name") in HUB: yield DECODED
 
-DECODED = ("The lab's copy of the base was decoded from a GGUF file in 4 bits: its weights are near those on the Hub, and "
-           "not equal to them.\n")
+DECODED = ("The lab's copy of the base was decoded from a GGUF file in 4 bits: its weights are near those on the Hub, "
+           "and not equal to them.\n")
 
 def _named(base: dict) -> str:
     name = base.get("name") or "a base that is not recorded"
@@ -162,7 +162,8 @@ def _loading(folder: Path, content: dict, name: str) -> Iterator[str]:
         yield from _code("sh", f"llama-cli -m {shlex.quote(f'{name}/{file}')} -cnv")
     for file in [f for f in files if Path(f).name == "Modelfile"][:1]:
         place = Path(name, file).parent
-        yield from _code("sh", f"cd {shlex.quote(str(place))} && ollama create {shlex.quote(name.lower())} -f Modelfile")
+        create = f"ollama create {shlex.quote(name.lower())} -f Modelfile"
+        yield from _code("sh", f"cd {shlex.quote(str(place))} && {create}")
     yield ""
 
 def _code(language: str, text: str) -> list[str]: return [f"```{language}", text, "```"]

@@ -11,7 +11,7 @@ __all__ = ['NAMING', 'PICKLED', 'stays_inside', 'below', 'check_kernels', 'shard
 # - Code: an `auto_map` in a config whose Python file lies in the folder, or in another repository. transformers has an
 #   option to run such code (trust_remote_code); the lab always says no, and refuses the folder where the code is what
 #   was meant. An attention or experts implementation with a "/" in its name is code from the Hub, too.
-# - Pickles (pytorch_model.bin, *.pt, *.pth, *.ckpt, *.pkl): Python's own format names functions, and reading calls them.
+# - Pickles (pytorch_model.bin, *.pt, *.pth, *.ckpt, *.pkl): Python's own format names functions; reading calls them.
 #   Weights are read from safetensors, which holds numbers and names. A pickle beside them is left alone.
 # - Ways out: names of files in an index or a config that are absolute or climb with "..", and links out of the folder.
 #   The Hub's cache, whose links lead to the same repository's blobs, is as it should be.
@@ -129,5 +129,5 @@ def no_weights(source: str | Path) -> LabError:
     there = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED) if folder.is_dir() else []
     if not there:
         return LabError(f"{source}: no weights; expected model.safetensors, or shards with their index")
-    return LabError(f"{folder / there[0]}: weights in a form that can run code when it is read; where you trust it, open "
-                    "it with transformers and save it with save_pretrained, which writes safetensors")
+    return LabError(f"{folder / there[0]}: weights in a form that can run code when it is read; where you trust it, "
+                    "open it with transformers and save it with save_pretrained, which writes safetensors")
