@@ -147,7 +147,8 @@ def export(asked: Export) -> int:
     if what == "adapter":
         written = adapter_to_gguf(folder, out, asked.base, kind)
     elif what == "run":
-        with merged(folder, out) as place, waiting(f"writing {kind}"): written = _write(asked, kind, place, out, examples)
+        with merged(folder, out) as place, waiting(f"writing {kind}"):
+            written = _write(asked, kind, place, out, examples)
     else:
         with waiting(f"writing {kind}"): written = _write(asked, kind, folder, out, examples)
     show(*told(written, kind, what))
