@@ -148,6 +148,12 @@ def test_a_full_disk_leaves_nothing(merged, capsys):
     assert [p.name for p in merged.parent.iterdir()] == ["merged"]
 
 
+def test_where_a_result_goes(merged, monkeypatch):
+    from qlora_lab.engine.gguf_files import default_out
+    monkeypatch.chdir(merged)
+    assert default_out(".", "F16") == merged.parent / "merged-F16" and str(default_out("a/b", "F16")) == "a/b-F16"
+
+
 def test_too_little_room_is_told_before(merged, monkeypatch):
     import shutil
     monkeypatch.setattr(shutil, "disk_usage", lambda where: shutil._ntuple_diskusage(10, 10, 1000))

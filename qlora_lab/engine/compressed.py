@@ -33,7 +33,7 @@ import torch
 from ..admission import admit, quantization_of
 from ..assets import quiet
 from ..data import tokenize
-from .gguf_files import check_out, check_source
+from .gguf_files import check_out, check_source, default_out
 from ..manifest import record_step
 from ..model_card import write_card
 from ..records import LabError, whole_folder
@@ -95,7 +95,7 @@ def _compressed(folder: Path, examples, out: str | Path | None, method: str, cou
     folder = check_source(folder)
     if quantization_of(admit(str(folder))):
         raise LabError(f"{folder}: its weights are quantized already; compress the merged folder in 16 bits")
-    out = check_out(out or f"{folder}-{method}")
+    out = check_out(out or default_out(folder, method))
     from transformers import AutoModelForCausalLM, AutoTokenizer
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(str(folder))

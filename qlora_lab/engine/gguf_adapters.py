@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..adapter_files import read_adapter
 from ..adapter_kinds import scaling_of
-from .gguf_files import check_out
+from .gguf_files import check_out, default_out
 from .gguf_models import entries, family_of, name_map, reshaped
 from .gguf_types import Type, file_type, packed
 from ..loading import find_model
@@ -87,7 +87,7 @@ def run_of(folder: Path) -> Path | None:
 def beside(folder: Path, kind: str) -> Path:
     "Where an adapter's file goes by default."
     run = run_of(folder)
-    return Path(f"{run}-{folder.name}-{kind}" if run else f"{folder}-{kind}")
+    return default_out(run, f"{folder.resolve().name}-{kind}") if run else default_out(folder, kind)
 
 # %% ../../nbs/engine/gguf_adapters.ipynb #b1c0c4a0
 def adapter_to_gguf(
