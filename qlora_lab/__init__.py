@@ -38,6 +38,10 @@ _PUBLIC = {
     "bnb_files": ["save_quantized"],
     "data": ["docstring_pairs", "load_examples", "load_jsonl", "split"],
     "engine.data_report": ["data_report"],
+}
+
+# %% ../nbs/reference/public_names.ipynb #5b0d77c2
+_PUBLIC |= {
     "runs": ["Run"],
     "settings": ["TrainConfig"],
     "train": ["train"],

@@ -109,7 +109,7 @@ class Run(_Losses):
 
 # %% ../nbs/reference/runs.ipynb #c3989565
 INDIFFERENT = ("folder", "checkpoint_every", "checkpointing", "checkpointed_layers", "checkpoints_in", "device_budget",
-               "pass_size", "packing", "budget", "tensorboard")  # change no result but for rounding: what is kept where, and when
+               "pass_size", "packing", "budget", "tensorboard")  # change no result but for rounding: what is kept where
 
 def fingerprint(model: nn.Module, data: Split, config: TrainConfig) -> dict:
     "What makes a run this run: a folder that holds another one is refused."

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# %% ../nbs/10_train.ipynb #7c1e50aa
 from .batches import batch_indices, longest_batch, regrouped
 from .checkpointing import checkpoint_layers
 from .checkpoints import Log, load_best, measured, through_quantizer
@@ -85,8 +86,7 @@ def score(
             losses, rows = answer_losses(model, collate(part))
             zeros = torch.zeros(len(part), dtype=torch.float64, device=losses.device)
             sums += zeros.index_add_(0, rows, losses.double()).tolist()
-    groups = tuple(t.example.stays_with for t in tokens)
-    return Score(tuple(sums), tuple(int(t.mask[1:].sum()) for t in tokens), groups)
+    return Score(tuple(sums), tuple(int(t.mask[1:].sum()) for t in tokens), tuple(t.example.stays_with for t in tokens))
 
 @contextmanager
 def _dropout_off(model: nn.Module):
@@ -169,9 +169,8 @@ def train_step(
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, learn: list, config: TrainConfig, step: int) -> dict:
     "One optimizer step, counted from 0, on the batches that are its own; returns what metrics.jsonl says of it."
     torch.manual_seed(config.seed * 1_000_003 + step)  # dropout depends on the step alone, not on what ran before
-    lengths = [len(t.ids) for t in learn]
-    passes = range(step * config.accumulation, (step + 1) * config.accumulation)
-    chosen = [batch_indices(lengths, config.batch_size, k, config.seed) for k in passes]
+    lengths, n = [len(t.ids) for t in learn], config.accumulation
+    chosen = [batch_indices(lengths, config.batch_size, k, config.seed) for k in range(step * n, step * n + n)]
     if config.packing: batches = packed_batches(model, learn, chosen, config.pass_size or config.batch_size)
     else: batches = [collate([learn[i] for i in some]) for some in regrouped(chosen, lengths, config.pass_size)]
     rates, start = rates_at(config, step, optimizer), time.perf_counter()

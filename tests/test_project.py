@@ -127,7 +127,7 @@ def test_a_lesson_imports_only_from_lessons_before_it():
 
 
 def test_a_helper_imports_only_from_lessons_before_its_first_user():
-    "Each module of the course floor is a lesson or a helper; what no lesson uses imports no lesson."
+    "A lesson's helper needs nothing that comes later; one that no lesson uses stands above them, as the commands do."
     modules = {p.stem: p.read_text(encoding="utf-8") for p in (ROOT / "qlora_lab").glob("*.py")}
     for above in ("__init__", "_modidx", "cli"): del modules[above]  # the package and the command line stand above
     used = {name: set(IMPORTED.findall(text)) for name, text in modules.items()}
@@ -139,7 +139,7 @@ def test_a_helper_imports_only_from_lessons_before_its_first_user():
     for _ in helpers:  # a helper's helper serves as early as it does
         for name in helpers: first[name] = min([first[u] for u in used if first.get(u) and name in used[u]], default="")
     for name in helpers:
-        late = [other for other in used[name] - helpers if other in first and not first[other] < first[name]]
+        late = [o for o in used[name] - helpers if o in first and first[name] and not first[o] < first[name]]
         if "imports no lesson" in modules[name]: late = used[name] & first.keys() - helpers
         assert not late, f"{name}, used first by lesson {first[name] or '?'}, imports {late}"
 

@@ -14,9 +14,6 @@ __all__ = ['Key', 'FASTER', 'ALWAYS', 'LACK', 'TRIAL', 'REHEARSED', 'IN_TORCH', 
 # the twins as text, "module.function" below the package.
 #
 # Most twins replace a piece: the same arguments, the same result, None for input that they do not take. Some make what
-# a piece asks for: a mover of pages, an optimizer, a block that keeps a row's examples apart. Three do what has no plain piece: fuse_layers changes a model,
-# forward_backward does both passes of a batch, forget gives back what that kept. While torch.compile reads, no twin is
-# looked up; engine.traced has an operator for `dequantize` and for `matmul_4bit`, which stands in no table.
 # a piece asks for: a mover of pages, an optimizer, a block that keeps examples apart. Three do what has no plain
 # piece: fuse_layers changes a model, forward_backward does both passes of a batch, forget gives back what that kept.
 # While torch.compile reads, no twin is looked up: engine.traced has operators for what is in no table then.
@@ -91,7 +88,7 @@ ALWAYS |= _on("cpu", "cuda", "meta", quantize_experts="engine.experts.quantize_e
 LACK = {"cpu": "engine.c_functions.c_lack", "cuda": "engine.gpu.gpu_lack"}  # device type to where its reason is found
 TRIAL = {"cuda": "engine.gpu.first_kernel"}  # where a device is tried, the first time that a twin is to work on it
 REHEARSED = "adapted_linear", "experts", "fuse_layers", "summed_loss", "slopes", "adamw"  # what a step holds
-IN_TORCH = {"adapted_linear", "experts", "decode_once", "kept_apart"}  # in torch alone: they need no compiler and no Triton
+IN_TORCH = {"adapted_linear", "experts", "decode_once", "kept_apart"}  # in torch alone: no compiler, no Triton
 
 # %% ../../nbs/engine/dispatch.ipynb #4d720f62
 AT_WORK: dict[Key, str | Callable] = {}  # the twins that answer now
