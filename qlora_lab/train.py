@@ -40,6 +40,7 @@ from .engine.dispatch import faster
 from .head_loss import place_losses
 from .linear4bit import saved_for_backward
 from .lora import add_lora, reset_lora, save_adapter, trainable
+from .manifest import record_run
 from .model import answer
 from .open_run import base_of
 from .packing import check_packing, kept_apart, pack, packed_batches
@@ -243,6 +244,7 @@ def train(
             _carry_out(folder, identity, record, model, tokenizer, data, config, lookers)
             run = Run.load(folder)
             lookers.tell("on_end", run)
+        record_run(folder)
     return run
 
 # %% ../nbs/10_train.ipynb #8b0cb9ad
