@@ -50,7 +50,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "doctor": Command("what this machine can do, with advice for each lack", "doctor.Doctor"),
-    "data": Command("what is in a file of examples, and what a model would learn from it", "inspecting.Data"),
+    "data": Command("what is in a file of examples, and what would be learned", "inspecting.Data"),
     "plan": Command("the memory that a training step will take", "planning.Plan"),
     "train": Command("train adapters on a model in 4 bits", "training.Train"),
     "chat": Command("talk to a finished run, its base beside it", "chat.Chat"),

@@ -138,7 +138,7 @@ def _of_run(folder: Path, base: Mapping | None = None) -> dict:
     if record.get("state") != "done": raise LabError(f"{folder}: a run that is not done; train it to its end first")
     try:
         identity, made = record["identity"], record["provenance"]
-        told = base or record.get("base") or base_of(identity["model"])
+        told = base or base_of(identity["model"])
         data = {"train": identity["data"], "held_out": identity["held_out"]}
         step = {"name": "train", "settings": {**record["config"], "quantization": identity["quantization"]},
                 "metrics": _learned(record["before"]["score"], record["after"]["score"]) | _cost(record),

@@ -75,6 +75,9 @@ def logits(model): return model(input_ids=IDS).logits
 def test_a_run_opens_as_it_was_trained(backend, how, base, data, tmp_path):
     "Both backends, in 4 bits and not: kind, dtypes and logits, without dropout; the base alone is another."
     trained(base, data, tmp_path / "run", backend, **how)
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record.pop("base")["mark"]
+    (tmp_path / "run/run.json").write_text(json.dumps(record))  # as earlier versions wrote it
     with pytest.warns(UserWarning, match="does not say") if backend == "bnb" and how["quantize"] else nothing():
         model, tokenizer, run = open_run(tmp_path / "run", device="cpu")
     plain, _ = load_model(base, backend=backend, compute_dtype=torch.float32, device="cpu", **how)
