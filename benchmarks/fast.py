@@ -3,7 +3,7 @@
     make bench-gpu ARGS="--only fast"                       # all rows; on an H100 some 25 minutes with three sides
     python -m benchmarks.fast --rows qwen3-8b-16x512 --sides lab,bnb,unsloth
     python -m benchmarks.fast --tiny --sides lab,bnb        # the same code on a CPU, in small
-    CARD_GIB=24 python -m benchmarks.fast --rows qwen3-8b-1x65536 --sides host,unsloth --rounds 1  # a smaller card
+    CARD_GIB=24 python -m benchmarks.fast --rows qwen3-8b-1x65536 --sides host,unsloth --rounds 2  # a smaller card
 
 Random weights in real shapes, made in 4 bits where they are used; r = 64, all linear layers, all tokens learned. A
 row's sides are processes of their own, one after the other, with a time limit. Prints a table and merges what was
@@ -31,7 +31,7 @@ import pandas as pd
 import torch
 
 from benchmarks.common import RESULTS, peer_step, random_batch, random_model, random_peer, save_result, spread_of
-from benchmarks.shapes import shape_config
+from benchmarks.shapes import SHAPES, shape_config
 
 LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PHI = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -64,14 +64,20 @@ ROWS = {
 
 def row_of(name: str) -> Row:
     "A row of the table, or SHAPE-BATCHxSEQUENCE."
+    if name in ROWS: return ROWS[name]
     found = re.fullmatch(r"(.+)-(\d+)x(\d+)", name)
-    if name not in ROWS and not found: raise SystemExit(f"no row {name}; {', '.join(ROWS)}, or as qwen3-8b-1x4096")
-    return ROWS.get(name) or Row(found[1], int(found[2]), int(found[3]))
+    if found and found[1] in SHAPES: return Row(found[1], int(found[2]), int(found[3]))
+    raise SystemExit(f"no row {name}; rows: {', '.join(ROWS)}, or as qwen3-8b-1x4096; shapes: {', '.join(SHAPES)}")
 
 
-def cap() -> None:
-    "Make the card as small as the environment says."
-    gib, whole = float(os.environ.get(CAP, 0)), torch.cuda.get_device_properties(0).total_memory / 2 ** 30
+def card_gib() -> float | None:
+    "The size of card that the environment asks for; None for the whole one."
+    return float(os.environ[CAP]) if CAP in os.environ else None
+
+
+def cap(gib: float | None) -> None:
+    "Make the card as small as that."
+    whole = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
     if gib: torch.cuda.set_per_process_memory_fraction(min(1., gib / whole))
 
 
@@ -135,7 +141,7 @@ def measured(step, tiny: bool, rounds: int) -> dict:
 def in_this_process(name: str, who: str, tiny: bool, rounds: int) -> dict:
     "A side of a row, by the lab or by peft and bitsandbytes."
     row, start = row_of(name), time.perf_counter()
-    if not tiny: cap()
+    if not tiny: cap(card_gib())
     if tiny: row = row._replace(batch=2, sequence=64)
     config = shape_config(row.shape, tiny)
     batch = random_batch(row.batch, row.sequence, vocabulary=min(1000, config.vocab_size))
@@ -191,7 +197,7 @@ def unsloth_side(name: str, folders: Path, tiny: bool, rounds: int, limit: int) 
         failed = run([sys.executable, "-c", code], limit)
         if failed: return failed
     asked = dict(row._asdict(), folder=str(folder), rank=64, targets=PHI if row.shape.startswith("phi") else LLAMA_LIKE,
-                 words=1000, warmup=WARMUP, rounds=rounds)
+                 words=1000, warmup=WARMUP, rounds=rounds, card_gib=card_gib())
     script = Path(__file__).parent / "unsloth_side.py"
     return run([sys.executable, "-P", str(script), json.dumps(asked)], limit)  # -P: no module beside it is imported
 
@@ -208,7 +214,7 @@ def one_side(name: str, who: str, args, folders: Path) -> dict:
         found |= spread_of(found["seconds"])
         found["tokens_per_s"] = row.batch * row.sequence / (found["median_ms"] / 1e3)
     made = {k: v for k, v in provenance().items() if k in ("date", "gpu", "versions", "commit")}
-    if CAP in os.environ: found["card_gib"] = float(os.environ[CAP])
+    if card_gib(): found["card_gib"] = card_gib()
     return {"row": name, "who": who, **row._asdict(), **found, "made": made}
 
 
@@ -239,9 +245,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.one: return print(json.dumps(in_this_process(*json.loads(args.one))))
     if not args.tiny and not torch.cuda.is_available(): raise SystemExit("this benchmark needs a GPU, or --tiny")
+    if args.rounds < 2: raise SystemExit(f"--rounds {args.rounds}: expected at least 2, for a median and its spread")
     asked, sides = args.rows.split(","), args.sides.split(",")
     unknown = sorted({*sides} - {"lab", "host", "called", "unfused", "bnb", "unsloth"})
     if unknown: raise SystemExit(f"no side {', '.join(unknown)}")
+    rows = {name: row_of(name) for name in asked}  # a name that is none ends it here, not after the others' minutes
     done, folders = [], Path(tempfile.mkdtemp(prefix="fast-", dir=os.environ.get("TMPDIR")))
     try:
         for i, name in enumerate(asked):
@@ -249,8 +257,8 @@ def main(argv: list[str] | None = None) -> None:
                 done.append(one_side(name, who, args, folders))
                 print(table(done[-1:]).to_string(index=False), flush=True)
                 if not args.tiny: save_result("gpu_fast", {"rows": merged(done)})  # what is done stays done
-            if row_of(name).shape not in [row_of(other).shape for other in asked[i + 1:]]:
-                shutil.rmtree(folders / row_of(name).shape, ignore_errors=True)
+            if rows[name].shape not in [rows[other].shape for other in asked[i + 1:]]:
+                shutil.rmtree(folders / rows[name].shape, ignore_errors=True)
     finally: shutil.rmtree(folders, ignore_errors=True)
     print("\n" + table(done).to_string(index=False))
 

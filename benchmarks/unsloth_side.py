@@ -50,7 +50,7 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     start = time.perf_counter()
     whole = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
-    if "CARD_GIB" in os.environ: torch.cuda.set_per_process_memory_fraction(float(os.environ["CARD_GIB"]) / whole)
+    if asked["card_gib"]: torch.cuda.set_per_process_memory_fraction(min(1., asked["card_gib"] / whole))
     model = loaded(asked)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True)

@@ -55,9 +55,19 @@ def test_a_folder_for_unsloth(tmp_path):
     assert len(AutoTokenizer.from_pretrained(tmp_path / "folder")) == 4
 
 
-def test_rows_and_sides_are_named():
-    for argv in (["--rows", "qwen9"], ["--sides", "us"]):
-        with pytest.raises(SystemExit, match=f"no (row|side) {argv[1]}"): fast.main([*argv, "--tiny"])
+def test_rows_and_sides_are_named(monkeypatch):
+    "Before anything is measured."
+    monkeypatch.setattr(fast, "one_side", lambda *a: pytest.fail("measured"))
+    for argv in (["--rows", "llama-7b-16x512,qwen9"], ["--rows", "qwen9-1x64"], ["--sides", "lab,us"]):
+        last = argv[1].rpartition(",")[2]
+        with pytest.raises(SystemExit, match=f"no (row|side) {last}"): fast.main([*argv, "--tiny"])
+    with pytest.raises(SystemExit, match="at least 2"): fast.main(["--rounds", "1", "--tiny"])
+
+
+def test_a_row_of_ones_own():
+    "Any shape by its name, checkpointed; those of the table as they stand there."
+    assert fast.row_of("qwen3-8b-1x65536") == fast.Row("qwen3-8b", 1, 65536)
+    assert fast.row_of("llama-7b-4x512-kept").checkpointing is False
 
 
 def test_rows_of_before_are_kept(tmp_path, monkeypatch):
