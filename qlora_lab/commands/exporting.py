@@ -105,8 +105,8 @@ def merged(
 ):
     "A run's merged model for the length of a block."
     from qlora_lab.manifest import record_step
-    from qlora_lab.open_run import open_run
     from qlora_lab.merged_model import save_merged
+    from qlora_lab.open_run import open_run
     from qlora_lab.ship import merge
     with waiting("opening the run"): model, tokenizer, opened = open_run(str(run), device="cpu")
     with waiting("merging"): model = merge(model)
