@@ -66,7 +66,7 @@ class Bench:
 
 
 def more_steps(bench, adapter, out, rounding=None, lr=None):
-    "Go on from an adapter, as before or through the quantizer; the adapter's folder, the losses, the seconds a step."
+    "Go on from an adapter, as before or through the quantizer; the adapter's folder and the losses."
     model, asked = bench.adapted(adapter).train(), bench.asked
     for n, p in model.named_parameters(): p.requires_grad_("lora_" in n)
     if rounding: through_quantizer(model, rounding)
@@ -75,7 +75,7 @@ def more_steps(bench, adapter, out, rounding=None, lr=None):
     optimizer = torch.optim.AdamW(trainable(model), weight_decay=0)
     rows = [one_step(model, optimizer, learn, config, asked.steps + k) for k in range(asked.more)]
     save_adapter(model, out)
-    return out, [r["loss"] for r in rows], sum(r["seconds"] for r in rows) / len(rows)
+    return out, [r["loss"] for r in rows]
 
 
 IN_16 = {"dequantized, float32": dict(dtype=torch.float32), "dequantized, bfloat16": dict(dtype=torch.bfloat16),
@@ -158,16 +158,16 @@ def main():
     by_peft(bench, adapter, trained, answers)
     result = {"trained": asdict(trained.score), "untrained": asdict(bench.untrained.score), "ratios": ratios,
               "curve": curve(bench, adapter), "more": {}}
-    longer, losses, seconds = more_steps(bench, adapter, where / "longer")
+    longer, losses = more_steps(bench, adapter, where / "longer")
     model = bench.adapted(longer)
     reference, answers = said(model, bench.held), bench.answers(model)
     result |= {"longer": asdict(reference.score), "ratios_longer": ratios_of(model)}
-    result["more"]["as before"] = {"losses": losses, "seconds": seconds}
-    print(f"trained on {reference.score}, {seconds:.2f} s a step", flush=True)
+    result["more"]["as before"] = losses
+    print(f"trained on {reference.score}", flush=True)
     plain_ways(bench, longer, reference, answers, IN_4, "longer: ")
     for rounding in ROUNDINGS:
-        aware, losses, seconds = more_steps(bench, adapter, where / rounding, rounding)
-        result["more"][rounding] = {"losses": losses, "seconds": seconds}
+        aware, losses = more_steps(bench, adapter, where / rounding, rounding)
+        result["more"][rounding] = losses
         model = merge(bench.adapted(aware), how="4bit", rounding=rounding)
         bench.note(f"merge-aware, {rounding}", model, reference, answers)
     result |= {"ways": bench.ways, "settings": vars(asked) | {"run": None}, "seconds": time.perf_counter() - start}
