@@ -1,6 +1,6 @@
 """The planner against the card: what it says before, and what torch's allocator counts.
 
-    python -m benchmarks.memory            # a GPU with 80 GB; about five minutes
+    python -m benchmarks.memory            # a GPU with 80 GB; seven minutes; --only PART renews one part of the record
     python -m benchmarks.memory --cpu      # SmolLM2 on a CPU, against the process's peak
 
 Writes results/memory_cuda.json or results/memory_cpu.json.
@@ -28,7 +28,7 @@ from qlora_lab.engine.known_models import model_config
 from qlora_lab.engine.paged_adamw import PagedAdamW
 from qlora_lab.engine.rehearsal import Settings
 from qlora_lab.lora import trainable
-from qlora_lab.records import peak_memory_gib, release_memory
+from qlora_lab.records import peak_memory_gib, provenance, release_memory
 from qlora_lab.train import train_step
 
 PAPER = dict(rank=64, adapter_dtype="bfloat16", checkpointing=True)  # the paper's adapters, on all linear layers
@@ -170,6 +170,14 @@ def cpu_one(settings: dict) -> None:
                       "settings": asdict(p.settings), "parts": p.parts}))
 
 
+def keep(part: str, result: dict):
+    "Put a part into the record, beside the others; each says when and on what it was made."
+    path = RESULTS / "memory_cuda.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    before.pop("provenance", None)
+    return save_result("memory_cuda", before | result | {"made": before.get("made", {}) | {part: provenance()}})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cpu", action="store_true")
@@ -191,13 +199,8 @@ def main() -> None:
         return print(save_result("memory_cpu", {"rows": rows}))
     parts = ("configurations", "claims", "peers")
     if args.only is None:  # each in a process of its own: bitsandbytes' managed memory stays with the process
-        result = {}
-        for part in parts:
-            subprocess.run([sys.executable, "-m", "benchmarks.memory", "--only", part], check=True)
-            path = RESULTS / f"memory_{part}.json"
-            result |= {k: v for k, v in json.loads(path.read_text()).items() if k != "provenance"}
-            path.unlink()
-        return print(save_result("memory_cuda", result))
+        for part in parts: subprocess.run([sys.executable, "-m", "benchmarks.memory", "--only", part], check=True)
+        return
     result = {}
     if args.only == "peers": result["peers"] = peers()
     if args.only == "configurations":
@@ -207,7 +210,7 @@ def main() -> None:
         print(f"{len(rows)} configurations: median error {result['median_error']:.3%}, "
               f"largest {result['largest_error']:.3%}", flush=True)
     if args.only == "claims": result["claims"] = [claim(*c) for c in CLAIMS]
-    save_result(f"memory_{args.only}", result)
+    print(keep(args.only, result))
 
 
 if __name__ == "__main__": main()
