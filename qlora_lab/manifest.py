@@ -138,6 +138,8 @@ def _of_run(folder: Path, base: Mapping | None = None) -> dict:
     if record.get("state") != "done": raise LabError(f"{folder}: a run that is not done; train it to its end first")
     try:
         identity, made = record["identity"], record["provenance"]
+        if not base and identity["model"] == "?":
+            raise LabError(f"{folder}: trained on a model from memory, and record_run needs to be told its base")
         told = base or base_of(identity["model"])
         data = {"train": identity["data"], "held_out": identity["held_out"]}
         step = {"name": "train", "settings": {**record["config"], "quantization": identity["quantization"]},

@@ -564,7 +564,7 @@ def test_more_than_two_to_the_31_numbers(what):
         rotation.rotate(x[:, None], out[:, None], turn, turn, 1)
         rotation.rotate(last[:, None], alone[:, None], *[turn[:, -2:].contiguous()] * 2, 1)
         assert torch.equal(out[-2:], alone)
-        n = head_norms.HeadNorm(Weighted(width).to("cuda", torch.bfloat16), norms.LLAMA, False)
+        n = head_norms.HeadNorm(Weighted(width).to("cuda", torch.bfloat16), norms.LLAMA, False, False)
         whole, small_part = x[:, None], last[:, None].clone()
         for t, places in ((whole, turn), (small_part, turn[:, -2:].contiguous())):
             made = torch.empty_like(t)

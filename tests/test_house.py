@@ -55,6 +55,15 @@ def test_short_cells(path):
     assert max(sizes(path), default=0) <= 25
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_what_is_compared_has_no_random_name(path):
+    "pandas gives each styled table a name of its own, unless it is told one: `style.set_uuid`."
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] != "code" or re.search(r"^# NBVAL_IGNORE_OUTPUT\b", "".join(cell["source"]), re.M): continue
+        shown = "".join(html for out in cell["outputs"] for html in out.get("data", {}).get("text/html", ""))
+        assert not re.search(r'id="T_[0-9a-f]{5}"', shown), "".join(cell["source"])
+
+
 @pytest.mark.parametrize("path", LESSONS, ids=name)
 def test_a_lesson_is_read_in_one_pass(path):
     "At most 45 cells, exports included; half of the code cells have at most six lines."

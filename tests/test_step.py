@@ -139,7 +139,7 @@ def recordings(monkeypatch):
     """As CUDA's graphs: what is recorded does not run then, and leaves gradients that hold anything; what is replayed
     works on the memory that was recorded."""
     @contextmanager
-    def graph(recording, pool=None, stream=None):
+    def captured(recording, stream, device, pool=None):
         recording.own = pool or recording.own
         yield
 
@@ -161,9 +161,10 @@ def recordings(monkeypatch):
             for p, g in zip(self.params, there): p.grad = g
         recording.work = work
     monkeypatch.setattr(StepGraph, "record", record)
-    stand_ins = {"CUDAGraph": Recording, "graph": graph, "Stream": object, "current_stream": lambda: None,
-                 "set_stream": lambda stream: None, "memory_reserved": lambda: 100, "memory_allocated": lambda: 60,
-                 "mem_get_info": lambda: (1000, 2000), "get_per_process_memory_fraction": lambda: 1.}
+    monkeypatch.setattr("qlora_lab.engine.step_graph.captured", captured)
+    stand_ins = {"CUDAGraph": Recording, "Stream": object, "memory_reserved": lambda: 100,
+                 "memory_allocated": lambda: 60, "mem_get_info": lambda: (1000, 2000),
+                 "get_per_process_memory_fraction": lambda: 1.}
     for name, stand_in in stand_ins.items(): monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(Recording, "made", [])
     return Recording.made
@@ -691,6 +692,29 @@ def test_gradients_stay_where_the_recording_writes_them(to_none):
     graphs = model._graph.graphs
     assert all(graph is not None for graph, _, _ in graphs.values())
     assert [makes for _, makes in graphs] == ([True, False] if to_none else [False])  # the last pass above adds
+
+
+@needs_gpu
+def test_a_capture_that_breaks_off_leaves_nothing_behind():
+    "The card's memory comes back, random numbers go on where they were; what was recorded before is dropped."
+    p = nn.Parameter(torch.ones(3, device="cuda"))
+    graph = StepGraph([p])
+    def drawn(t): return t + torch.rand_like(t)
+    def waits(t):
+        large = torch.ones(2 ** 28, device="cuda")  # 1 GiB
+        return t * (1 + 0 * large.sum().item())
+    for _ in range(3): graph(drawn, torch.zeros(3))
+    assert graph.graphs
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved()
+    torch.manual_seed(1)
+    expected = torch.rand(4, device="cuda")
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="without a graph"):
+        for _ in range(2): graph(waits, torch.zeros(2))
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= held and torch.equal(torch.rand(4, device="cuda"), expected)
+    assert len({tuple(graph(drawn, torch.zeros(3)).tolist()) for _ in range(4)}) == 4
 
 
 WAITS = {"bloom", "mpt", "falcon", "falcon alibi", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next",

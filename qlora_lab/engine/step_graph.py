@@ -31,6 +31,7 @@ from operator import is_
 import torch
 from torch import Tensor, nn
 
+from .capture import captured, ended
 from .filled_up import filled_losses, padded, takes
 from .gpu import on_device
 from .packed_rows import Row, filled_row, row_losses, same_angles
@@ -109,18 +110,17 @@ class Recorder(Roomy):
     "Fills the table."
     def record(self, key: tuple, passes: Callable, inputs: tuple[Tensor, ...]) -> None:
         "Make a recording; where it cannot be had, note that, with one line of notice."
-        (shape, makes), before = key, torch.cuda.current_stream()
-        held, graph = [t.to(self.device) for t in inputs], torch.cuda.CUDAGraph()
+        (shape, makes), graph, held = key, torch.cuda.CUDAGraph(), [t.to(self.device) for t in inputs]
         self.stream = self.stream or torch.cuda.Stream()
         pool = next((g.pool() for g, _, _ in self.graphs.values() if g is not None), None)  # None for the first
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+            with captured(graph, self.stream, self.device.index or 0, pool):
                 self.recording = True
                 result = passes(*held)
             if makes: self.keep(shape)
         except BaseException as e:
             for p in self.params if makes else (): p.grad = None
-            torch.cuda.set_stream(before)
+            if not ended(graph): self.clear()
             if not isinstance(e, RuntimeError): raise
             short = isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e)
             who = f"batches of shape {tuple(shape[0])} run" if short else "the model runs"
