@@ -27,6 +27,7 @@ __all__ = ['PATIENCE', 'HOOKS', 'OWN', 'GradientPlaces', 'Recordings', 'Roomy', 
 import warnings
 from collections.abc import Callable
 from operator import is_
+from traceback import clear_frames
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +122,7 @@ class Recorder(Roomy):
         except BaseException as e:
             for p in self.params if makes else (): p.grad = None
             if not ended(graph): self.clear()
+            for broken in (e, e.__context__): clear_frames(broken and broken.__traceback__)  # what its variables hold
             if not isinstance(e, RuntimeError): raise
             short = isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e)
             who = f"batches of shape {tuple(shape[0])} run" if short else "the model runs"
