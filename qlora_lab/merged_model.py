@@ -92,13 +92,13 @@ def into_plain_layers(
     "Plain layers with merged or decoded weights, each rounded once."
     twin, kept = empty_twin(model, dtype), kept_dtype(model, dtype)
     def dtype_of(name): return kept(name) or dtype
-    def experts(full, there): return there if isinstance(there, Tensor) else base and base[full]
+    def experts(full, there): return there if isinstance(there, Tensor) else base and base[full].to(there.device)
     adapted = adapted_layers(model)
     packed = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit) and not n.endswith(".base_layer")}
     faster("merge_parameters", next(model.parameters()).device, model, dtype_of, experts)
     for name, layer in (adapted | packed).items():
         of = layer.base_layer if name in adapted else layer
-        own = base.weight(name, of) if base and isinstance(of, PackedWeight) else base_numbers(of)
+        own = base.weight(name, of).to(of.weight.device) if base and isinstance(of, PackedWeight) else base_numbers(of)
         weight = merged_weight(layer, own) if name in adapted else own
         bias = merged_bias(layer) if hasattr(layer, "lora_A") else getattr(of, "bias", None)
         new = plain_layer(of, empty_layer(twin, name, of), weight, bias, dtype_of(f"{name}.weight"))

@@ -16,8 +16,12 @@ from qlora_lab.ship import merge
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-def adapted():
-    model = quantize_model(make_llama().cuda())
+def adapted(): return adapted_of(make_llama())
+
+
+def adapted_of(plain):
+    torch.manual_seed(0)
+    model = quantize_model(plain.cuda())
     add_lora(model, LoraConfig(r=8, target_modules="all-linear"), seed=0)
     for p in trainable(model): p.data += 0.02 * torch.randn_like(p)
     return model
@@ -70,3 +74,13 @@ def test_a_pass_through_the_quantizer_keeps_no_weight():
     before = torch.cuda.memory_allocated()
     y = layer(x)
     assert torch.cuda.memory_allocated() - before <= y.nbytes + 2048
+
+
+def test_merged_into_the_original(tmp_path):
+    "The checkpoint lies in memory of the host, the adapters on the card."
+    plain = make_llama()
+    plain.save_pretrained(tmp_path)
+    model = adapted_of(plain)
+    on_host = adapted_of(make_llama()).cpu()
+    got, wanted = (merge(m.eval(), how="original", base=tmp_path, dtype=torch.float32) for m in (model, on_host))
+    for name, w in wanted.state_dict().items(): torch.testing.assert_close(got.state_dict()[name].cpu(), w)
