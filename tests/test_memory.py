@@ -324,11 +324,11 @@ def still_comparable(row, p):
 
 @pytest.mark.skipif(not RECORD.exists(), reason="no recorded run")
 def test_the_recorded_card_agrees():
-    "What the planner says today of each recorded step is within 0.1 % of the card in the median, never 1 % off."
+    "What the planner says today of each recorded step is within 0.2 % of the card in the median, never 1 % off."
     rows = json.loads(RECORD.read_text())["rows"]
     plans = [plan(r["model"], **r["settings"]) for r in rows]
     errors = [abs(p.total_gib / r["measured_gib"] - 1) for r, p in zip(rows, plans) if still_comparable(r, p)]
-    assert len(errors) >= 14 and statistics.median(errors) < 0.001 and max(errors) < 0.01
+    assert len(errors) >= 14 and statistics.median(errors) < 0.002 and max(errors) < 0.01
 
 
 @pytest.mark.skipif(not RECORD.exists(), reason="no recorded run")
