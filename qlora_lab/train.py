@@ -24,7 +24,6 @@ __all__ = ['answer_places', 'answer_losses', 'score', 'attach_adapters', 'summed
 # %% ../nbs/10_train.ipynb #2563e113
 import json
 import time
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,12 +40,12 @@ from .engine.dispatch import faster
 from .head_loss import place_losses
 from .linear4bit import saved_for_backward
 from .lora import add_lora, reset_lora, save_adapter, trainable
-from .manifest import MANIFEST, record_run
+from .manifest import keep_record
 from .model import answer
-from .open_run import base_of
+from .open_run import base_as_held
 from .packing import check_packing, kept_apart, pack, packed_batches
 from .rates import as_decided, make_optimizer, rates_at
-from .records import LabError, peak_memory_gib, provenance, release_memory, write_whole
+from .records import peak_memory_gib, provenance, release_memory, write_whole
 from .runs import Run, fingerprint, held_open, step_memory
 from .scoring import Score, recorded, spread
 from .settings import TrainConfig, as_json
@@ -199,7 +198,7 @@ def begin(
 ) -> dict:
     "What is known before the first step: settings, machine, the untrained model's held-out loss and its answers."
     record = {"state": "running", "identity": identity, "config": as_json(config), "provenance": provenance(),
-              "base": base_of(model), "before": recorded(score(model, held), "before the first step")}
+              "base": base_as_held(model), "before": recorded(score(model, held), "before the first step")}
     answers = _answers(model, tokenizer, [e.prompt for e in asked])
     record["answers"] = [{"prompt": e.prompt, "reference": e.answer, "before": a} for e, a in zip(asked, answers)]
     write_whole(folder / "run.json", json.dumps(record, indent=1))
@@ -244,16 +243,10 @@ def train(
             with watched(config, progress, watchers) as lookers:
                 _carry_out(folder, identity, record, model, tokenizer, data, config, lookers)
                 lookers.tell("on_end", Run.load(folder))
-        _in_the_books(folder)
+        keep_record(folder)
     return Run.load(folder)
 
 # %% ../nbs/10_train.ipynb #8b0cb9ad
-def _in_the_books(folder: Path) -> None:
-    "The manifest of a run that is done, where it has none yet; what is in the way of one is warned of."
-    if (folder / MANIFEST).exists(): return
-    try: record_run(folder)
-    except LabError as e: warnings.warn(f"{folder}: the run is done and has no {MANIFEST}: {e}", stacklevel=3)
-
 def _carry_out(folder, identity, record, model, tokenizer, data, asked_for, lookers) -> None:
     "A run from its begin, or from its checkpoint, to its end."
     longest = min(asked_for.max_length, getattr(model.config, "max_position_embeddings", asked_for.max_length))

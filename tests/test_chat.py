@@ -27,7 +27,7 @@ from qlora_lab.engine.dispatch import standing_in, use_kernels
 from qlora_lab.linear4bit import Linear4bit, quantize_model
 from qlora_lab.lora import add_lora, load_adapter, save_adapter
 from qlora_lab.model import answer, load_model
-from qlora_lab.open_run import base_of, held_as_told, open_run
+from qlora_lab.open_run import base_as_held, held_as_told, open_run
 from qlora_lab.records import LabError
 from qlora_lab.runs import TrainConfig
 from qlora_lab.talk import Pieces, Talk, chat, prompt_ids, respond
@@ -81,7 +81,7 @@ def test_a_run_opens_as_it_was_trained(backend, how, base, data, tmp_path):
     with pytest.warns(UserWarning, match="does not say") if backend == "bnb" and how["quantize"] else nothing():
         model, tokenizer, run = open_run(tmp_path / "run", device="cpu")
     plain, _ = load_model(base, backend=backend, compute_dtype=torch.float32, device="cpu", **how)
-    assert base_of(model)["held"] == base_of(plain)["held"]
+    assert base_as_held(model)["held"] == base_as_held(plain)["held"]
     before = logits(plain)
     theirs = getattr(plain, "is_loaded_in_4bit", False)
     if theirs:
@@ -142,7 +142,7 @@ def test_another_base_is_noticed(backend, data, base, tmp_path):
     here = shutil.copytree(base, tmp_path / "base")
     trained(here, data, tmp_path / "run", backend)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    record["base"] = base_of(load_model(here, backend=backend, device="cpu")[0])
+    record["base"] = base_as_held(load_model(here, backend=backend, device="cpu")[0])
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     talkative().save_pretrained(here, max_shard_size="100KB")
     (here / "model.safetensors").unlink()

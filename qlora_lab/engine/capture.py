@@ -48,6 +48,7 @@ def captured(
     finally:
         if collects: gc.enable()
 
+# %% ../../nbs/engine/capture.ipynb #e4d5a1c0
 def ended(
     graph,     # a torch.cuda.CUDAGraph
 ) -> bool:     # whether its capture has come to its end; else recordings made before may draw from an old state
