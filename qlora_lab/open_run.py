@@ -12,8 +12,8 @@ __all__ = ['PIECES', 'PIECE', 'held_as_told', 'base_mark', 'base_as_held', 'to_a
 # makes arguments of `load_model` from that, in records of earlier versions too. bitsandbytes' layers do not say how
 # they hold their weight; there the bill of memory tells of double quantization, and the command of the type.
 #
-# `base_as_held` is what a run writes of its base: how it is held, and a mark of its weights, a hash of up to 4,096 numbers
-# of each tensor, in 16 pieces. Reading it takes a moment for any size, and tells another model of the same shape; one
+# `base_as_held` is what a run writes of its base: how it is held, and a mark of its weights, a hash of up to 4,096
+# numbers of each tensor, in 16 pieces. Reading it takes a moment for any size, and tells another model of the same shape; one
 # byte that was altered it may miss (a manifest of the whole files is another page's). Files may be named and cut
 # otherwise.
 #
