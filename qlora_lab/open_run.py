@@ -13,9 +13,9 @@ __all__ = ['PIECES', 'PIECE', 'held_as_told', 'base_mark', 'base_as_held', 'to_a
 # they hold their weight; there the bill of memory tells of double quantization, and the command of the type.
 #
 # `base_as_held` is what a run writes of its base: how it is held, and a mark of its weights, a hash of up to 4,096
-# numbers of each tensor, in 16 pieces. Reading it takes a moment for any size, and tells another model of the same shape; one
-# byte that was altered it may miss (a manifest of the whole files is another page's). Files may be named and cut
-# otherwise.
+# numbers of each tensor, in 16 pieces. Reading it takes a moment for any size, and tells another model of the same
+# shape; one byte that was altered it may miss (a manifest of the whole files is another page's). Files may be named
+# and cut otherwise.
 #
 # `attach_saved` puts an adapter on by the library that the base's layers are of, and holds names and shapes of the
 # file against the model; PEFT alone would go on with a warning.
