@@ -3,6 +3,7 @@ VENV  := .venv
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 ARGS  ?=
+EVERY := --nbval -n 2 --dist loadfile
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
@@ -30,7 +31,7 @@ train: $(STAMP)  ## train SmolLM2 in 4 bits; options go in ARGS, as in: make tra
 	@$(VENV)/bin/qlora-lab train $(ARGS)
 
 test: $(STAMP)  ## every test: pytest, and every notebook run and compared with what is stored
-	@$(PY) -m pytest --nbval $(ARGS)
+	@$(PY) -m pytest $(EVERY) $(ARGS)
 
 test-serve: $(VENV)/.serve  ## exported models in llama.cpp, which is compiled the first time: some minutes
 	@$(PY) -m pytest -q tests/serve $(ARGS)
@@ -48,10 +49,10 @@ $(VENV)/.compress: $(STAMP)
 	@touch $@
 
 test-machines: $(STAMP)  ## the same as on other machines: older instruction sets, one thread and four; about an hour
-	@ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(PY) -m pytest --nbval -q $(ARGS)
-	@ATEN_CPU_CAPABILITY=default $(PY) -m pytest --nbval -q $(ARGS)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest --nbval -q $(ARGS)
-	@OMP_NUM_THREADS=4 $(PY) -m pytest --nbval -q $(ARGS)
+	@ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(PY) -m pytest $(EVERY) -q $(ARGS)
+	@ATEN_CPU_CAPABILITY=default $(PY) -m pytest $(EVERY) -q $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(EVERY) -q $(ARGS)
+	@OMP_NUM_THREADS=4 $(PY) -m pytest $(EVERY) -q $(ARGS)
 
 fuzz: $(STAMP)  ## search with new seeds for cases that fail; as long as you like with FUZZ_EXAMPLES=5000
 	@HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -q -m hypothesis $(ARGS) tests
