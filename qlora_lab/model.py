@@ -73,6 +73,7 @@ def answer(
 ) -> list[str]:
     "Greedy answers, one for each prompt, made in one batch; a model without a chat template goes on with the text."
     prompts, chat = [prompts] if isinstance(prompts, str) else prompts, tokenizer.chat_template is not None
+    if not prompts: return []
     turns = [[{"role": "user", "content": p}] for p in prompts]
     asked = {"tokenize": False, "add_generation_prompt": True}
     texts = [tokenizer.apply_chat_template(t, **asked) for t in turns] if chat else prompts

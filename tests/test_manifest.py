@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from conftest import make_llama, make_tokenizer
 from qlora_lab import file_hashes, manifest, origins
 from qlora_lab.data import Split, pair
-from qlora_lab.manifest import MANIFEST, history, record_file, record_run, record_step, verify
+from qlora_lab.manifest import MANIFEST, history, keep_record, record_file, record_run, record_step, verify
 from qlora_lab.manifest_file import digest_of, read_manifest, write_manifest
 from qlora_lab.model import load_model
 from qlora_lab.records import LabError
@@ -248,7 +248,10 @@ def test_a_run_that_cannot_have_a_record(run, trained):
     gone = record["identity"] | {"model": str(trained / "gone")}
     (run / "run.json").write_text(json.dumps(record | {"identity": gone}))
     with pytest.raises(LabError, match="no such folder"): record_run(run)
+    (run / "run.json").write_text(json.dumps(record | {"identity": record["identity"] | {"model": "?"}}))
+    with pytest.warns(UserWarning, match="needs to be told its base"): keep_record(run)  # trained all the same
     record_run(run, base=BASE)
+    keep_record(run)  # there already: nothing to do, nothing to say
     assert read_manifest(run)["base"] == BASE and not (run / MANIFEST).read_text().count("gone\"")
 
 

@@ -277,3 +277,13 @@ def test_many_tensors_of_one_name(folder):
     (folder / "model.safetensors").write_bytes(raw.replace(b"[0,8]", b"[0,9]"))
     with pytest.raises(LabError) as e: load_model(folder, **EXACT)
     assert "\n" not in str(e.value)
+
+
+def test_every_call_says_no_to_code():
+    "transformers asks in the terminal, or runs what a cache allowed before, where a call leaves it open."
+    for path in sorted((Path(__file__).parent.parent / "qlora_lab").rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute): continue
+            opens = call.func.attr == "from_pretrained" and getattr(call.func.value, "id", "").startswith("Auto")
+            said = {k.arg for k in call.keywords}  # None: keywords in a dict, which say it there
+            assert not opens or said & {"trust_remote_code", None}, f"{path.name}:{call.lineno}"

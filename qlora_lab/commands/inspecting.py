@@ -39,12 +39,10 @@ def tokenizer_of(
     model: str,  # a known name, a folder or a hub id
 ):
     "A model's tokenizer; raises LabError."
-    from transformers import AutoTokenizer
-
-    from qlora_lab.loading import find_model
+    from qlora_lab.loading import find_model, open_tokenizer
     source = find_model(model)
     try:
-        with quiet(): return AutoTokenizer.from_pretrained(source)
+        with quiet(): return open_tokenizer(source)
     except (OSError, ValueError) as e:
         raise LabError(f"{model}: no tokenizer that transformers can open ({str(e).splitlines()[0]:.120})") from None
 

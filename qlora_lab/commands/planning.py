@@ -39,7 +39,7 @@ from ..engine.fitting import CARDS, advice, cards, largest, resized
 from ..engine.known_models import KNOWN
 from ..engine.planner import MemoryPlan, plan
 from ..engine.rehearsal import Settings
-from ..loading import best_dtype, find_model
+from ..loading import best_dtype, find_model, open_tokenizer
 from ..records import LabError
 from ..settings import TrainConfig, gib_of
 
@@ -144,7 +144,7 @@ def held_in(asked: "Train", device: torch.device) -> tuple[Kind | None, torch.dt
     if asked.model != SMOLLM2:  # which is not in 4 bits, and may be made on demand
         try:
             source = find_model(asked.model)
-            with quiet(): config = AutoConfig.from_pretrained(source)
+            with quiet(): config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             stored, dtype = stored_kind(source, config), settle_compute(config, wish, dtype, device)
             return settle_kind(source, wish, stored), dtype
         except (OSError, ValueError): pass  # loading says why
@@ -158,11 +158,12 @@ def foresee(
     device: torch.device,
 ) -> str:
     "What the run will take, and a warning where this machine has less."
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
     if config.budget: return f"memory  {config.budget} at most; what is chosen for it is said before the first step"
     source = find_model(asked.model)
     try:
-        with quiet(): model, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        with quiet():
+            model, tokenizer = AutoConfig.from_pretrained(source, trust_remote_code=False), open_tokenizer(source)
         p = plan_of_run(asked, config, data, device, model, tokenizer)
     except LabError as e: return f"memory  not planned: {e}"
     except (OSError, ValueError): return "memory  not planned: the model cannot be read"  # loading it says why

@@ -34,6 +34,7 @@ from ..admission import admit, quantization_of
 from ..assets import quiet
 from ..data import tokenize
 from .gguf_files import check_out, check_source, default_out
+from ..loading import open_tokenizer
 from ..manifest import record_step
 from ..model_card import write_card
 from ..records import LabError, whole_folder
@@ -96,10 +97,10 @@ def _compressed(folder: Path, examples, out: str | Path | None, method: str, cou
     if quantization_of(admit(str(folder))):
         raise LabError(f"{folder}: its weights are quantized already; compress the merged folder in 16 bits")
     out = check_out(out or default_out(folder, method))
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")
+        tokenizer = open_tokenizer(str(folder))
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", trust_remote_code=False)
     rows, size = calibration(tokenizer, examples, count, longest), group_size(model, folder)
     try:
         with whole_folder(out) as made: _fill(made, model, tokenizer, rows, method, size, source or folder, out.name)

@@ -39,6 +39,7 @@ from .gguf_models import Entry, describe, entries, family_of
 from .gguf_types import FileType, Type, file_type, packed, tensor_type
 from .gguf_vocabulary import describe_tokenizer, end_marks
 from .modelfile import modelfile
+from ..loading import open_tokenizer
 from ..manifest import record_step
 from ..manifest_file import MANIFEST, read_manifest
 from ..model_card import write_card
@@ -218,14 +219,13 @@ def to_gguf(
 # %% ../../nbs/engine/gguf_files.ipynb #10fa3f10
 def _fill(place: Path, name: str, made: Draft, wanted: FileType, folder: Path, source, called: str) -> None:
     "Write all that belongs to a file."
-    from transformers import AutoTokenizer
     plain = place / (name if wanted.here else "plain.gguf")
     write(made, plain)
     if not wanted.here:
         _by_llama_cpp(plain, place / name, wanted)
         plain.unlink()
     found = contents(place / name)
-    with quiet(): tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    with quiet(): tokenizer = open_tokenizer(str(folder))
     said = folder / "generation_config.json"
     sampling = read_json(said) if said.is_file() else {}
     text = modelfile(name, tokenizer, end_marks(folder, tokenizer), made.context,

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 import gguf
 from gguf import TokenType
 
+from ..loading import open_tokenizer
 from ..records import LabError, read_json
 
 if TYPE_CHECKING:
@@ -162,8 +163,7 @@ def describe_tokenizer(
     rows: int,        # of the embedding
 ) -> None:
     "Write a folder's tokenizer, chat template and end marks as keys; raises LabError that names the folder."
-    from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = open_tokenizer(str(folder))
     if not tokenizer.is_fast: raise LabError(f"{folder}: its tokenizer has no tokenizer.json; save it as a fast one")
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     if spec["model"]["type"] != "BPE":
