@@ -340,4 +340,5 @@ def test_a_tokenizer_that_gives_token_types(names, folder):
     if names: reconfigure(folder, "tokenizer_config.json", model_input_names=names)
     model, tokenizer = load_model(folder, **EXACT)
     assert tokenizer.model_input_names == (names or tokenizer.model_input_names)
-    assert len(answer(model, tokenizer, ["Hello", "Hello, a longer one"], 3)) == 2 and answer(model, tokenizer, []) == []
+    assert len(answer(model, tokenizer, ["Hello", "Hello, a longer one"], 3)) == 2
+    assert answer(model, tokenizer, []) == []
