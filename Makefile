@@ -48,10 +48,10 @@ $(VENV)/.compress: $(STAMP)
 	@$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[compress]'
 	@touch $@
 
-test-machines: $(STAMP)  ## the same as on other machines: older instruction sets, one thread and four; about an hour
+test-machines: $(STAMP)  ## the same as on other machines: older instruction sets, two threads and four; about an hour
 	@ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(PY) -m pytest $(EVERY) -q $(ARGS)
 	@ATEN_CPU_CAPABILITY=default $(PY) -m pytest $(EVERY) -q $(ARGS)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest $(EVERY) -q $(ARGS)
+	@OMP_NUM_THREADS=2 $(PY) -m pytest $(EVERY) -q $(ARGS)
 	@OMP_NUM_THREADS=4 $(PY) -m pytest $(EVERY) -q $(ARGS)
 
 fuzz: $(STAMP)  ## search with new seeds for cases that fail; as long as you like with FUZZ_EXAMPLES=5000

@@ -6,6 +6,9 @@ import re
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Processes of pytest-xdist that share their cores would wait for each other's threads at every product.
+if "PYTEST_XDIST_WORKER" in os.environ: os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import qlora_lab  # noqa: E402, F401  before torch, so that how threads wait is chosen
 
 
