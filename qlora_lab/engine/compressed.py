@@ -128,6 +128,8 @@ def _fill(made: Path, model, tokenizer, rows: list, method: str, size: int, sour
     from loguru import logger
     from torch.utils.data import DataLoader
     logger.disable("llmcompressor")
+    try: logger.level("METRIC")
+    except ValueError: logger.level("METRIC", no=38)  # which it writes to, and does not make where it is silent
     with _without_pinning():
         oneshot(model=model, dataset=DataLoader(rows, batch_size=None), recipe=_recipe(method, size), log_dir=None,
                 num_calibration_samples=len(rows))

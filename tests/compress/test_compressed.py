@@ -4,6 +4,8 @@ The oracle for GPTQ is rounding to the nearest level in the same groups: it errs
 layer answers to the inputs that it was calibrated on.
 """
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from qlora_lab.engine.compressed import bits_of, calibration, to_awq, to_gptq  #
 from qlora_lab.manifest import verify  # noqa: E402
 from qlora_lab.records import LabError  # noqa: E402
 
+CLI = "from qlora_lab.cli import main; raise SystemExit(main())"
 EXAMPLES = [pair(f"read the file {i} and {'count the words ' * (i % 3)}", f"sort the list {i}") for i in range(24)]
 
 
@@ -45,6 +48,17 @@ def test_a_folder_opens_and_answers_nearly_as_before(make, merged):
     step = json.loads((out / "manifest.json").read_text())["steps"][-1]
     assert step["name"] == "export" and step["settings"]["examples"] == 8 and step["settings"]["group"] == 128
     assert torch.equal(opened(out).get_output_embeddings().weight, opened(merged).get_output_embeddings().weight)
+
+
+@pytest.mark.parametrize("way", ["--gptq", "--awq"])
+def test_the_command_in_a_process_of_its_own(way, merged, tmp_path):
+    "llm-compressor is imported there by nobody before, as for a user."
+    rows = "".join(json.dumps({"prompt": e.prompt, "completion": e.answer}) + "\n" for e in EXAMPLES)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    asked = ["export", str(merged), way, "--data", str(tmp_path / "rows.jsonl"), "--examples", "8"]
+    done = subprocess.run([sys.executable, "-c", CLI, *asked], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-600:]
+    assert bits_of(next(tmp_path.glob("merged-*"))) < 4.4
 
 
 def test_gptq_looks_at_what_goes_through_a_layer(merged):
