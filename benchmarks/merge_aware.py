@@ -4,6 +4,7 @@ SmolLM2 in NF4, float32 on the CPU, the course's batches; the three ways take tu
 machine hits all of them. Result: results/merge_aware.json, which the engine page *merge-aware* reads.
 """
 import argparse
+from itertools import count
 
 import torch
 
@@ -23,7 +24,7 @@ def stepper(config, device, rounding=None):
     model = attach_adapters(model, config).train()
     if rounding: through_quantizer(model, rounding)
     learn = [tokenize(tokenizer, e) for e in default_split().train]
-    optimizer, taken = torch.optim.AdamW(trainable(model), weight_decay=0), iter(range(10**6))
+    optimizer, taken = torch.optim.AdamW(trainable(model), weight_decay=0), count()
     return lambda: one_step(model, optimizer, learn, config, next(taken))["loss"]
 
 

@@ -1,6 +1,6 @@
 """SmolLM2 learns the support desk: held-out loss, format kept, label right, before and after.
 
-    python -m benchmarks.support_desk            # about twenty minutes on two cores
+    python -m benchmarks.support_desk            # about twelve minutes on two cores
 
 Trains in runs/support_desk as `qlora-lab train --data nbs/data/support.jsonl --held-out 0.2` does, and goes on there
 if it was cut short. Three sets of answers to the held-out tickets are graded: by the untrained model, by the untrained

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 from benchmarks.common import random_batch
 from conftest import devices
 from qlora_lab.checkpointing import checkpoint_layers
-from qlora_lab.engine import dispatch
+from qlora_lab.engine import capture, dispatch
 from qlora_lab.engine.dispatch import (
     ALWAYS,
     AT_WORK,
@@ -692,6 +693,20 @@ def test_gradients_stay_where_the_recording_writes_them(to_none):
     graphs = model._graph.graphs
     assert all(graph is not None for graph, _, _ in graphs.values())
     assert [makes for _, makes in graphs] == ([True, False] if to_none else [False])  # the last pass above adds
+
+
+@pytest.mark.parametrize("began", [True, False])
+def test_a_pool_that_was_never_in_use_stays_with_its_graphs(began, monkeypatch):
+    "The count of its users is lowered only where the capture had raised it."
+    called = []
+    state = SimpleNamespace(clone_state=lambda: "copy", graphsafe_set_state=called.append)
+    def end(device, pool):
+        if not began: raise RuntimeError("not currently recording to mempool_id")
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: called.append(pool), raising=False)
+    monkeypatch.setattr(torch.cuda, "default_generators", [state])
+    capture._switch_back(0, (0, 7))
+    assert called == ([(0, 7), "copy"] if began else ["copy"])
 
 
 @needs_gpu

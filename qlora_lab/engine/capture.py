@@ -60,7 +60,8 @@ def ended(
 # %% ../../nbs/engine/capture.ipynb #b655b272
 def _switch_back(device: int, pool: tuple) -> None:
     "Take the pool out of use, and give the card's generator a state that belongs to no capture."
-    for end in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-        with suppress(RuntimeError): getattr(torch._C, end)(device, pool)
+    with suppress(RuntimeError):  # of the first call: a capture that never began has taken no pool into use
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
     generator = torch.cuda.default_generators[device]
     generator.graphsafe_set_state(generator.clone_state())
