@@ -436,12 +436,14 @@ def test_in_a_terminal(run, tmp_path):
     def type_in(text, wanted):
         os.write(ours, text.encode())
         return read_until(ours, wanted)
-    def interrupted(wanted):
-        "Ctrl-C, again where it fell into the moment before the prompt listens."
+    def insisting(send, came):
+        "Keys again, where they fell into the moment before the prompt listens."
         for _ in range(20):
-            os.killpg(program.pid, signal.SIGINT)
-            with suppress(AssertionError): return read_until(ours, wanted, 3)
-        raise AssertionError(f"{wanted!r} did not come")
+            send()
+            with suppress(AssertionError, subprocess.TimeoutExpired): return came()
+        raise AssertionError("no answer to a key")
+    def interrupted(wanted):
+        return insisting(lambda: os.killpg(program.pid, signal.SIGINT), lambda: read_until(ours, wanted, 3))
     try:
         shown = read_until(ours, "Ctrl-D ends.")
         assert "mine answers" in shown
@@ -459,8 +461,7 @@ def test_in_a_terminal(run, tmp_path):
         interrupted("(stopped)")
         interrupted("(Ctrl-D ends)")
         type_in("/reset\n", "begun anew")
-        os.write(ours, b"\x04")
-        assert program.wait(60) == 0
+        assert insisting(lambda: os.write(ours, b"\x04"), lambda: program.wait(3)) == 0
     finally:
         program.kill()
         os.close(ours)
