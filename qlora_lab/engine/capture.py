@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-# %% ../../nbs/engine/capture.ipynb #c088e3ce
+# %% ../../nbs/engine/capture.ipynb #c0ffee02
 class Capture:
     "A capture that is made, or was; `broken` where nothing of it will ever be replayed."
     broken = False
@@ -38,6 +38,7 @@ def capture_now() -> Capture | None:
     if not torch.cuda.is_current_stream_capturing(): return None
     return _NOW[-1] if _NOW else _FOREIGN
 
+# %% ../../nbs/engine/capture.ipynb #c088e3ce
 @contextmanager
 def captured(
     graph,         # a torch.cuda.CUDAGraph
