@@ -124,6 +124,7 @@ def fingerprint(model: nn.Module, data: Split, config: TrainConfig) -> dict:
         "dtype": str(model.dtype), "compute_dtype": str(getattr(layer, "compute_dtype", None)),
         "data": data_hash(data.train), "held_out": data_hash(data.held_out), **asked}
     if config.init_adapter: identity["init_adapter"] = adapter_hash(config.init_adapter)  # wherever it lies
+    if hasattr(model, "lab_rounded"): identity["rounded"] = model.lab_rounded  # of `round_base`, which no layer shows
     return json.loads(json.dumps(identity))  # as it will be read: tuples are lists
 
 # %% ../nbs/reference/runs.ipynb #ae518c2b

@@ -11,13 +11,13 @@ __all__ = ['sweep']
 # A cell is a run in its own folder (`cell_folders`), made by `train`, and then measured (`cell_work`). Before the first
 # one everything is checked: names and values, data sets, folders.
 #
-# Any number of processes may be given the same folder, on one machine or on a shared disk that knows locks. Each takes a
-# cell by the operating system's lock, passes over what another has, and looks at that again at the end. A process that
-# dies frees its cell, and whoever takes it goes on from its checkpoint. Nobody hands out work, so nobody has to be there
-# first. `workers` starts such processes.
+# Any number of processes may be given the same folder, on one machine or on a shared disk that knows locks. Each takes
+# a cell by the operating system's lock, passes over what another has, and looks at that again at the end. A process
+# that dies frees its cell, and whoever takes it goes on from its checkpoint. Nobody hands out work, so nobody has to be
+# there first. `workers` starts such processes.
 #
-# Schedulers of other tools hand out trials from one process and keep their state in a database beside the runs. Here the
-# runs' own folders are the state: to delete one is to do it again, to copy them is to have the sweep.
+# Schedulers of other tools hand out trials from one process and keep their state in a database beside the runs. Here
+# the runs' own folders are the state: to delete one is to do it again, to copy them is to have the sweep.
 #
 # Used by the sweep command. Built in nbs/reference/sweeping.ipynb.
 
@@ -43,7 +43,7 @@ def sweep(
     data: Split | Mapping[str, Split] | None = None,  # for all cells, or by the names that cells use; None: by name
     base: Callable | tuple | None = None,        # (cell, device) to model and tokenizer; or these; None: as cells say
     device: str | None = None,                   # the GPU if there is one
-    measure: Mapping[str, Callable] | None = None,  # after training, by name: (model, tokenizer, data) to Score or float
+    measure: Mapping[str, Callable] | None = None,  # by name: (model, tokenizer, data) to Score or float, of each run
     watchers: Iterable[Watcher] = (),            # told of each step of each run
     progress: bool = True,
     retry: bool = False,                         # cells that failed in an earlier call, once more

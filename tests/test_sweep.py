@@ -153,3 +153,17 @@ def test_workers_are_started(grid, tmp_path):
     assert list(table["state"]) == ["done"] * 3
     with pytest.raises(LabError, match="cannot be handed to another process"):
         sweep(grid | {"seed": [4, 5]}, tmp_path / "s", progress=False, workers=2, measure={"m": lambda *a: 1.})
+
+
+def test_a_base_in_a_number_format(grid, tmp_path):
+    "The run says in which format its base was, and is opened again with it; another format is another run."
+    from qlora_lab.open_run import open_run
+    table = sweep(grid | {"quant_type": ["mxfp4", "int4_affine"]}, tmp_path / "s", progress=False)
+    assert list(table["state"]) == ["done"] * 2
+    runs = [Run.load(p) for p in table["folder"]]
+    assert [r.record["identity"]["rounded"]["format"] for r in runs] == ["mxfp4", "int4_affine"]
+    weights = [open_run(r.folder, None)[0].model.layers[0].mlp.down_proj.weight for r in runs]
+    plain = sweep(grid | {"quant_type": "none"}, tmp_path / "s", progress=False)
+    plain = open_run(plain["folder"][0], None)[0]
+    assert all(0 < (w - plain.model.layers[0].mlp.down_proj.weight).abs().mean() for w in weights)
+    assert not torch.equal(*weights) and runs[0].losses != runs[1].losses
