@@ -89,7 +89,7 @@ def train_all(
     "Let every weight learn; raises LabError for a model in 4 bits, and for one with adapters."
     if any(four_bit_parts(m) for m in model.modules()):
         raise LabError("method='full': this model is in 4 bits, where no small step leads anywhere; load it with "
-                       "quantize=None, or take method='lora'")
+                       "quantize=None (--quantize none), or take method='lora'")
     if hasattr(model, "lora_config") or hasattr(model, "peft_config"):
         raise LabError("method='full': the model has adapters; load it anew, or take method='lora'")
     for p in model.parameters():

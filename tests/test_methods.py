@@ -282,3 +282,22 @@ def test_runs_of_older_versions_are_still_the_same_run(tiny, data, tmp_path):
     (done.folder / "run.json").write_text(json.dumps(record))
     again, _ = run(tiny, data, tmp_path / "run", **SHORT)
     assert again.losses == done.losses and not again.whole and open_run(done.folder)[2].losses == done.losses
+
+
+def test_commands_know_a_run_without_an_adapter(whole, tiny, tmp_path, capsys):
+    "Reported, talked to and described as the model that it is; merging and exporting name the folder to take."
+    from qlora_lab.cli import main
+    from qlora_lab.commands.chat import open_talk
+    from qlora_lab.commands.report import plain, report
+    from qlora_lab.model_card import write_card
+    folder = whole[0].folder
+    said = plain(report(whole[0]))
+    assert f"model        {folder / 'model'}" in said and "load_adapter" not in said and "this run" in said
+    made, _ = open_talk(str(folder), (), "cpu")
+    assert made.names == []
+    for command in (["merge", str(folder), "--out", str(tmp_path / "m")],
+                    ["export", str(folder), "--gguf", "f16", "--out", str(tmp_path / "g.gguf")]):
+        assert main(command) != 0
+        assert f"its model lies whole in {folder / 'model'}" in " ".join(capsys.readouterr().err.split())
+    card = write_card(folder).read_text()
+    assert "all its weights trained" in card and "PeftModel" not in card and "/model" in card
