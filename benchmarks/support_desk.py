@@ -72,7 +72,7 @@ def graded(answers: dict[str, list[str]], tickets: list) -> dict[str, Grade]:
 
 
 def as_json(found: dict[str, Grade]) -> dict:
-    "Which tickets passed; intervals follow from that and the groups (support_desk.Share)."
+    "Which tickets passed; intervals follow from that and the groups (shares.Share)."
     return {name: {score: {"share": s.share, "passed": list(s.passed)} for score, s in
                    (("format_kept", g.format_kept), ("label_right", g.label_right))} for name, g in found.items()}
 

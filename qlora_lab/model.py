@@ -68,15 +68,17 @@ def load_model(
 def answer(
     model: nn.Module,
     tokenizer,
-    prompts: list[str] | str,  # one user turn each
+    prompts: list | str,       # one user turn each, or the turns of a conversation: [{"role", "content"}, ...]
     max_new_tokens: int = 40,
 ) -> list[str]:
     "Greedy answers, one for each prompt, made in one batch; a model without a chat template goes on with the text."
     prompts, chat = [prompts] if isinstance(prompts, str) else prompts, tokenizer.chat_template is not None
     if not prompts: return []
-    turns = [[{"role": "user", "content": p}] for p in prompts]
+    turns = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
+    if not chat and any(len(t) > 1 for t in turns):
+        raise LabError("this tokenizer has no chat template, so it knows no turns; ask with one text each")
     asked = {"tokenize": False, "add_generation_prompt": True}
-    texts = [tokenizer.apply_chat_template(t, **asked) for t in turns] if chat else prompts
+    texts = [tokenizer.apply_chat_template(t, **asked) for t in turns] if chat else [t[-1]["content"] for t in turns]
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not chat,
                       return_token_type_ids=False).to(next(model.parameters()).device)
