@@ -63,6 +63,10 @@ class Work:
         failed = place.folder / FAILED
         return not failed.exists() or self.retry and failed.stat().st_mtime < self.begun
 
+    def left(self) -> list[CellFolder]:
+        "Cells that are still to be done."
+        return [p for p in self.places if self.is_open(p)]
+
 def fresh_peak() -> None:
     "Let the peak of memory be that of what comes now."
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
