@@ -13,6 +13,8 @@ __all__ = ['INDIFFERENT', 'BESIDE', 'RunFolder', 'Run', 'fingerprint', 'open_fol
 #     checkpoint/    where to go on, and the best adapter so far (`checkpoints`)
 #     adapter/       PEFT's own files, of the best step where losses were measured on the way, else of the last
 #     last_adapter/  of the last step, where the best was another
+#     model/, last_model/   in their place where all weights were trained (`methods`)
+#     base/          in 4 bits, where the start of the adapters changed it (engine.repair)
 #
 # A folder knows whose it is: the identity holds all settings that change the result, the model, its quantization, and
 # hashes of the data and of the adapter that was begun with. The same call on the same folder goes on; any other is
@@ -36,6 +38,7 @@ from torch import nn
 from .data import Split, data_hash
 from .locks import locked
 from .lora import trainable
+from .methods import CHANGED_BASE, is_full, kept_name
 from .model import memory_bill
 from .records import LabError, read_json
 from .scoring import Score
@@ -82,8 +85,24 @@ class _Losses(RunFolder):
         return [(m["step"], m["held_out"]) for m in self.metrics if "held_out" in m]
 
     @property
+    def whole(self) -> bool:
+        "Whether all weights were trained, and `model/` has them."
+        return self.record.get("config", {}).get("method") == "full"
+
+    @property
+    def kept(self) -> Path:
+        "The folder of what was trained."
+        return self.folder / kept_name("full" if self.whole else "lora")
+
+    @property
+    def base(self) -> str:
+        "The model that it belongs to: the run's own base, where the start of the adapters changed it."
+        own = self.folder / CHANGED_BASE
+        return str(own) if own.is_dir() else self.record["identity"]["model"]
+
+    @property
     def adapter_step(self) -> int:
-        "The step whose adapter lies in `adapter/`: the best one measured, or the last."
+        "The step whose adapter lies in `adapter/`, or whose model in `model/`: the best one measured, or the last."
         return self.record.get("adapter_step", len(self.metrics))
 
 # %% ../nbs/reference/runs.ipynb #1cf580d7
@@ -99,7 +118,7 @@ class Run(_Losses):
     def memory(self) -> "DataFrame":
         "Bytes by component, beside LoRA on a 16-bit base and full fine-tuning in 16 bit with 32-bit Adam."
         import pandas as pd
-        columns = ["QLoRA", "16-bit LoRA", "16-bit full"]
+        columns = ["this run", "16-bit full"] if self.whole else ["QLoRA", "16-bit LoRA", "16-bit full"]
         return pd.DataFrame.from_dict(self.record["memory"], orient="index", columns=columns)
 
     def plot(self) -> "Figure":
@@ -109,7 +128,7 @@ class Run(_Losses):
 
 # %% ../nbs/reference/runs.ipynb #c3989565
 INDIFFERENT = ("folder", "checkpoint_every", "checkpointing", "checkpointed_layers", "checkpoints_in", "device_budget",
-               "pass_size", "packing", "budget", "tensorboard")  # change no result but for rounding: what is kept where
+               "pass_size", "packing", "budget", "tensorboard", "original_base")  # change no result but for rounding: what is kept where
 BESIDE = "cell.json", "measures.json", "failed.json"  # what a sweep puts into a run's folder (`cell_folders`)
 
 def fingerprint(model: nn.Module, data: Split, config: TrainConfig) -> dict:
@@ -164,5 +183,8 @@ def step_memory(
     base = memory_bill(model).drop("adapters", errors="ignore")
     rows = {k: [int(r["bytes"]), int(r["16-bit bytes"]), int(r["16-bit bytes"])] for k, r in base.iterrows()}
     weights = int(base["weights"].sum())
+    if is_full(model):  # nothing is beside the model: two columns
+        return {k: row[:2] for k, row in rows.items()} | {
+            "gradients": [adapters, 2 * weights], "optimizer": [state, 8 * weights], "activations": [activations] * 2}
     return rows | {"adapters": [adapters, adapters, 0], "gradients": [adapters, adapters, 2 * weights],
                    "optimizer": [state, state, 8 * weights], "activations": [activations] * 3}

@@ -74,7 +74,8 @@ ALWAYS |= _on("cuda", move_pages="engine.copy_lanes.LaneMover")
 ALWAYS |= _on("cuda", "meta", host_checkpoints="engine.host_checkpoints.keep_on_host")
 ALWAYS |= _on("cpu", "cuda", dequantize_packed="engine.tables.dequantize_by_table",
     quantize_exactly="engine.rounding.quantize_blocks", quantize_absmax_exactly="engine.rounding.quantize_absmax",
-    within_budget="engine.budget.within_budget", optimizer="engine.paged_adamw.optimizer")
+    within_budget="engine.budget.within_budget", optimizer="engine.paged_adamw.optimizer",
+    repair="engine.repair.repair", save_base="engine.repair.save_base")
 ALWAYS |= _on("cpu", "cuda", "meta", quantize_experts="engine.experts.quantize_experts",
     experts_left_alone="engine.experts.experts_left_alone",
     adapt_parameters="engine.adapted_parameters.adapt_parameters",
