@@ -38,7 +38,8 @@ from .data import Split
 from .engine.dispatch import faster
 from .grids import BASE, DEFAULTS, cells, config_of, read_grid
 from .manifest_file import MANIFEST, read_manifest, write_manifest
-from .open_run import attach_saved, to_answer
+from .methods import CHANGED_BASE, kept_name
+from .open_run import attach_saved, open_run, to_answer
 from .records import LabError
 from .train import train
 from .watching import Watcher
@@ -74,12 +75,21 @@ def fresh_peak() -> None:
         try: Path("/proc/self/clear_refs").write_text("5")
         except OSError: return  # another system: the peak is that of the process so far
 
+def _opened(place: CellFolder, model, tokenizer, config) -> tuple:
+    "The model of a cell that was trained earlier, on a copy of its base; raises LabError where it was not kept."
+    trained = place.folder / kept_name(config.method)
+    if not trained.is_dir():
+        raise LabError(f"{place.folder}: a measure was not taken when it was trained, and {trained.name} was not kept "
+                       "(keep='numbers'); delete the folder to train it anew")
+    own = config.method == "full" or (place.folder / CHANGED_BASE).is_dir()
+    if own: return open_run(place.folder, device=next(model.parameters()).device)[:2]
+    return attach_saved(model, trained, getattr(torch, config.adapter_dtype)), tokenizer
+
 def _trained(place: CellFolder, work: Work, data: Split) -> tuple:
     "The model of a cell after training, ready to answer; trained now, or opened where only measures are missing."
     model, tokenizer = work.bases.copy(place.cell)
     config = config_of(place.cell, place.folder)
-    if place.run_state() == "done":
-        return attach_saved(model, place.folder / "adapter", getattr(torch, config.adapter_dtype)), tokenizer
+    if place.run_state() == "done": return _opened(place, model, tokenizer, config)
     fresh_peak()
     train(model, tokenizer, data, config, False, work.watchers)
     return to_answer(model).requires_grad_(False), tokenizer
@@ -105,7 +115,8 @@ def carry_out(place: CellFolder, work: Work) -> None:
 
 def _tidy(folder: Path, keep: str) -> None:
     "Remove what nobody asks of a cell that is done, and take it out of the folder's manifest."
-    gone = {"all": (), "adapter": ("checkpoint",), "numbers": ("checkpoint", "adapter", "last_adapter")}[keep]
+    trained = (*(kept_name(m, last) for m in ("lora", "full") for last in (False, True)), CHANGED_BASE)
+    gone = {"all": (), "adapter": ("checkpoint",), "numbers": ("checkpoint", *trained)}[keep]
     if not any((folder / name).exists() for name in gone): return
     if (folder / MANIFEST).exists():
         content = read_manifest(folder)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,3 +168,16 @@ def test_a_base_in_a_number_format(grid, tmp_path):
     plain = open_run(plain["folder"][0], None)[0]
     assert all(0 < (w - plain.model.layers[0].mlp.down_proj.weight).abs().mean() for w in weights)
     assert not torch.equal(*weights) and runs[0].losses != runs[1].losses
+
+
+def test_all_weights_and_what_is_kept(grid, tmp_path):
+    "A cell of method 'full' is measured later from its model; with keep='numbers' only the numbers are left, whole."
+    grid = {k: v for k, v in grid.items() if k != "rank"} | {"method": "full", "quant_type": "none", "lr": 1e-4}
+    sweep(grid, tmp_path / "s", progress=False)
+    table = sweep(grid, tmp_path / "s", progress=False, measure={"numbers": sizes})
+    assert table["numbers"][0] > 0 and verify(table["folder"][0]).ok
+    bare = sweep(grid | {"method": ["full", "lora"]}, tmp_path / "bare", progress=False, keep="numbers")
+    for folder in map(Path, bare["folder"]):
+        assert not {"model", "adapter", "checkpoint"} & {p.name for p in folder.iterdir()} and verify(folder).ok
+    again = sweep(grid, tmp_path / "bare", progress=False, measure={"numbers": sizes})
+    assert "was not kept" in again["message"][0]
