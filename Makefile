@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-serve test-compress test-machines fuzz lab docs bench bench-gpu clean
+.PHONY: help setup train test test-serve test-compress test-machines fuzz lab docs bench bench-gpu bench-quality clean
 
 help:  ## this list
 	@echo "QLoRA Lab"; sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -51,7 +51,7 @@ $(VENV)/.compress: $(STAMP)
 
 test-machines: $(STAMP)  ## the same as on other machines: older instruction sets, two threads and four; about an hour
 	@ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(PY) -m pytest $(EVERY) -q $(ARGS)
-	@ATEN_CPU_CAPABILITY=default $(PY) -m pytest $(EVERY) -q $(ARGS)
+	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PY) -m pytest $(EVERY) -q $(ARGS)
 	@OMP_NUM_THREADS=2 $(PY) -m pytest $(EVERY) -q $(ARGS)
 	@OMP_NUM_THREADS=4 $(PY) -m pytest $(EVERY) -q $(ARGS)
 
@@ -70,6 +70,9 @@ bench: $(STAMP)  ## the lab beside peft + bitsandbytes, on the same work; alone,
 
 bench-gpu: $(STAMP)  ## the same on a GPU, decoding to training steps
 	@$(PY) -m benchmarks.gpu $(ARGS)
+
+bench-quality: $(STAMP)  ## does 4-bit keep the quality: several hundred runs on a GPU; goes on where it was cut short
+	@$(PY) -m benchmarks.quality $(ARGS)
 
 clean:  ## remove what was built; runs/ and the converted weights stay
 	@rm -rf $(VENV) _site _proc build *.egg-info .pytest_cache .ruff_cache .hypothesis

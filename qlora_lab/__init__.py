@@ -56,6 +56,10 @@ _PUBLIC |= {
     "engine.gguf_files": ["to_gguf"],
     "engine.compressed": ["to_awq", "to_gptq"],
     "manifest": ["verify"],
+    "sweeping": ["sweep"],
+    "results": ["results"],
+    "comparison": ["compare"],
+    "ranking": ["winner"],
 }
 
 # %% ../nbs/reference/public_names.ipynb #a1b2c3d4

@@ -10,7 +10,7 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'saved_step', 'best_path', 'loa
 # A run on its way, in files from which it goes on to the byte.
 #
 #     metrics.jsonl                    a line a step; a step that was measured has held_out and held_out_stderr too
-#     checkpoint/state.safetensors     adapter.*, optimizer.* and the number of the step, in one file
+#     checkpoint/state.safetensors     adapter.* or model.*, optimizer.* and the number of the step, in one file
 #     checkpoint/best-12.safetensors   the adapter of step 12, which had the best held-out loss so far
 #
 # Which step is the best, and how long none was better, follows from the lines alone, so no file can disagree with them.
@@ -36,10 +36,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from .adapter_contents import adapter_tensors
-from .adapter_files import PEFT_PREFIX
 from .engine.dispatch import faster, twin
-from .lora import lora_state
+from .methods import is_full, trained_state, trained_tensors
 from .records import LabError, write_whole
 from .settings import count_of
 
@@ -50,9 +48,11 @@ if TYPE_CHECKING:
 # %% ../nbs/reference/checkpoints.ipynb #034c82fe
 def _state(folder: Path) -> Path: return folder / "checkpoint" / "state.safetensors"
 
+def _what(model: nn.Module) -> str: return "model" if is_full(model) else "adapter"
+
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    "Adapters and optimizer in one file, so that they cannot disagree."
-    tensors = {f"adapter.{k}": v for k, v in lora_state(model).items()}
+    "What is trained and the optimizer in one file, so that they cannot disagree."
+    tensors = {f"{_what(model)}.{k}": v for k, v in trained_state(model).items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": v.cpu().clone() for k, v in state.items()}
     write_whole(_state(folder), to_bytes(tensors, metadata={"step": str(step)}))
@@ -63,11 +63,11 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     path = _state(folder)
     if not path.exists(): return 0
     whole = optimizer.state_dict()
-    adapters = {f"adapter.{PEFT_PREFIX}{n}": p for n, p in adapter_tensors(model).items()}
+    learns = {f"{_what(model)}.{n}": p for n, p in trained_tensors(model).items()}
     try:
         with safe_open(path, "pt") as f:
             step, saved = int(f.metadata()["step"]), {k: f.get_tensor(k) for k in f.keys()}
-        halves = [(p, saved[name]) for name, p in adapters.items()]  # all are there before one is changed
+        halves = [(p, saved[name]) for name, p in learns.items()]  # all are there before one is changed
         whole["state"] = {i: {k: saved[f"optimizer.{i}.{k}"] for k in state} for i, state in whole["state"].items()}
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
         raise LabError(f"{path}: not a whole checkpoint ({e}); delete it to start the run anew") from None
@@ -89,9 +89,9 @@ def best_path(folder: Path, step: int) -> Path: return folder / "checkpoint" / f
 
 def load_best(folder: Path, model: nn.Module, step: int) -> None:
     "The adapter that was the best at a step, into the model; raises LabError where its file is damaged or gone."
-    path, own = best_path(folder, step), adapter_tensors(model)
+    path, own = best_path(folder, step), trained_tensors(model)
     try:
-        with safe_open(path, "pt") as f: saved = {n: f.get_tensor(PEFT_PREFIX + n) for n in own}
+        with safe_open(path, "pt") as f: saved = {n: f.get_tensor(n) for n in own}
     except (SafetensorError, OSError) as e:
         raise LabError(f"{path}: the best adapter so far is damaged or gone ({e}); "
                        "delete the folder to start the run anew") from None
@@ -186,7 +186,7 @@ class Log(_Plan):
         self.file.flush()
         self.rows.append(row)
         self.done = row["step"]
-        if self.best is row: write_whole(best_path(self.folder, self.done), to_bytes(lora_state(self.model)))
+        if self.best is row: write_whole(best_path(self.folder, self.done), to_bytes(trained_state(self.model)))
         if self.done % self.config.checkpoint_every == 0 or self.ended: self._save()
 
     def _save(self) -> None:

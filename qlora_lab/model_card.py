@@ -38,6 +38,7 @@ from .records import LabError, write_whole
 KINDS = {  # kind: (library_name, relation to the base, tags)
     "run": ("peft", "adapter", ["lora"]),
     "adapter": ("peft", "adapter", ["lora"]),
+    "whole": ("transformers", "finetune", []),
     "gguf": ("gguf", "quantized", ["gguf", "llama.cpp"]),
     "model": ("transformers", "finetune", []),
     "packed": ("transformers", "quantized", ["4-bit"]),
@@ -46,7 +47,7 @@ HUB = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # by what id the Hub kno
 
 def kind_of(folder: Path, files: list[str]) -> str:
     "One of KINDS, by the names of the files; raises LabError for a folder that holds no model."
-    if "run.json" in files: return "run"
+    if "run.json" in files: return "whole" if "model/config.json" in files else "run"
     if "adapter_config.json" in files: return "adapter"
     if "config.json" in files:
         return "packed" if '"quantization_config"' in (folder / "config.json").read_text(encoding="utf-8") else "model"
@@ -97,7 +98,7 @@ def _origin(folder: Path, content: dict, name: str) -> Iterator[str]:
     "What it is, of which base and which data."
     base, data, steps = content["base"], content["data"], [s["name"] for s in content["steps"]]
     what = {"run": "LoRA adapters", "adapter": "LoRA adapters", "gguf": "A model in GGUF files",
-            "model": "A language model", "packed": "A language model with quantized weights"}
+            "model": "A language model", "whole": "A language model, all its weights trained", "packed": "A language model with quantized weights"}
     yield f"# {_text(name)}\n"
     yield (f"{what[kind_of(folder, [*content['files']])]}, made from {_named(base)} with QLoRA Lab: "
            f"{', then '.join(map(_text, steps)) or 'no step is recorded'}.\n")
@@ -154,6 +155,7 @@ def _loading(folder: Path, content: dict, name: str) -> Iterator[str]:
     yield "## How to load it\n"
     if kind in ("run", "adapter"): yield from _of_adapter(name, base, "adapter" if kind == "run" else "")
     elif kind != "gguf":
+        name = f"{name}/model" if kind == "whole" else name
         yield from _code("python", f"from qlora_lab import load_model\nmodel, tokenizer = load_model({name!r})")
         yield from _code("python", "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
                                    f"model = AutoModelForCausalLM.from_pretrained({name!r})\n"

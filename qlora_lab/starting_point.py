@@ -50,6 +50,8 @@ def adapter_folder(
                        "or run.json in it")
     if read_json(folder / "run.json").get("state") != "done":
         raise LabError(f"init_adapter={where!r}: this run is not done; let it end first")
+    if read_json(folder / "run.json").get("config", {}).get("method") == "full":
+        raise LabError(f"init_adapter={where!r}: this run trained all weights and has no adapter; train on its model/")
     return folder / "adapter"
 
 def adapter_hash(where: str) -> str:  # SHA-256, hexadecimal
@@ -67,7 +69,9 @@ def check_settings(held: "LoraConfig", config: "TrainConfig") -> None:
     for name, value, asked in (("rank", held.r, config.rank), ("alpha", held.lora_alpha, config.alpha),
                                ("rslora", held.use_rslora, config.rslora)):
         if value != asked: raise LabError(f"{here}: its {name} is {value}, expected {asked}; set {name}={value}")
-    for name in ("rank_pattern", "alpha_pattern", "use_dora", "lora_bias", "modules_to_save", "target_parameters"):
+    if held.use_dora != (config.method == "dora"):
+        raise LabError(f"{here}: use_dora is {held.use_dora} in it; set method={'dora' if held.use_dora else 'lora'!r}")
+    for name in ("rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save", "target_parameters"):
         if getattr(held, name, None):
             raise LabError(f"{here}: it has {name}={getattr(held, name)!r}, which a run does not train")
 

@@ -19,7 +19,7 @@ __all__ = ['answer_places', 'answer_losses', 'score', 'attach_adapters', 'summed
 #
 # Settings: `settings`. Steps, schedules, LoRA+: `rates`. Going on, the best adapter, patience: `checkpoints`. One at a
 # time: `locks`. Bar, figure, logs: `watching`. Folder and results: `runs`. Going on from an adapter: `starting_point`.
-# Errors of losses: `scoring`. Order: `batches`. Built in nbs/10_train.ipynb.
+# What learns: `methods`. Errors of losses: `scoring`. Order: `batches`. Built in nbs/10_train.ipynb.
 
 # %% ../nbs/10_train.ipynb #2563e113
 import json
@@ -39,8 +39,9 @@ from .data import Example, Split, collate, encode
 from .engine.dispatch import faster
 from .head_loss import place_losses
 from .linear4bit import saved_for_backward
-from .lora import add_lora, reset_lora, save_adapter, trainable
+from .lora import add_lora, trainable
 from .manifest import keep_record
+from .methods import begin_from_weight, by_peft, lora_config, save_trained, train_all
 from .model import answer
 from .open_run import base_as_held
 from .packing import check_packing, kept_apart, pack, packed_batches
@@ -48,7 +49,7 @@ from .rates import as_decided, make_optimizer, rates_at
 from .records import peak_memory_gib, provenance, release_memory, write_whole
 from .runs import Run, fingerprint, held_open, step_memory
 from .scoring import Score, recorded, spread
-from .settings import TrainConfig, as_json
+from .settings import FROM_THE_WEIGHT, TrainConfig, as_json
 from .starting_point import take_over
 from .trimming import trim_between_layers
 from .watching import Outset, Watcher, Watchers, watched
@@ -102,24 +103,20 @@ def _dropout_off(model: nn.Module):
 def attach_adapters(
     model: nn.Module,    # of `load_model`, with either backend
     config: TrainConfig,
+    learn: list = (),    # what is learned from, of `encode`; for an init that looks at it
 ) -> nn.Module:          # ready to train: the model itself, or PEFT's wrapper around bitsandbytes' layers
-    "Adapters by the lab on the lab's layers, by PEFT on bitsandbytes'; the same seed starts both alike."
-    from peft import LoraConfig, get_peft_model
-    targets = config.targets if isinstance(config.targets, str) else list(config.targets)
-    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora,
-                      target_modules=targets, task_type="CAUSAL_LM")
-    dtype = getattr(torch, config.adapter_dtype)
-    if getattr(model, "is_loaded_in_4bit", False):
-        model = get_peft_model(model, lora)
-        for p in trainable(model): p.data = p.data.to(dtype)
+    "What learns: adapters by the lab on the lab's layers, by PEFT on bitsandbytes', or all weights."
+    if config.method == "full": model = train_all(model, config)
+    elif getattr(model, "is_loaded_in_4bit", False): model = by_peft(model, config)
     else:
+        lora = lora_config(config)
         lora.base_model_name_or_path = getattr(model, "lab_source", None)
-        add_lora(model, lora, dtype=dtype)
-    reset_lora(model, config.seed)
+        add_lora(model, lora, config.seed, getattr(torch, config.adapter_dtype))
+    device = next(model.parameters()).device
+    if config.init in FROM_THE_WEIGHT: begin_from_weight(model, config, learn)
     if config.init_adapter: take_over(model, config)
     if config.checkpointing:
         checkpoint_layers(model, layers=config.checkpointed_layers or None, where=config.checkpoints_in)
-    device = next(model.parameters()).device
     faster("fuse_layers", device, model)
     return trim_between_layers(model) if device.type == "cpu" else model
 
@@ -207,23 +204,19 @@ def begin(
 def _answers(model: nn.Module, tokenizer, prompts: list[str]) -> list[str]:
     with _dropout_off(model): return answer(model, tokenizer, prompts) if prompts else []
 
-def _save(model: nn.Module, folder: Path) -> None:
-    if hasattr(model, "lora_config"): save_adapter(model, folder)
-    else: model.save_pretrained(folder)
-
 # %% ../nbs/10_train.ipynb #67749121
 def finish(folder: Path, record: dict, log: Log, tokenizer, held: list, memory: dict) -> None:
-    "Score, answer, save the adapter, the best one where there was a choice, and only then call the run done."
+    "Score, answer, save what was trained, at its best where there was a choice, and only then call the run done."
     model, kept = log.model, log.outcome()
     if kept["adapter_step"] != log.done:
-        _save(model, folder / "last_adapter")
+        save_trained(model, tokenizer, folder, last=True)
         load_best(folder, model, kept["adapter_step"])
     record |= kept | {"after": recorded(score(model, held), "after training")}
     answers = _answers(model, tokenizer, [r["prompt"] for r in record["answers"]])
     for row, text in zip(record["answers"], answers): row["after"] = text
     seconds = sum(row["seconds"] for row in log.rows)
     record |= {"memory": memory, "peak_memory_gib": peak_memory_gib(), "seconds": seconds}
-    _save(model, folder / "adapter")
+    save_trained(model, tokenizer, folder)
     write_whole(folder / "run.json", json.dumps(record | {"state": "done"}, indent=1))
 
 # %% ../nbs/10_train.ipynb #2d6faf72
@@ -235,8 +228,8 @@ def train(
     progress: bool = True, # show a progress bar, in a notebook a live figure
     watchers: list[Watcher] | tuple[Watcher, ...] = (),  # who else is told of each step
 ) -> Run:
-    """Train adapters on a frozen model. The same call on the folder of a run cut short goes on from its last checkpoint
-    and ends with the same adapter."""
+    """Train adapters on a frozen model, or with method="full" all of it. The same call on the folder of a run cut short
+    goes on from its last checkpoint and ends with the same bytes."""
     folder, identity = Path(config.folder), fingerprint(model, data, config)
     with held_open(folder, identity) as record:
         if record is None or record["state"] != "done":
@@ -256,7 +249,7 @@ def _carry_out(folder, identity, record, model, tokenizer, data, asked_for, look
     prompts = spread([e for e in data.held_out if e.prompt], asked_for.eval_prompts)  # plain text has no question
     if asked_for.packing: check_packing(model)
     config, said = as_decided(asked_for, model, learn)
-    model = attach_adapters(model, config).train()
+    model = attach_adapters(model, config, learn).train()
     if config.merge_aware: through_quantizer(model, check=True)
     optimizer = make_optimizer(model, config)
     if record is None: record = begin(folder, identity, asked_for, model, tokenizer, held, prompts)

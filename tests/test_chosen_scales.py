@@ -1,4 +1,4 @@
-"Scales, codes and layers that are chosen: less error in bitsandbytes' own bytes, budgets that are kept, clear refusals."
+"Scales, codes and layers that are chosen: less error in bitsandbytes' own bytes, budgets kept, clear refusals."
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -25,7 +25,8 @@ def weight(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator
 def inputs(n, width, seed=0):
     "Of which a few directions carry most."
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, width, generator=g) @ (torch.randn(width, width, generator=g) * torch.logspace(0, -2, width)).T
+    mix = torch.randn(width, width, generator=g) * torch.logspace(0, -2, width)
+    return torch.randn(n, width, generator=g) @ mix.T
 
 
 def squared(q, w): return (q.dequantize(torch.float32) - w).square().sum()
@@ -148,7 +149,8 @@ def test_the_estimate_is_the_measured_divergence():
     rows = [r[None] for r in rows_of(model, 48, 16)]
     asked = [p.requires_grad_(i % 2 > 0).requires_grad for i, p in enumerate(model.parameters())]
     before = [p.detach().clone() for p in model.parameters()]
-    one, other = (torch.tensor([sum(v) / len(v) for v in f(model, rows, layers).values()]) for f in (estimated, measured))
+    def nats(f): return torch.tensor([sum(v) / len(v) for v in f(model, rows, layers).values()])
+    one, other = nats(estimated), nats(measured)
     assert (one.sum() / other.sum()).item() == pytest.approx(1, abs=0.3)
     assert torch.corrcoef(torch.stack([one.log(), other.log()]))[0, 1] > 0.8
     assert [p.requires_grad for p in model.parameters()] == asked and all(p.grad is None for p in model.parameters())

@@ -37,6 +37,7 @@ from ..assets import SMOLLM2
 from ..model import load_model
 from ..open_run import open_run
 from ..records import LabError
+from ..runs import Run
 from ..talk import Talk, check_manner
 
 # isort: split
@@ -68,12 +69,14 @@ def open_talk(
     device: str | None,
 ) -> tuple[AdapterSet, object]:  # the base with its adapters; the tokenizer
     "What a conversation is held with."
-    if (run := (Path(name) / "run.json").is_file()): model, tokenizer, _ = open_run(name, None, device)
+    run = (Path(name) / "run.json").is_file()
+    whole = run and Run.load(name).whole  # then there is a model of its own, and no adapter
+    if run: model, tokenizer, _ = open_run(name, "adapter" if whole else None, device)
     else:
         _check_place(name)
         model, tokenizer = load_model(name, device=device)
     made = adapter_set(model)
-    for folder in map(Path, adapters or ([Path(name) / "adapter"] if run else [])):
+    for folder in map(Path, adapters or ([Path(name) / "adapter"] if run and not whole else [])):
         made.load_adapter(folder, adapter_name(folder, made.names))
     return made, tokenizer
 

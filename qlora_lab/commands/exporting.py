@@ -106,8 +106,9 @@ def merged(
     "A run's merged model for the length of a block."
     from qlora_lab.manifest import record_step
     from qlora_lab.merged_model import save_merged
-    from qlora_lab.open_run import open_run
+    from qlora_lab.open_run import open_run, refuse_whole
     from qlora_lab.ship import merge
+    refuse_whole(run)
     with waiting("opening the run"): model, tokenizer, opened = open_run(str(run), device="cpu")
     with waiting("merging"): model = merge(model)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ from ..divergence import Said, agreement, divergence, said
 from ..manifest import record_step
 from ..merged_model import save_merged
 from ..model_card import write_card
-from ..open_run import open_run
+from ..open_run import open_run, refuse_whole
 from ..records import LabError, whole_folder
 from ..runs import Run
 from ..ship import merge
@@ -129,6 +129,7 @@ def told(asked: Merge, numbers: dict) -> list:
 def carry_out(asked: Merge) -> int:
     "Open, merge, compare, write; the exit code."
     free(Path(asked.out))
+    refuse_whole(asked.folder)
     device = device_of_run(asked.device)
     with waiting("opening the run"): model, tokenizer, run = open_run(asked.folder, device=device)
     base = asked.base or (run.record["identity"]["model"] if asked.how == "original" else None)

@@ -159,6 +159,7 @@ def foresee(
 ) -> str:
     "What the run will take, and a warning where this machine has less."
     from transformers import AutoConfig
+    if config.method == "full": return "memory  not planned: that is done for adapters"
     if config.budget: return f"memory  {config.budget} at most; what is chosen for it is said before the first step"
     source = find_model(asked.model)
     try:

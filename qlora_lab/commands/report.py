@@ -142,8 +142,20 @@ def memory_table(
     return table(["  MiB", *memory.columns], [*rows, row("total", memory.sum())])
 
 # %% ../../nbs/commands/report.ipynb #168c52a7
+def _of_whole(run: "Run") -> list[RenderableType]:
+    return [heading("What next"), Text(textwrap.indent(textwrap.dedent(f"""\
+        talk to it:                     qlora-lab chat {run.folder}
+        write it for llama.cpp:         qlora-lab export {run.kept} --gguf F16
+        ask it, from Python:
+          from qlora_lab import answer, load_model
+          model, tokenizer = load_model({str(run.kept)!r}, quantize=None)
+          print(answer(model, tokenizer, "Your question"))
+        train on examples of your own:  qlora-lab train --data my.jsonl
+        see how each piece works:       make lab"""), "  "))]
+
 def _next_steps(run: "Run") -> list[RenderableType]:
-    model, adapter = run.record["identity"]["model"], str(run.folder / "adapter")
+    if run.whole: return _of_whole(run)
+    model, adapter = run.base, str(run.kept)
     return [heading("What next"), Text(textwrap.indent(textwrap.dedent(f"""\
         talk to it:                     qlora-lab chat {run.folder}
         merge it into a model to serve: qlora-lab merge {run.folder} --out merged
@@ -175,6 +187,6 @@ def report(
         f"\ntime         {seconds:.0f} s for {len(run.metrics)} steps, "
         f"{tokens / max(seconds, 1e-9):,.0f} tokens a second\n"
         f"peak memory  {run.record['peak_memory_gib']:.2f} GiB in all, loading and evaluation included\n"
-        f"adapter      {run.folder / 'adapter'}{_kept(run)}\n")
+        f"{'model  ' if run.whole else 'adapter'}      {run.kept}{_kept(run)}\n")
     memory = [heading("Memory by component"), memory_table(run.memory)]
     return Group(*_losses(run), *_answers(run, width or screen_width()), *memory, facts, *_next_steps(run))

@@ -134,12 +134,14 @@ def chosen(
     "How a run learns, in lines; what was not asked for has none."
     steps, each = steps_of(config, examples), config.batch_size * config.accumulation
     passes = f" ({config.epochs:g} passes)" if config.epochs else ""
-    lines = [f"run     {config.folder}: {steps} steps of {each} examples{passes}, rank {config.rank}"]
+    learns = "all weights" if config.method == "full" else f"rank {config.rank}{', DoRA' * (config.method == 'dora')}"
+    lines = [f"run     {config.folder}: {steps} steps of {each} examples{passes}, {learns}"]
     warm, plus = count_of(config.warmup, steps), config.loraplus_ratio
     faster = f", {plus:g} times as fast for B" if plus != 1 else ""
     lines += [f"rate    {config.lr:g}, {config.schedule}{f' after {warm} steps of warm-up' * (warm > 0)}{faster}"]
     ends = f", at most {config.patience} in a row that are no better" if config.patience else ""
     if config.eval_every: lines += [f"scored  every {config.eval_every} steps, the best adapter is kept{ends}"]
+    if config.init != "default": lines += [f"begins  {config.init}"]
     if config.init_adapter: lines += [f"begins  with the adapter of {config.init_adapter}"]
     aware = min(count_of(config.merge_aware, steps), steps)
     if aware: lines += [f"merging the last {aware} steps train through the quantizer"]

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from ..blockwise import LEAST_ABSMAX, codebook, midpoints, nearest_code, to_blocks
 from ..double_quant import DYNAMIC8, STATS_BLOCK, QuantizedTensor, dequantize_absmax, quantize_4bit
-from .calibrated import DAMP, PIECE, gathered, groups_of, searched, with_codes
+from .calibrated import DAMP, PIECE, gathered, groups, searched, with_codes
 from .experts import expert_parameters
 from ..linear_layers import weight_of
 from ..records import LabError
@@ -176,7 +176,7 @@ class Chosen:
     "Quantizes the layers of a model in their order, each by the sum of its inputs."
     def __init__(self, model: nn.Module, layers: list[nn.Module], rows: list[Tensor]):
         self.model, self.rows, self.sums, self.done = model, rows, {}, {}
-        self.waiting = list(groups_of(layers))
+        self.waiting = list(groups(layers))
 
     def __call__(self, layer: nn.Module, *kind) -> QuantizedTensor:
         if layer not in self.done: self._go_on(layer, kind)

@@ -74,7 +74,8 @@ ALWAYS |= _on("cuda", move_pages="engine.copy_lanes.LaneMover")
 ALWAYS |= _on("cuda", "meta", host_checkpoints="engine.host_checkpoints.keep_on_host")
 ALWAYS |= _on("cpu", "cuda", dequantize_packed="engine.tables.dequantize_by_table",
     quantize_exactly="engine.rounding.quantize_blocks", quantize_absmax_exactly="engine.rounding.quantize_absmax",
-    within_budget="engine.budget.within_budget", optimizer="engine.paged_adamw.optimizer")
+    within_budget="engine.budget.within_budget", optimizer="engine.paged_adamw.optimizer",
+    repair="engine.repair.repair", save_base="engine.repair.save_base")
 ALWAYS |= _on("cpu", "cuda", "meta", quantize_experts="engine.experts.quantize_experts",
     experts_left_alone="engine.experts.experts_left_alone",
     adapt_parameters="engine.adapted_parameters.adapt_parameters",
@@ -82,6 +83,7 @@ ALWAYS |= _on("cpu", "cuda", "meta", quantize_experts="engine.experts.quantize_e
     parameter_names="engine.adapted_parameters.parameter_names",
     merge_parameters="engine.merged_parameters.merge_parameters",
     calibrated_codes="engine.calibrated.calibrated_codes",
+    format_named="engine.number_formats.format_named", round_model="engine.number_formats.round_model",
     choices="engine.sensitivity.choices",
     through_quantizer="engine.merge_aware.through_quantizer")
 
