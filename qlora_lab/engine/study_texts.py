@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEFT_OUT', 'LEAST', 'all_documents', 'documents', 'other_documents', 'text_hash', 'rows_of_text', 'Sums', 'spoken',
-           'compared']
+           'compared', 'sums_of', 'mean_of', 'less']
 
 # %% ../../nbs/engine/study_texts.ipynb #13441ec7
 # Documents for studies of quality, and what two models say of each of them.
@@ -32,7 +32,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..scoring import Score
+from ..intervals import interval
+from ..scoring import Score, improvement
 
 # %% ../../nbs/engine/study_texts.ipynb #f9b4a2b0
 LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "this.py", "antigravity.py"}
@@ -121,3 +122,18 @@ def compared(
         kl = (p.exp() * (p - q)).sum()
         found.append((nats.item(), kl.item(), (p.argmax(1) == q.argmax(1)).sum().item(), len(q)))
     return Sums(*zip(*found))
+
+# %% ../../nbs/engine/study_texts.ipynb #633ca1b1
+def sums_of(cell: dict) -> Sums:
+    "Of a record's entry."
+    return Sums(*(tuple(cell[name]) for name in Sums._fields))
+
+def mean_of(sums: Sums, what: str = "kl") -> tuple[float, float, float]:  # value a token, low, high
+    "With Student's 95 % interval over the rows."
+    score = sums.score(what)
+    return score.loss, *interval(score.loss, score.stderr, len(sums.tokens))
+
+def less(before: Sums, after: Sums, what: str = "kl") -> tuple[float, float, float]:  # value a token, low, high
+    "By how much something is less after than before, paired by row."
+    value, stderr = improvement(before.score(what), after.score(what))
+    return value, *interval(value, stderr, len(before.tokens))
