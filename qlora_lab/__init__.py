@@ -56,6 +56,8 @@ _PUBLIC |= {
     "engine.gguf_files": ["to_gguf"],
     "engine.compressed": ["to_awq", "to_gptq"],
     "manifest": ["verify"],
+    "sweeping": ["sweep"],
+    "results": ["results"],
 }
 
 # %% ../nbs/reference/public_names.ipynb #a1b2c3d4

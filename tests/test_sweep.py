@@ -1,0 +1,155 @@
+"A grid becomes runs: each once, through kills, several processes and failures, and a table that says what is so."
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from conftest import make_llama
+from qlora_lab.cell_folders import CellFolder
+from qlora_lab.manifest import verify
+from qlora_lab.records import LabError
+from qlora_lab.runs import Run
+from qlora_lab.settings import TrainConfig
+from qlora_lab.sweeping import sweep
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHORT = dict(steps=3, batch_size=4, accumulation=1, rank=2, eval_examples=8, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, tokenizer):
+    "One layer, for steps that take no time."
+    folder = tmp_path_factory.mktemp("models") / "small"
+    make_llama(layers=1, hidden=64).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def grid(small, jsonl): return SHORT | {"model": str(small), "data": str(jsonl)}
+
+
+def sizes(model, tokenizer, data): return float(sum(p.numel() for p in model.parameters()))
+
+
+def test_a_grid_is_carried_out_once(grid, tmp_path):
+    "Every cell is a run; a second call does nothing, a larger grid only what is new."
+    grid |= {"quant_type": ["nf4", "none"], "seed": [0, 1]}
+    table = sweep(grid, tmp_path / "s", progress=False, measure={"numbers": sizes})
+    assert list(table["state"]) == ["done"] * 4 and table["held-out loss [nats/token]"].notna().all()
+    assert list(table["cell"]) == ["quant_type=nf4,seed=0", "quant_type=nf4,seed=1", "quant_type=none,seed=0",
+                                   "quant_type=none,seed=1"]
+    assert (table["numbers"] > 0).all() and all(verify(p).ok for p in table["folder"])
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "s").rglob("*") if p.is_file()}
+    again = sweep(grid | {"seed": [0, 1, 2]}, tmp_path / "s", progress=False, measure={"numbers": sizes})
+    assert list(again["state"]) == ["done"] * 6
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items())
+
+
+def test_a_cell_is_what_train_makes(grid, small, jsonl, tmp_path):
+    "Copies of one base change nothing: the cell's losses are those of `train` on a model loaded for it alone."
+    from qlora_lab.data import load_jsonl, split
+    from qlora_lab.model import load_model
+    from qlora_lab.train import train
+    sweep(grid | {"seed": [0, 1]}, tmp_path / "s", progress=False)
+    model, tokenizer = load_model(small, compute_dtype=torch.float32)
+    own = {k: v for k, v in SHORT.items() if k != "dtype"} | {"seed": 1, "eval_prompts": 0}
+    alone = train(model, tokenizer, split(load_jsonl(jsonl), 0.1), TrainConfig(tmp_path / "alone", **own), False)
+    swept = Run.load(next((tmp_path / "s").glob("seed=1-*")))
+    assert swept.losses == alone.losses and swept.after == alone.after
+
+
+def test_a_measure_that_comes_later_is_added(grid, tmp_path):
+    sweep(grid, tmp_path / "s", progress=False)
+    losses = (run := Run.load(next((tmp_path / "s").glob("run-*")))).losses
+    table = sweep(grid, tmp_path / "s", progress=False, measure={"numbers": sizes})
+    assert table["numbers"][0] > 0 and Run.load(run.folder).losses == losses and verify(run.folder).ok
+
+
+def test_a_cell_that_fails_is_told_and_ends_nothing(grid, tmp_path):
+    "Its message stands in the table; it is tried again on request alone."
+    calls = []
+    def moody(model, tokenizer, data):
+        calls.append(1)
+        if len(calls) == 1: raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return 1.
+    ask = dict(grid=grid | {"seed": [0, 1], "lr": [1e-3]}, folder=tmp_path / "s", progress=False, measure={"m": moody})
+    table = sweep(**ask)
+    assert list(table["state"]) == ["failed", "done"]
+    assert table["message"][0].startswith("RuntimeError: CUDA out of memory")
+    assert list(sweep(**ask)["state"]) == ["failed", "done"] and len(calls) == 2
+    again = sweep(**ask, retry=True)
+    assert list(again["state"]) == ["done"] * 2 and "message" not in again and len(calls) == 3
+
+
+def test_a_loss_that_is_not_finite_is_told(grid, tmp_path):
+    table = sweep(grid | {"lr": [1e30, 1e-3], "max_grad_norm": 0}, tmp_path / "s", progress=False)
+    assert list(table["state"]) == ["failed", "done"] and "is nan" in table["message"][0]
+
+
+CHILD = """
+import sys, torch
+torch.set_num_threads(1)
+from qlora_lab.sweeping import sweep
+from qlora_lab.watching import Watcher
+class Slow(Watcher):
+    def on_step(self, row):
+        import time
+        print("step", row["step"], flush=True)
+        time.sleep(0.3)
+sweep({grid!r}, {folder!r}, watchers=[Slow()] if {slow} else (), progress=True)
+"""
+
+def child(grid, folder, slow=False):
+    code = textwrap.dedent(CHILD.format(grid=grid, folder=str(folder), slow=slow))
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
+
+
+def test_killed_in_the_middle_it_goes_on(grid, tmp_path):
+    "SIGKILL after a checkpoint: the same bytes as uninterrupted, and finished cells are not touched."
+    grid |= {"seed": [0, 1], "steps": 6, "checkpoint_every": 2}
+    process = child(grid, tmp_path / "killed", slow=True)
+    for line in iter(process.stdout.readline, ""):
+        if line.startswith("step 5") and _done(tmp_path / "killed"): process.kill()
+    assert process.wait() == -signal.SIGKILL
+    states = sorted(p.state() for p in _places(tmp_path / "killed"))
+    assert states == ["done", "unfinished"]
+    first = {p: p.stat().st_mtime_ns for p in _done(tmp_path / "killed")[0].rglob("*") if p.is_file()}
+    sweep(grid, tmp_path / "killed", progress=False)
+    sweep(grid, tmp_path / "whole", progress=False)
+    assert all(p.stat().st_mtime_ns == t for p, t in first.items())
+    for place in _places(tmp_path / "whole"):
+        other = tmp_path / "killed" / place.folder.name / "adapter/adapter_model.safetensors"
+        assert (place.folder / "adapter/adapter_model.safetensors").read_bytes() == other.read_bytes()
+
+
+def _places(root):
+    told = [(p.parent, json.loads(p.read_text())["settings"]) for p in sorted(root.glob("*/cell.json"))]
+    return [CellFolder(folder, settings) for folder, settings in told]
+
+def _done(root): return [p.folder for p in _places(root) if p.is_done()]
+
+
+def test_processes_share_the_cells(grid, tmp_path, capsys):
+    "Two processes at one folder do each cell once, and both wait for the last."
+    grid |= {"seed": list(range(6))}
+    other = child(grid, tmp_path / "s", slow=True)
+    next(line for line in iter(other.stdout.readline, "") if line.startswith("step"))  # it has its first cell
+    table = sweep(grid, tmp_path / "s")
+    told = [line.split() for line in other.communicate()[0].splitlines() if line.startswith("done")]
+    assert 1 <= len(told) < 6 and list(table["state"]) == ["done"] * 6
+    told += [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("done")]
+    assert sorted(name for _, name in told) == sorted(p.folder.name for p in _places(tmp_path / "s"))
+
+
+def test_workers_are_started(grid, tmp_path):
+    table = sweep(grid | {"seed": [0, 1, 2]}, tmp_path / "s", progress=False, workers=2)
+    assert list(table["state"]) == ["done"] * 3
+    with pytest.raises(LabError, match="cannot be handed to another process"):
+        sweep(grid | {"seed": [4, 5]}, tmp_path / "s", progress=False, workers=2, measure={"m": lambda *a: 1.})
