@@ -59,8 +59,8 @@ _WEIGHTS = _claims("memory",
      "another block size"))
 
 # %% ../nbs/reference/statements.ipynb #fc7d9663
-_FITS = "longest text that was trained on a card of that size, in tokens"
-_PAGED = "an optimizer that is not paged; activations that are kept; other programs on the card"
+_FITS = "longest text that such a card trained"
+_PAGED = "no paging; activations that are kept; a desktop on the card"
 
 _CARDS = _claims("memory",
     ("7b", "Seven billion parameters are fine-tuned on a consumer card of 8 GB.",
