@@ -190,7 +190,8 @@ def _open_whole(folder: Path, name: str, options: dict) -> tuple:
     "Model and tokenizer of a run that trained all weights; raises LabError."
     place = folder / name
     if not (place / "config.json").is_file():
-        raise LabError(f"{folder}: all weights were trained, and {name} is no model in it; expected model or last_model")
+        raise LabError(f"{folder}: all weights were trained, and {name} is no model in it; expected model, or "
+                       "last_model")
     dtype = read_json(folder / "run.json")["config"]["adapter_dtype"]
     model, tokenizer = load_model(place, **{"quantize": None, "dtype": getattr(torch, dtype)} | options)
     return to_answer(model).requires_grad_(False), tokenizer

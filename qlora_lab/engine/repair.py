@@ -112,6 +112,7 @@ def _original(model: nn.Module, config: "TrainConfig") -> OriginalBase:
     hold_base(original, model)
     return original
 
+# %% ../../nbs/engine/repair.ipynb #a969efa7
 def _packed(model: nn.Module, init: str) -> dict[str, nn.Module]:
     "By name the adapted layers in 4 bits; raises LabError where there are none, or what no start is known for."
     layers = adapted_layers(model)
@@ -124,6 +125,7 @@ def _packed(model: nn.Module, init: str) -> dict[str, nn.Module]:
         raise LabError(f"init={init!r}: layers of this model share a weight, and cannot be repaired apart")
     return found
 
+# %% ../../nbs/engine/repair.ipynb #c1f70697
 @torch.no_grad()
 def put(
     layer: nn.Module,       # adapted
@@ -154,6 +156,7 @@ def _moments(model: nn.Module, layers: dict[str, nn.Module], init: str, learn: l
             sums = gathered(model, group, learn[:CALIBRATION])
             for layer in group: yield names[layer], sums.get(layer)
 
+# %% ../../nbs/engine/repair.ipynb #a8be74aa
 @torch.no_grad()
 def repair(model: nn.Module, config: "TrainConfig", learn: list = ()) -> None:
     "Begin a model's adapters from the weights before 4 bits; raises LabError before anything is changed."
