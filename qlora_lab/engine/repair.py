@@ -169,6 +169,12 @@ def repair(model: nn.Module, config: "TrainConfig", learn: list = ()) -> None:
     if config.init in ("qpissa", "loftq5"): _changed(model, config)
 
 # %% ../../nbs/engine/repair.ipynb #a72f0bae
+def _changed(model: nn.Module, config: "TrainConfig") -> None:
+    "Note that the adapters belong to a base of their own."
+    model.lab_base_changed = True
+    model.lora_config.base_model_name_or_path = str(Path(config.folder) / CHANGED_BASE)
+
+# %% ../../nbs/engine/repair.ipynb #72210120
 def _pissa(model: nn.Module, config: "TrainConfig") -> None:
     "Into the adapters the largest part of each weight, out of the dense base."
     layers = adapted_layers(model)
@@ -184,11 +190,6 @@ def _pissa(model: nn.Module, config: "TrainConfig") -> None:
         put(layer, b, a)
     _changed(model, config)
 
-def _changed(model: nn.Module, config: "TrainConfig") -> None:
-    "Note that the adapters belong to a base of their own."
-    model.lab_base_changed = True
-    model.lora_config.base_model_name_or_path = str(Path(config.folder) / CHANGED_BASE)
-
 # %% ../../nbs/engine/repair.ipynb #726e28b4
 @contextmanager
 def without_adapters(model: nn.Module):
@@ -201,6 +202,7 @@ def without_adapters(model: nn.Module):
         for name, layer in layers.items(): set_submodule(model, name, layer)
         model.lora_config = config
 
+# %% ../../nbs/engine/repair.ipynb #7dd63512
 def save_base(
     model: nn.Module,
     tokenizer,
