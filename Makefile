@@ -51,7 +51,7 @@ $(VENV)/.compress: $(STAMP)
 
 test-machines: $(STAMP)  ## the same as on other machines: older instruction sets, two threads and four; about an hour
 	@ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(PY) -m pytest $(EVERY) -q $(ARGS)
-	@ATEN_CPU_CAPABILITY=default $(PY) -m pytest $(EVERY) -q $(ARGS)
+	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PY) -m pytest $(EVERY) -q $(ARGS)
 	@OMP_NUM_THREADS=2 $(PY) -m pytest $(EVERY) -q $(ARGS)
 	@OMP_NUM_THREADS=4 $(PY) -m pytest $(EVERY) -q $(ARGS)
 

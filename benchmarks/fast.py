@@ -75,8 +75,10 @@ def card_gib() -> float | None:
     return float(os.environ[CAP]) if CAP in os.environ else None
 
 
-def cap(gib: float | None) -> None:
-    "Make the card as small as that."
+def shrink(gib: float | None) -> None:
+    "Make the card as small as that from now on; the plain path's loss may take more."
+    gc.collect()
+    torch.cuda.empty_cache()
     whole = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
     if gib: torch.cuda.set_per_process_memory_fraction(min(1., gib / whole))
 
@@ -102,7 +104,9 @@ def lab_step(row: Row, who: str, config, batch: dict, tiny: bool):
     model = random_model(config, settings_of(row, tiny, who), "cpu" if tiny else "cuda")
     optimizer = PagedAdamW(trainable(model), lr=1e-4)
     use_kernels(False)
-    with torch.no_grad(): plain = summed_loss(model, batch).item() / (row.batch * (row.sequence - 1))
+    try:
+        with torch.no_grad(): plain = summed_loss(model, batch).item() / (row.batch * (row.sequence - 1))
+    except torch.OutOfMemoryError: plain = None  # transformers' layers hold more in one pass than a step here
     use_kernels()
     AT_WORK.pop((gone, "cuda"), None)
     return model, lambda: train_step(model, optimizer, [batch], 1e-4, 0.3), {"plain_loss": plain}
@@ -141,7 +145,6 @@ def measured(step, tiny: bool, rounds: int) -> dict:
 def in_this_process(name: str, who: str, tiny: bool, rounds: int) -> dict:
     "A side of a row, by the lab or by peft and bitsandbytes."
     row, start = row_of(name), time.perf_counter()
-    if not tiny: cap(card_gib())
     if tiny: row = row._replace(batch=2, sequence=64)
     config = shape_config(row.shape, tiny)
     batch = random_batch(row.batch, row.sequence, vocabulary=min(1000, config.vocab_size))
@@ -150,6 +153,7 @@ def in_this_process(name: str, who: str, tiny: bool, rounds: int) -> dict:
         made = bnb_step(row, config, batch, tiny) if who == "bnb" else lab_step(row, who, config, batch, tiny)
         model, step, more = made
         more["loading_s"] = time.perf_counter() - start
+        if not tiny: shrink(card_gib())
         found = more | measured(step, tiny, rounds)
     graph = model.__dict__.get("_graph")
     found["recorded"] = graph is not None and any(g is not None for g, _, _ in graph.graphs.values())

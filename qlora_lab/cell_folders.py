@@ -141,11 +141,11 @@ def _hold(folder: Path, cell: Mapping, data: list[str]) -> None:
     had, now = {**DEFAULTS, **told.get("settings", {})}, as_told(cell)
     odd = [k for k in now if k not in ASIDE and as_told(had).get(k) != now[k]]
     if odd:
-        raise LabError(f"{folder / CELL}: {odd[0]} was {had[odd[0]]!r} there, and is {now[odd[0]]!r}; a default may have "
-                       "changed since: name another folder, or delete this one")
+        raise LabError(f"{folder / CELL}: {odd[0]} was {had[odd[0]]!r} there, and is {now[odd[0]]!r}; a default may "
+                       "have changed since: name another folder, or delete this one")
     if told.get("data") != data:
-        raise LabError(f"{folder}: its data {cell['data']!r} were others than now (hash {told.get('data')} there, {data} "
-                       "now); name another folder for the sweep")
+        raise LabError(f"{folder}: its data {cell['data']!r} were others than now (hash {told.get('data')} there, "
+                       f"{data} now); name another folder for the sweep")
 
 def set_up(
     root: str | Path,         # of the sweep

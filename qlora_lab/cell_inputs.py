@@ -9,8 +9,7 @@ __all__ = ['DATA', 'device_of', 'open_base', 'Bases', 'clear', 'splits', 'hashes
 # What the cells of a sweep start from.
 #
 # `open_base` makes the base that a cell names: 4-bit layers of a code book by `load_model`, or the model as it is with
-# its weights rounded to a number format, or as it is. What a run's record would not tell by itself, the format and the
-# scales, is written on the model (`lab_held`), from where it goes into the run's identity.
+# its weights rounded to a number format (`round_base` of open_run, which lets the run's identity tell), or as it is.
 #
 # `Bases` opens each way of holding a base at most once in a row and gives out deep copies: training changes a model's
 # tree, and full fine-tuning its weights. One original is kept at a time, on the device. What it takes there is not a
@@ -35,6 +34,7 @@ from .grids import BASE, is_packed
 from .held import held_tensors
 from .loading import best_device
 from .model import load_model
+from .open_run import round_base
 from .records import LabError
 from .support_desk import desk
 
@@ -47,7 +47,8 @@ def device_of(
     except RuntimeError: raise LabError(f"device={name!r}: expected 'cpu', 'cuda', or one card, 'cuda:0'") from None
     if device.type not in ("cpu", "cuda"): raise LabError(f"device={name!r}: expected 'cpu' or 'cuda'")
     cards = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= cards: raise LabError(f"device={name!r}: torch finds {cards} GPUs here")
+    if device.type == "cuda" and (device.index or 0) >= cards:
+        raise LabError(f"device={name!r}: torch finds {cards} GPUs here")
     return device
 
 def open_base(
@@ -58,7 +59,11 @@ def open_base(
     kind, dtype = cell["quant_type"], None if cell["dtype"] == "auto" else getattr(torch, cell["dtype"])
     packed = is_packed(kind)
     how = {"blocksize": cell["blocksize"], "double_quant": cell["double_quant"]} if packed else {}
-    return load_model(cell["model"], kind if packed else None, cell["backend"], dtype, dtype, device=device, **how)
+    if cell["scales"] == "chosen": how["scales"] = "chosen"
+    found = load_model(cell["model"], kind if packed else None, cell["backend"], dtype, dtype, device=device, **how)
+    if not packed and kind != "none": round_base(found[0], kind, cell["blocksize"])
+    if cell["scales"] == "chosen": found[0].lab_scales = "chosen"  # no layer shows it, the run's identity does
+    return found
 
 class Bases:
     "Bases by how they are held, opened when a cell first asks, and copied for each."
@@ -110,7 +115,7 @@ def splits(
         if name in (given or {}): found[name] = given[name]
         elif name in DATA: found[name] = DATA[name]()
         elif Path(name).is_file(): found[name] = split(load_examples(name), 0.1)
-        else: raise LabError(f"data={name!r}: neither one of {', '.join([*DATA, *(given or {})])} nor a file of examples")
+        else: raise LabError(f"data={name!r}: neither one of {', '.join([*DATA, *(given or {})])} nor a file")
     return found
 
 def hashes(data: Split) -> list[str]:

@@ -57,6 +57,12 @@ def dithered_codes(
     share = (x - low) / (high - low).clamp(min=LEAST_ABSMAX)
     return above - (share <= _thresholds_for(x)).long()
 
+@lru_cache(maxsize=8)
+def _levels_on(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    "A type's levels, and the codes of its levels where they do not count upwards; copied to a device once."
+    nibbles = torch.tensor(FP4_NIBBLES, dtype=torch.uint8, device=device) if quant_type == "fp4" else None
+    return codebook(quant_type).to(device), nibbles
+
 @torch.no_grad()
 def quantize_dithered(
     target: Tensor,         # the shape of `like`
@@ -64,6 +70,7 @@ def quantize_dithered(
 ) -> QuantizedTensor:
     "Numbers near those of a 4-bit weight, in 4 bits under its scales."
     x = to_blocks(target.float(), like.blocksize) / like.absmax.clamp(min=LEAST_ABSMAX)[:, None]
-    codes = dithered_codes(x, codebook(like.quant_type).to(x.device)).to(torch.uint8)
-    if like.quant_type == "fp4": codes = torch.tensor(FP4_NIBBLES, dtype=torch.uint8, device=x.device)[codes.int()]
+    levels, nibbles = _levels_on(like.quant_type, x.device)
+    codes = dithered_codes(x, levels).to(torch.uint8)
+    if nibbles is not None: codes = nibbles[codes.int()]
     return replace(like, packed=pack_4bit(codes.view(-1)[:target.numel()]).view_as(like.packed))

@@ -63,9 +63,12 @@ def quantize_absmax(absmax: Tensor, blocksize: int = STATS_BLOCK) -> tuple[Tenso
     "Scales [blocks] to codes [blocks] uint8, absmax2 [ceil(blocks / blocksize)] and their mean. QLoRA, section 3."
     return *quantize_blockwise(absmax - absmax.mean(), DYNAMIC8, blocksize), absmax.mean()
 
+@lru_cache(maxsize=8)
+def _dynamic8_on(device: torch.device) -> Tensor: return DYNAMIC8.to(device)  # copied once: a copy is a wait
+
 def dequantize_absmax(codes: Tensor, absmax2: Tensor, offset: Tensor, blocksize: int = STATS_BLOCK) -> Tensor:
     "The scales [blocks] again, float32: level times second-level scale, plus the mean."
-    return dequantize_blockwise(codes, absmax2, DYNAMIC8, blocksize) + offset
+    return dequantize_blockwise(codes, absmax2, _dynamic8_on(codes.device), blocksize) + offset
 
 # %% ../nbs/03_double_quant.ipynb #c9fe524d
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes' kernels know

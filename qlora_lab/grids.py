@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_SWEPT', 'SPARING', 'SETTINGS', 'DEFAULTS', 'BASE', 'ASIDE', 'ELSEWHERE', 'Base', 'check_name', 'settled',
-           'formats', 'is_packed', 'config_of', 'cells', 'cell_id', 'varying', 'shown', 'names', 'read_grid']
+           'is_packed', 'config_of', 'cells', 'cell_id', 'varying', 'shown', 'names', 'read_grid']
 
 # %% ../nbs/reference/grids.ipynb #b380f1b8
 # A grid, and the cells that it stands for.
@@ -93,23 +93,28 @@ def settled(name: str, value):
     return tuple(value)
 
 # %% ../nbs/reference/grids.ipynb #34b6e6dd
-def formats() -> Mapping:
-    "Number formats beside the code books, by name; where the engine has none, none."
-    return twin("number_formats", "cpu") or {}
+def _known(error: Exception) -> list[str]:
+    "The names that a message lists after 'known:'."
+    return re.findall(r"[\w+]+", str(error).rpartition("known: ")[2])
+
+def _format(kind: str, blocksize: int | None = None):
+    "A number format by its name; None where the engine knows none. Raises LabError."
+    named = twin("format_named", "cpu")
+    return named(kind, blocksize) if named else None
 
 def is_packed(quant_type: str) -> bool:
     "Whether a type is a code book of at most 16 levels, for 4-bit layers; raises LabError for one nobody knows."
-    if quant_type == "none" or quant_type in formats():
-        try: return quant_type != "none" and len(codebook(quant_type)) <= 16
-        except ValueError: return False
-    try: levels = len(codebook(quant_type))
-    except ValueError as e:
-        known = ["none", *re.findall(r"\w+", str(e).rpartition("known: ")[2]), *formats()]
-        near = get_close_matches(str(quant_type), known, 1)
-        told = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        raise LabError(f"quant_type={quant_type!r}: no such type; {told}") from None
-    if levels > 16: raise LabError(f"quant_type={quant_type!r}: {levels} levels; a 4-bit layer takes at most 16")
-    return True
+    if quant_type == "none": return False
+    try:
+        if len(codebook(quant_type)) <= 16: return True
+        known = []
+    except ValueError as e: known = _known(e)
+    try:
+        if _format(quant_type) is not None: return False
+    except LabError as e: known += _known(e)
+    near = get_close_matches(str(quant_type), ["none", *known], 1)
+    told = f"did you mean {near[0]!r}?" if near else f"known are none, {', '.join(dict.fromkeys(known))}"
+    raise LabError(f"quant_type={quant_type!r}: no such type; {told}")
 
 def _check_base(cell: dict, named: set) -> dict:
     "The cell, with None for what its base has not; raises LabError for what was named and would mean nothing."
@@ -123,8 +128,10 @@ def _check_base(cell: dict, named: set) -> dict:
         cell[name] = None
     if not packed and "blocksize" not in named: cell["blocksize"] = None
     if cell["backend"] == "bnb": _check_bnb(cell, packed)
-    size = cell["blocksize"]
-    if size is not None: expect(size > 0, "blocksize", size, "at least 1")
+    if cell["scales"] == "chosen" and twin("choices", "cpu") is None:
+        raise LabError("scales='chosen': nothing chooses scales here; take 'absmax'")
+    if cell["blocksize"] is not None: expect(cell["blocksize"] > 0, "blocksize", cell["blocksize"], "at least 1")
+    if not packed and kind != "none": _format(kind, cell["blocksize"])
     return cell
 
 def _check_bnb(cell: dict, packed: bool) -> None:
@@ -164,7 +171,7 @@ def _entries(grid) -> list[Mapping]:
 def cells(
     grid: Mapping | list[Mapping],  # names to a value or a list of values; a list of such dicts for what is no product
 ) -> list[dict]:                    # every setting of each cell
-    "The cells of a grid, checked; raises LabError for a name or value that is none, and for a cell that is there twice."
+    "The cells of a grid, checked; raises LabError for a name or value that is none, and a cell that is there twice."
     made, seen = [], {}
     for entry in _entries(grid):
         axes = {name: _axis(name, value) for name, value in entry.items()}

@@ -17,8 +17,8 @@ __all__ = ['LOSS', 'UNIT', 'settings_of', 'run_folders', 'metrics_of', 'cost_of'
 # second are the median over steps, since the first ones compile and record. Both are comparable between cells of one
 # machine that had no others beside them; a column says how many there were.
 #
-# A run that is not done, or failed, has a row like any other; what it does not know is missing there. Runs that no sweep
-# made are read too: what their run.json says of the settings stands in the same columns.
+# A run that is not done, or failed, has a row like any other; what it does not know is missing there. Runs that no
+# sweep made are read too: what their run.json says of the settings stands in the same columns.
 #
 # Used by sweeping and comparison. Built in nbs/reference/results.ipynb.
 
@@ -91,7 +91,7 @@ def _mean(values: list[float]) -> float: return sum(values) / len(values)
 def cost_of(run: Run, cost: dict) -> dict:
     "What a run took, by column."
     memory, peak = run.record.get("memory", {}), run.record.get("peak_memory_gib")
-    made = {"steps": len(run.metrics)}
+    made = {"steps done": len(run.metrics)}
     if peak is not None: made["peak memory [GiB]"] = peak - cost.get("kept_gib", 0.)
     if memory: made["step memory [MiB]"] = sum(row[0] for row in memory.values()) / 2 ** 20
     made |= {f"{part} [MiB]": row[0] / 2 ** 20 for part, row in memory.items()}

@@ -11,18 +11,19 @@ __all__ = ['sweep']
 # A cell is a run in its own folder (`cell_folders`), made by `train`, and then measured (`cell_work`). Before the first
 # one everything is checked: names and values, data sets, folders.
 #
-# Any number of processes may be given the same folder, on one machine or on a shared disk that knows locks. Each takes a
-# cell by the operating system's lock, passes over what another has, and looks at that again at the end. A process that
-# dies frees its cell, and whoever takes it goes on from its checkpoint. Nobody hands out work, so nobody has to be there
-# first. `workers` starts such processes.
+# Any number of processes may be given the same folder, on one machine or on a shared disk that knows locks. Each takes
+# a cell by the operating system's lock, passes over what another has, and looks at that again at the end. A process
+# that dies frees its cell, and whoever takes it goes on from its checkpoint. Nobody hands out work, so nobody has to be
+# there first. `workers` starts such processes.
 #
-# Schedulers of other tools hand out trials from one process and keep their state in a database beside the runs. Here the
-# runs' own folders are the state: to delete one is to do it again, to copy them is to have the sweep.
+# Schedulers of other tools hand out trials from one process and keep their state in a database beside the runs. Here
+# the runs' own folders are the state: to delete one is to do it again, to copy them is to have the sweep.
 #
 # Used by the sweep command. Built in nbs/reference/sweeping.ipynb.
 
 # %% ../nbs/reference/sweeping.ipynb #48ce9fb2
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -30,8 +31,9 @@ from .cell_work import prepare, serve
 from .data import Split
 from .records import LabError
 from .results import results
+from .sweep_table import SweepTable, Unseen
 from .watching import Watcher
-from .workers import share
+from .workers import check_portable, share
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -43,7 +45,7 @@ def sweep(
     data: Split | Mapping[str, Split] | None = None,  # for all cells, or by the names that cells use; None: by name
     base: Callable | tuple | None = None,        # (cell, device) to model and tokenizer; or these; None: as cells say
     device: str | None = None,                   # the GPU if there is one
-    measure: Mapping[str, Callable] | None = None,  # after training, by name: (model, tokenizer, data) to Score or float
+    measure: Mapping[str, Callable] | None = None,  # by name: (model, tokenizer, data) to Score or float, of each run
     watchers: Iterable[Watcher] = (),            # told of each step of each run
     progress: bool = True,
     retry: bool = False,                         # cells that failed in an earlier call, once more
@@ -55,9 +57,8 @@ def sweep(
              "watchers": tuple(watchers), "retry": retry, "keep": keep}
     work = prepare(**asked)
     if workers < 1: raise LabError(f"workers={workers}: expected at least 1")
-    def told(place, outcome):
-        if progress: print(f"{outcome:8}{place.folder.name}", flush=True)
-    def is_open(): return any(map(work.is_open, work.places))
-    if workers == 1: serve(work, told)
-    elif is_open(): share(workers, asked, lambda: None, is_open)
+    if workers > 1: check_portable(asked)
+    with SweepTable(work.places, work.measure) if progress else Unseen() as table:
+        if workers == 1: serve(replace(work, watchers=(*work.watchers, table)), table.told)
+        elif work.left(): share(workers, asked, table.look, work.left)
     return results([p.folder for p in work.places])

@@ -9,9 +9,9 @@ __all__ = ['check_portable', 'cores', 'card_of', 'at_cells', 'started', 'share']
 # Processes that share a sweep.
 #
 # Each is started anew (spawn), for CUDA cannot be taken along into a copy of a process, and reads grid and data itself.
-# With several cards the processes take turns at them; on one card they share it. The processor's cores are divided among
-# them. What they are to call has to be found by its name in a module: functions of a notebook's own cells are refused
-# here, in one sentence, and not by a traceback from the other side.
+# With several cards the processes take turns at them; on one card they share it. The processor's cores are divided
+# among them. What they are to call has to be found by its name in a module: functions of a notebook's own cells are
+# refused here, in one sentence, and not by a traceback from the other side.
 #
 # A process that dies frees the cell that it was at, and the others take it at the end. Only where cells are left open
 # when all have ended is that an error. When the caller is interrupted its processes are ended, and no others.
@@ -37,13 +37,14 @@ from .records import LabError
 def check_portable(asked: Mapping) -> None:
     "Raise LabError for what cannot go to another process."
     if isinstance(asked.get("base"), tuple):
-        raise LabError("workers: a model that was handed over stays in this process; give `base` a function that opens it")
+        raise LabError("workers: a model that was handed over stays in this process; give `base` a function that opens "
+                       "it")
     alone = not hasattr(sys.modules["__main__"], "__file__")  # a notebook, or a prompt
     named = [asked.get("base"), *(asked.get("measure") or {}).values(), *(type(w) for w in asked.get("watchers", ()))]
     for one in named:
         if alone and getattr(one, "__module__", None) == "__main__":
-            raise LabError(f"workers: {one.__qualname__} is defined in this notebook, where other processes do not find "
-                           "it; put it into a module, or take workers=1")
+            raise LabError(f"workers: {one.__qualname__} is defined in this notebook, where other processes do not "
+                           "find it; put it into a module, or take workers=1")
     try: pickle.dumps(dict(asked))
     except (pickle.PicklingError, AttributeError, TypeError) as e:
         raise LabError(f"workers: this cannot be handed to another process: {e}; take workers=1") from None
@@ -72,7 +73,6 @@ def _nobody(place, outcome) -> None: "The caller looks into the folders."
 @contextmanager
 def started(count: int, asked: dict) -> Iterator[list]:
     "Processes at the cells of a sweep, for a block; ended with it."
-    check_portable(asked)
     threads, spawn = max(1, cores() // count), get_context("spawn")
     processes = [spawn.Process(target=at_cells, args=(i, threads, asked), daemon=True) for i in range(count)]
     try:
@@ -88,7 +88,7 @@ def share(
     count: int,                # processes
     asked: dict,               # arguments of `prepare`
     look: Callable[[], None],  # called about twice a second
-    is_open: Callable[[], bool],  # whether cells are left to be done
+    left: Callable[[], list],  # cells that are still to be done
 ) -> None:
     "Let processes do a sweep; raises LabError where they ended and cells are left."
     with started(count, asked) as processes:
@@ -96,6 +96,7 @@ def share(
             time.sleep(0.5)
             look()
         codes = sorted({p.exitcode for p in processes} - {0})
-    if is_open():
-        raise LabError(f"workers: {'ended with exit code ' + ', '.join(map(str, codes)) if codes else 'all ended'} before "
-                       "every cell was done; what they printed says why, and the same call goes on")
+    if left():
+        how = f"ended with exit code {', '.join(map(str, codes))}" if codes else "all ended"
+        raise LabError(f"workers: {how} before every cell was done; what they printed says why, and the same call goes "
+                       "on")

@@ -16,9 +16,10 @@ from benchmarks.common import random_batch
 from conftest import make_llama
 from qlora_lab.checkpointing import checkpoint_layers, decoder_layers, is_checkpointed
 from qlora_lab.engine import copy_lanes
+from qlora_lab.engine.capture import Capture
 from qlora_lab.engine.dispatch import faster, standing_in, use_kernels
 from qlora_lab.engine.fusing import fuse_layers
-from qlora_lab.engine.host_checkpoints import Kept, keep_on_host, piece_bytes, result_bytes
+from qlora_lab.engine.host_checkpoints import Kept, Places, keep_on_host, piece_bytes, result_bytes
 from qlora_lab.engine.paged_adamw import PagedAdamW
 from qlora_lab.engine.step_graph import StepGraph
 from qlora_lab.lora import LoRALinear, trainable
@@ -64,7 +65,24 @@ def keeper(model):
     return next(iter(layer._forward_pre_hooks.values())).func.__self__
 
 
-def free(model): return sum(size * len(pieces) for (_, size), pieces in keeper(model).places.free.items())
+def free(model): return sum(size * len(pieces) for size, pieces in keeper(model).places.free.items())
+
+
+def test_pieces_of_a_broken_recording_come_back():
+    "A recording keeps its pieces to itself, another recording may share them; one that broke off leaves them to all."
+    places, x, whole, broken = Places(), torch.zeros(1000), Capture(), Capture()
+    mine, other = places.take(x, whole), places.take(x, broken)
+    for piece in (mine, other): places.give_back(piece)
+    shared = places.take(x, broken)
+    assert shared.memory is other.memory
+    again = places.take(x, broken)
+    assert again.memory is mine.memory and again.known is whole
+    for piece in (shared, again): places.give_back(piece)
+    third = places.take(x, None)
+    assert third.memory is not mine.memory and third.memory is not other.memory and places.nbytes == 3 * 4096
+    broken.broken = True
+    assert places.take(x, None).memory is other.memory and places.nbytes == 3 * 4096
+    assert places.take(x, None).memory is not mine.memory
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -234,6 +252,24 @@ def test_a_pass_between_recordings():
     faster("forward_backward", torch.device("cuda"), model, random_batch(2, 24, vocabulary=100), 46)  # no update
     for p in trainable(model): p.grad = None
     assert same(grads(model, loss), plain)
+
+
+@needs_gpu
+def test_a_recording_that_runs_out_of_memory():
+    "Its places on the host serve the passes that go on without it, and the notice says what was short."
+    model, batch = made("host", False, device="cuda"), random_batch(2, 24, vocabulary=128)
+    def full(*_):
+        if torch.cuda.is_current_stream_capturing(): raise torch.OutOfMemoryError("out of memory")
+    decoder_layers(model)[-1].register_forward_pre_hook(full)
+    full.__module__ = "qlora_lab"  # a hook of somebody else's is never recorded
+    optimizer = PagedAdamW(trainable(model), lr=0.)
+    found = [train_step(model, optimizer, [batch], 0., 0.3)]
+    places = keeper(model).places
+    once = places.nbytes
+    with pytest.warns(UserWarning, match="without a graph .out of memory"):
+        found += [train_step(model, optimizer, [batch], 0., 0.3) for _ in range(3)]
+    assert [graph for graph, _, _ in model._graph.graphs.values()] == [None]
+    assert found == found[:1] * 4 and places.nbytes == free(model) == once
 
 
 def test_results_of_attention_travel_too(monkeypatch):

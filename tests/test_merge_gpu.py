@@ -7,11 +7,13 @@ from peft import LoraConfig
 from conftest import make_llama
 from qlora_lab.dithering import quantize_dithered
 from qlora_lab.double_quant import quantize_4bit
+from qlora_lab.engine.dispatch import use_kernels
 from qlora_lab.engine.fusing import fuse_layers, is_fused
 from qlora_lab.engine.merge_aware import MergedLinear, through_quantizer
 from qlora_lab.linear4bit import quantize_model
 from qlora_lab.lora import add_lora, trainable
 from qlora_lab.ship import merge
+from qlora_lab.train import train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -55,6 +57,22 @@ def test_training_is_on_the_merged_weights(rounding):
     assert sum(isinstance(m, MergedLinear) for m in model.modules()) == 14
     wanted = logits(model.eval())
     assert torch.equal(logits(merge(model, how="4bit", rounding=rounding)), wanted)
+
+
+def test_a_step_through_the_quantizer_is_recorded(recwarn):
+    "Nothing in it waits for the card: the same losses as without a recording, and no word of one that failed."
+    batch = {"input_ids": families.ids(), "labels": families.ids(), "attention_mask": torch.ones_like(families.ids())}
+    def losses(model):
+        through_quantizer(model)
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
+        return [train_step(model, optimizer, [batch], 1e-3, 0.3)[0] for _ in range(5)]
+    use_kernels(False)
+    try: called = losses(adapted().train())
+    finally: use_kernels()
+    model = adapted().train()
+    torch.testing.assert_close(losses(model), called, rtol=1e-3, atol=1e-3)
+    assert any(graph is not None for graph, _, _ in model._graph.graphs.values())
+    assert not [w for w in recwarn if "without a graph" in str(w.message)]
 
 
 def test_merged_into_plain_weights():

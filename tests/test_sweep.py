@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,10 +143,10 @@ def test_processes_share_the_cells(grid, tmp_path, capsys):
     other = child(grid, tmp_path / "s", slow=True)
     next(line for line in iter(other.stdout.readline, "") if line.startswith("step"))  # it has its first cell
     table = sweep(grid, tmp_path / "s")
-    told = [line.split() for line in other.communicate()[0].splitlines() if line.startswith("done")]
+    told = [line.split()[:2] for line in other.communicate()[0].splitlines() if line.startswith("done")]
     assert 1 <= len(told) < 6 and list(table["state"]) == ["done"] * 6
-    told += [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("done")]
-    assert sorted(name for _, name in told) == sorted(p.folder.name for p in _places(tmp_path / "s"))
+    told += [line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("done")]
+    assert sorted(name for _, name in told) == [f"seed={i}" for i in range(6)]
 
 
 def test_workers_are_started(grid, tmp_path):
@@ -153,3 +154,30 @@ def test_workers_are_started(grid, tmp_path):
     assert list(table["state"]) == ["done"] * 3
     with pytest.raises(LabError, match="cannot be handed to another process"):
         sweep(grid | {"seed": [4, 5]}, tmp_path / "s", progress=False, workers=2, measure={"m": lambda *a: 1.})
+
+
+def test_a_base_in_a_number_format(grid, tmp_path):
+    "The run says in which format its base was, and is opened again with it; another format is another run."
+    from qlora_lab.open_run import open_run
+    table = sweep(grid | {"quant_type": ["mxfp4", "int4_affine"]}, tmp_path / "s", progress=False)
+    assert list(table["state"]) == ["done"] * 2
+    runs = [Run.load(p) for p in table["folder"]]
+    assert [r.record["identity"]["rounded"]["format"] for r in runs] == ["mxfp4", "int4_affine"]
+    weights = [open_run(r.folder, None)[0].model.layers[0].mlp.down_proj.weight for r in runs]
+    plain = sweep(grid | {"quant_type": "none"}, tmp_path / "s", progress=False)
+    plain = open_run(plain["folder"][0], None)[0]
+    assert all(0 < (w - plain.model.layers[0].mlp.down_proj.weight).abs().mean() for w in weights)
+    assert not torch.equal(*weights) and runs[0].losses != runs[1].losses
+
+
+def test_all_weights_and_what_is_kept(grid, tmp_path):
+    "A cell of method 'full' is measured later from its model; with keep='numbers' only the numbers are left, whole."
+    grid = {k: v for k, v in grid.items() if k != "rank"} | {"method": "full", "quant_type": "none", "lr": 1e-4}
+    sweep(grid, tmp_path / "s", progress=False)
+    table = sweep(grid, tmp_path / "s", progress=False, measure={"numbers": sizes})
+    assert table["numbers"][0] > 0 and verify(table["folder"][0]).ok
+    bare = sweep(grid | {"method": ["full", "lora"]}, tmp_path / "bare", progress=False, keep="numbers")
+    for folder in map(Path, bare["folder"]):
+        assert not {"model", "adapter", "checkpoint"} & {p.name for p in folder.iterdir()} and verify(folder).ok
+    again = sweep(grid, tmp_path / "bare", progress=False, measure={"numbers": sizes})
+    assert "was not kept" in again["message"][0]

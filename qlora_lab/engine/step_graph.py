@@ -124,6 +124,7 @@ class Recorder(Roomy):
             if not ended(graph): self.clear()
             for broken in (e, e.__context__): clear_frames(broken and broken.__traceback__)  # what its variables hold
             if not isinstance(e, RuntimeError): raise
+            if isinstance(e.__context__, torch.OutOfMemoryError): e = e.__context__  # the capture's end failed on it
             short = isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e)
             who = f"batches of shape {tuple(shape[0])} run" if short else "the model runs"
             warnings.warn(f"{who} without a graph ({str(e).splitlines()[0]})", stacklevel=2)

@@ -1,0 +1,163 @@
+"What may be said of a difference: in pairs, over groups and seeds, corrected; and what may not be compared at all."
+import math
+
+import numpy as np
+import pytest
+
+from conftest import make_llama
+from qlora_lab.comparison import compare
+from qlora_lab.data import Split, load_jsonl, split
+from qlora_lab.estimates import difference, estimate
+from qlora_lab.intervals import holm, interval
+from qlora_lab.published import publish, summary
+from qlora_lab.ranking import against, methods, winner
+from qlora_lab.records import LabError
+from qlora_lab.results import results
+from qlora_lab.scoring import Score, improvement
+from qlora_lab.sweeping import sweep
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHORT = dict(steps=3, batch_size=4, accumulation=1, rank=2, eval_examples=12, dtype="float32")
+
+
+def answer_length(model, tokenizer, data): return 1. + model.config.hidden_size
+
+
+def each(model, tokenizer, data):
+    "A measure with a value an example."
+    groups = tuple(e.stays_with for e in data.held_out)
+    return Score(tuple(float(len(e.prompt)) for e in data.held_out), (1,) * len(groups), groups)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, tokenizer, jsonl, one_thread):
+    "Two rates with three seeds each, and one run that failed."
+    work = tmp_path_factory.mktemp("swept")
+    make_llama(layers=1, hidden=64).save_pretrained(work / "small")
+    tokenizer.save_pretrained(work / "small")
+    grid = SHORT | {"model": str(work / "small")}
+    measure = {"length": answer_length, "each": each}
+    sweep([grid | {"lr": [1e-2, 1e-4], "seed": [0, 1, 2]}, grid | {"lr": 1e30, "max_grad_norm": 0}], work / "s",
+          split(load_jsonl(jsonl), 0.3), progress=False, measure=measure)
+    return work / "s"
+
+
+@pytest.fixture(scope="module")
+def sides(swept):
+    table = results(swept)
+    return table[table["lr"] == 1e-2], table[table["lr"] == 1e-4]
+
+
+def test_a_comparison_of_seeds(sides):
+    "The value is the mean over seeds of the paired difference; the sentence says who is better, and on what it stands."
+    found = compare(*sides)
+    a, b = (list(side["held-out loss [nats/token]"]) for side in sides)
+    assert math.isclose(found.difference, np.mean(a) - np.mean(b), rel_tol=1e-12)
+    assert found.estimate.seeds == 3 and found.estimate.examples == 12 and found.winner == "lr=0.01"
+    low, high = found.interval
+    assert low < found.difference < high < 0 and "lr=0.01 is better" in str(found) and "3 seeds" in str(found)
+    assert not found.within(abs(high)) and found.within(2 * abs(low))
+
+
+def test_one_run_each_is_the_paired_improvement(sides):
+    "With one run a side the difference is that of `scoring`, and the error that of leaving out a group."
+    from qlora_lab.runs import Run
+    a, b = (Run.load(side["folder"].iloc[0]) for side in sides)
+    found = compare(a, b)
+    assert math.isclose(found.difference, improvement(a.after, b.after)[0], rel_tol=1e-9)
+    scores, groups = (a.after, b.after), sorted(set(a.after.groups))
+    def without(g):
+        kept = [i for i, name in enumerate(a.after.groups) if name != g]
+        parts = [Score(*(tuple(getattr(s, f)[i] for i in kept) for f in ("sums", "tokens", "groups"))) for s in scores]
+        return improvement(*parts)[0]
+    left = np.array([without(g) for g in groups])
+    error = ((len(left) - 1) / len(left) * ((left - left.mean()) ** 2).sum()) ** 0.5
+    assert math.isclose(found.estimate.stderr, error, rel_tol=1e-9)
+
+
+def test_order_of_seeds_does_not_matter(sides):
+    a, b = sides
+    assert compare(a, b[::-1]).estimate == compare(a, b).estimate
+
+
+def test_other_seeds_are_compared_as_groups(sides):
+    "Seeds that are not the same are no pairs: their variances add, and the interval is not that of pairs."
+    a, b = sides
+    some, others = compare(a[:2], b[1:]), compare(a[:2], b[:2])
+    assert some.estimate.seeds == others.estimate.seeds == 2 and some.estimate.stderr != others.estimate.stderr
+
+
+def test_measures_are_compared(sides):
+    "A number a run over seeds, a score over examples; which is better has to be said."
+    told = compare(*sides, metric="each")
+    assert told.difference == 0 and not told.is_told
+    with pytest.raises(LabError, match="say whether"): told.winner  # noqa: B018
+    assert compare(*sides, metric="length").difference == 0
+    with pytest.raises(LabError, match="no error"): compare(*(s[:1] for s in sides), metric="length")
+
+
+def test_what_cannot_be_compared(sides, swept, tokenizer, jsonl, tmp_path):
+    "Each in one message."
+    a, b = sides
+    with pytest.raises(LabError, match="has no metric 'accuracy'; it has 'held-out loss'"): compare(a, b, "accuracy")
+    with pytest.raises(LabError, match="differ in lr"): compare(results(swept)[:6], b)
+    with pytest.raises(LabError, match="one run beside 3 seeds"): compare(a[:1], b)
+    with pytest.raises(LabError, match="no such folder"): compare(tmp_path / "none", b)
+    with pytest.raises(LabError, match="same seed"): compare(list(a["folder"][:1]) * 2, b)
+    failed = results(swept)["state"] == "failed"
+    with pytest.raises(LabError, match="not done"): compare(results(swept)[failed], b)
+    with pytest.raises(LabError, match="other held-out examples"):
+        compare(Score((1., 2.), (1, 1), ("a", "b")), Score((1., 2.), (1, 2), ("a", "b")))
+
+
+def test_other_data_is_refused(sides, swept, tmp_path, jsonl):
+    data = split(load_jsonl(jsonl), 0.3)
+    grid = SHORT | {"model": str(swept.parent / "small"), "lr": 1e-2}
+    fewer, held = Split(data.train[:-8], data.held_out), Split(data.train, data.held_out[:-1])
+    one = sides[0][:1]
+    trained = sweep(grid, tmp_path / "a", fewer, progress=False)
+    scored = sweep(grid, tmp_path / "b", held, progress=False)
+    with pytest.raises(LabError, match="trained on other data"): compare(one, trained)
+    assert compare(one, trained, other_data=True).estimate.examples == 12
+    with pytest.raises(LabError, match="scored on other held-out examples"): compare(one, scored, other_data=True)
+
+
+def test_a_winner_of_a_sweep(swept):
+    "Runs that differ in the seed are one method; what failed is left out, and told in the table that is published."
+    found = winner(swept)
+    assert list(found.values) == ["lr=0.01", "lr=0.0001"] and found.winner == "lr=0.01"
+    assert "is better than" in str(found)
+    table = summary(swept, reference="lr=0.0001")
+    assert list(table["runs"]) == [3, 3] and table["difference"].notna().sum() == 1 and table.attrs["left out"] == 1
+    with pytest.raises(LabError, match="no such method"): against("lr=3", swept)
+
+
+def test_tables_are_published(swept, tmp_path):
+    table = summary(swept)
+    text = publish(table, tmp_path / "t.md").read_text()
+    assert text.count("\n|") == 3 and "1 run that failed" in text and "held-out loss (nats/token)" in text
+    assert "<table>" in publish(table, tmp_path / "t.html").read_text()
+    assert publish(table, tmp_path / "t.csv").read_text().startswith("method,runs,held-out loss,low,high,difference")
+    with pytest.raises(LabError, match="ends in .md"): publish(table, tmp_path / "t.xlsx")
+
+
+def test_methods_are_named_by_what_differs(swept):
+    assert {name: len(runs) for name, runs in methods(swept).items()} == {"lr=0.01": 3, "lr=0.0001": 3}
+
+
+def test_nothing_is_known_of_one_group():
+    "An interval of one group, or of one number, is unknown and not empty."
+    found = estimate([Score((1., 2.), (1, 1), ("a", "a"))])
+    assert math.isnan(found.interval()[0]) and math.isnan(found.p) and math.isnan(interval(1., 0.1, 1)[0])
+
+
+def test_equal_sides_are_equal():
+    "No difference at all has p 1, and an interval of 0 to 0."
+    one = Score((1., 2., 3.), (1, 1, 2), ("a", "b", "c"))
+    same = difference([one], [one], True)
+    assert same.p == 1 and same.interval() == (0, 0)
+
+
+@pytest.mark.parametrize(("ps", "wanted"), [([], []), ([0.2], [0.2]), ([0.01, 0.02, 0.9], [0.03, 0.04, 0.9]),
+                                            ([0.5, 0.5, 0.5], [1, 1, 1])])
+def test_holm(ps, wanted): assert holm(ps) == pytest.approx(wanted)
