@@ -32,15 +32,18 @@ from pathlib import Path
 
 import torch
 
+from .assets import SMOLLM2
 from .cell_folders import FAILED, MEASURES, Busy, CellFolder, at_work, set_up
 from .cell_inputs import Bases, clear, device_of, hashes, splits
 from .data import Split
 from .engine.dispatch import faster
 from .grids import BASE, DEFAULTS, cells, config_of, read_grid
+from .loading import find_model
 from .manifest_file import MANIFEST, read_manifest, write_manifest
 from .methods import CHANGED_BASE, kept_name
 from .open_run import attach_saved, open_run, to_answer
 from .records import LabError
+from .starting_point import adapter_folder
 from .train import train
 from .watching import Watcher
 
@@ -173,10 +176,16 @@ def _checked(measure) -> Mapping[str, Callable]:
             raise LabError(f"measure: {name!r}: expected names with a function (model, tokenizer, data) each")
     return dict(measure or {})
 
+def _check_places(made: list[dict]) -> None:
+    "Raise LabError for a model, or an adapter to begin with, that is not there."
+    for name in {c["model"] for c in made} - {SMOLLM2}: find_model(name)
+    for where in {c["init_adapter"] for c in made} - {""}: adapter_folder(where)
+
 KEEPS = "all", "adapter", "numbers"
 
 def prepare(
     grid, folder, data=None, base=None, device=None, measure=None, watchers=(), retry=False, keep="adapter",  # of sweep
+    dry: bool = False,  # make no folders
 ) -> Work:
     "Everything that can be wrong before the first cell, looked at; the folders made."
     if keep not in KEEPS: raise LabError(f"keep={keep!r}: expected {', '.join(map(repr, KEEPS[:2]))} or 'numbers'")
@@ -185,7 +194,8 @@ def prepare(
     if isinstance(data, Split):
         name = "given-" + hashes(data)[0][:8]
         made, data = [c | {"data": name} for c in made], {name: data}
+    if base is None: _check_places(made)
     found = splits([c["data"] for c in made], data)
     marks = {name: hashes(one) for name, one in found.items()}
-    places = set_up(folder, made, [marks[c["data"]] for c in made])
+    places = set_up(folder, made, [marks[c["data"]] for c in made], dry)
     return Work(Path(folder), places, found, Bases(base, device), measure, tuple(watchers), retry, keep)

@@ -129,7 +129,7 @@ class SweepTable(Watcher):
         self.places, self.measure, self.most, self.due, self.kept = places, tuple(measure), most, 0., {}
         self.named = dict(zip([p.folder for p in places], names([p.cell for p in places])))
         self.live, self.show = None, None
-        if in_notebook(): self.show = _in_notebook()
+        if in_notebook() and type(sys.stdout).__module__.startswith("ipykernel"): self.show = _in_notebook()
         elif sys.stdout.isatty(): self.live = self._in_terminal()
 
     def _in_terminal(self):

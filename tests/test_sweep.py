@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from conftest import make_llama
 from qlora_lab.cell_folders import CellFolder
+from qlora_lab.cell_work import prepare, serve
 from qlora_lab.manifest import verify
 from qlora_lab.records import LabError
 from qlora_lab.runs import Run
@@ -181,3 +183,35 @@ def test_all_weights_and_what_is_kept(grid, tmp_path):
         assert not {"model", "adapter", "checkpoint"} & {p.name for p in folder.iterdir()} and verify(folder).ok
     again = sweep(grid, tmp_path / "bare", progress=False, measure={"numbers": sizes})
     assert "was not kept" in again["message"][0]
+
+
+def test_the_sweep_command(grid, tmp_path, capsys):
+    "A file in TOML; a dry run makes nothing, a failure is exit code 1, a mistake 2, and the table is written."
+    from qlora_lab.cli import main
+    lines = [f"{k} = {json.dumps(v)}" for k, v in grid.items()]
+    (tmp_path / "grid.toml").write_text("\n".join([*lines, "seed = [0, 1]", "[[grid]]", "lr = [1e-3, 1e-2]"]))
+    (tmp_path / "odd.toml").write_text("\n".join([*lines, "lr = [1e-3, 1e30]", "max_grad_norm = 0"]))
+    (tmp_path / "wrong.toml").write_text("lr = [1e-3")
+    asked = ["--folder", str(tmp_path / "s")]
+    assert main(["sweep", str(tmp_path / "grid.toml"), "--dry-run", *asked]) == 0 and not (tmp_path / "s").exists()
+    assert main(["sweep", str(tmp_path / "grid.toml"), *asked, "--table", str(tmp_path / "t.csv")]) == 0
+    assert "4, 0 of them done" in (out := capsys.readouterr().out) and "Methods, held-out loss" in out
+    assert (tmp_path / "t.csv").read_text().count("\n") == 3
+    assert main(["sweep", str(tmp_path / "odd.toml"), *asked, "--json"]) == 1
+    assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["done", "failed"]
+    for name, told in (("wrong.toml", "not valid TOML"), ("none.toml", "no such file")):
+        assert main(["sweep", str(tmp_path / name)]) == 2 and told in capsys.readouterr().err
+    assert main(["sweep", str(tmp_path / "grid.toml"), "--table", "t.doc"]) == 2
+
+
+def test_the_table_of_a_sweep(grid, tmp_path):
+    "In a notebook it is shown in its place while cells are at work, and says at the end what is so."
+    from qlora_lab.sweep_table import SweepTable
+    work = prepare(grid | {"lr": [1e-3, 1e30], "max_grad_norm": 0, "seed": [0, 1]}, tmp_path / "s")
+    seen = []
+    with SweepTable(work.places) as table:
+        table.show = lambda head, lines: seen.append((head, lines))
+        serve(replace(work, watchers=(table,)), table.told)
+    assert "1 running" in seen[0][0] and seen[-1][0] == "4 cells: 2 failed, 2 done"
+    assert [line.state for line in seen[-1][1]].count("failed") == 2
+    assert "is nan" in "".join(line.message for line in seen[-1][1])
