@@ -58,6 +58,8 @@ _PUBLIC |= {
     "manifest": ["verify"],
     "sweeping": ["sweep"],
     "results": ["results"],
+    "comparison": ["compare"],
+    "ranking": ["winner"],
 }
 
 # %% ../nbs/reference/public_names.ipynb #a1b2c3d4

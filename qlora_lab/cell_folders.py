@@ -27,7 +27,7 @@ import re
 import time
 import traceback
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -151,18 +151,19 @@ def set_up(
     root: str | Path,         # of the sweep
     cells: list[dict],
     data: list[list[str]],    # of each cell: hashes of what is learned and of what is held out
+    dry: bool = False,        # make nothing
 ) -> list[CellFolder]:
     "A folder for each cell, those that are there found again; raises LabError for one that was made of other data."
     root, made = Path(root), []
     if root.is_file() or (root / "run.json").exists():
         raise LabError(f"{root}: {'a file' if root.is_file() else 'a run of its own'}; name a folder for the sweep")
-    with _held(root / ".at_work", 30):
+    with nullcontext() if dry else _held(root / ".at_work", 30):
         there = {p.parent.name.rpartition("-")[2]: p.parent for p in root.glob(f"*/{CELL}")}
         for cell, name, mark in zip(cells, names(cells), data):
             slug, own = re.sub(r"[^\w.=+,-]+", "_", name)[:80], cell_id(cell)
             place = CellFolder(there.get(own) or root / f"{slug}-{own}", dict(cell))
             if own in there: _hold(place.folder, cell, mark)
-            else: write_whole(place.folder / CELL, json.dumps(
+            elif not dry: write_whole(place.folder / CELL, json.dumps(
                 {"cell": own, "name": name, "settings": as_told(cell), "data": mark}, indent=1))
             made.append(place)
     return made

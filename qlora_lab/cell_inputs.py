@@ -59,8 +59,10 @@ def open_base(
     kind, dtype = cell["quant_type"], None if cell["dtype"] == "auto" else getattr(torch, cell["dtype"])
     packed = is_packed(kind)
     how = {"blocksize": cell["blocksize"], "double_quant": cell["double_quant"]} if packed else {}
+    if cell["scales"] == "chosen": how["scales"] = "chosen"
     found = load_model(cell["model"], kind if packed else None, cell["backend"], dtype, dtype, device=device, **how)
     if not packed and kind != "none": round_base(found[0], kind, cell["blocksize"])
+    if cell["scales"] == "chosen": found[0].lab_scales = "chosen"  # no layer shows it, the run's identity does
     return found
 
 class Bases:

@@ -32,14 +32,18 @@ from pathlib import Path
 
 import torch
 
+from .assets import SMOLLM2
 from .cell_folders import FAILED, MEASURES, Busy, CellFolder, at_work, set_up
 from .cell_inputs import Bases, clear, device_of, hashes, splits
 from .data import Split
 from .engine.dispatch import faster
 from .grids import BASE, DEFAULTS, cells, config_of, read_grid
+from .loading import find_model
 from .manifest_file import MANIFEST, read_manifest, write_manifest
-from .open_run import attach_saved, to_answer
+from .methods import CHANGED_BASE, kept_name
+from .open_run import attach_saved, open_run, to_answer
 from .records import LabError
+from .starting_point import adapter_folder
 from .train import train
 from .watching import Watcher
 
@@ -63,6 +67,10 @@ class Work:
         failed = place.folder / FAILED
         return not failed.exists() or self.retry and failed.stat().st_mtime < self.begun
 
+    def left(self) -> list[CellFolder]:
+        "Cells that are still to be done."
+        return [p for p in self.places if self.is_open(p)]
+
 def fresh_peak() -> None:
     "Let the peak of memory be that of what comes now."
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
@@ -70,12 +78,21 @@ def fresh_peak() -> None:
         try: Path("/proc/self/clear_refs").write_text("5")
         except OSError: return  # another system: the peak is that of the process so far
 
+def _opened(place: CellFolder, model, tokenizer, config) -> tuple:
+    "The model of a cell that was trained earlier, on a copy of its base; raises LabError where it was not kept."
+    trained = place.folder / kept_name(config.method)
+    if not trained.is_dir():
+        raise LabError(f"{place.folder}: a measure was not taken when it was trained, and {trained.name} was not kept "
+                       "(keep='numbers'); delete the folder to train it anew")
+    own = config.method == "full" or (place.folder / CHANGED_BASE).is_dir()
+    if own: return open_run(place.folder, device=next(model.parameters()).device)[:2]
+    return attach_saved(model, trained, getattr(torch, config.adapter_dtype)), tokenizer
+
 def _trained(place: CellFolder, work: Work, data: Split) -> tuple:
     "The model of a cell after training, ready to answer; trained now, or opened where only measures are missing."
     model, tokenizer = work.bases.copy(place.cell)
     config = config_of(place.cell, place.folder)
-    if place.run_state() == "done":
-        return attach_saved(model, place.folder / "adapter", getattr(torch, config.adapter_dtype)), tokenizer
+    if place.run_state() == "done": return _opened(place, model, tokenizer, config)
     fresh_peak()
     train(model, tokenizer, data, config, False, work.watchers)
     return to_answer(model).requires_grad_(False), tokenizer
@@ -101,7 +118,8 @@ def carry_out(place: CellFolder, work: Work) -> None:
 
 def _tidy(folder: Path, keep: str) -> None:
     "Remove what nobody asks of a cell that is done, and take it out of the folder's manifest."
-    gone = {"all": (), "adapter": ("checkpoint",), "numbers": ("checkpoint", "adapter", "last_adapter")}[keep]
+    trained = (*(kept_name(m, last) for m in ("lora", "full") for last in (False, True)), CHANGED_BASE)
+    gone = {"all": (), "adapter": ("checkpoint",), "numbers": ("checkpoint", *trained)}[keep]
     if not any((folder / name).exists() for name in gone): return
     if (folder / MANIFEST).exists():
         content = read_manifest(folder)
@@ -158,10 +176,16 @@ def _checked(measure) -> Mapping[str, Callable]:
             raise LabError(f"measure: {name!r}: expected names with a function (model, tokenizer, data) each")
     return dict(measure or {})
 
+def _check_places(made: list[dict]) -> None:
+    "Raise LabError for a model, or an adapter to begin with, that is not there."
+    for name in {c["model"] for c in made} - {SMOLLM2}: find_model(name)
+    for where in {c["init_adapter"] for c in made} - {""}: adapter_folder(where)
+
 KEEPS = "all", "adapter", "numbers"
 
 def prepare(
     grid, folder, data=None, base=None, device=None, measure=None, watchers=(), retry=False, keep="adapter",  # of sweep
+    dry: bool = False,  # make no folders
 ) -> Work:
     "Everything that can be wrong before the first cell, looked at; the folders made."
     if keep not in KEEPS: raise LabError(f"keep={keep!r}: expected {', '.join(map(repr, KEEPS[:2]))} or 'numbers'")
@@ -170,7 +194,8 @@ def prepare(
     if isinstance(data, Split):
         name = "given-" + hashes(data)[0][:8]
         made, data = [c | {"data": name} for c in made], {name: data}
+    if base is None: _check_places(made)
     found = splits([c["data"] for c in made], data)
     marks = {name: hashes(one) for name, one in found.items()}
-    places = set_up(folder, made, [marks[c["data"]] for c in made])
+    places = set_up(folder, made, [marks[c["data"]] for c in made], dry)
     return Work(Path(folder), places, found, Bases(base, device), measure, tuple(watchers), retry, keep)

@@ -155,7 +155,7 @@ class Comparison:
 # %% ../nbs/reference/comparison.ipynb #6d8977d3
 def stands_on(e: Estimate) -> str:
     "What an estimate stands on, in words."
-    parts = [f"{e.examples} examples in {e.groups} groups"] if e.examples else []
+    parts = [f"{e.examples} examples in {e.groups} group{'s' * (e.groups != 1)}"] if e.examples else []
     return ", ".join([*parts, f"{e.seeds} seeds" if e.seeds > 1 else "one run each"])
 
 def sentence(c: Comparison) -> str:
@@ -163,8 +163,9 @@ def sentence(c: Comparison) -> str:
     unit = f" {UNITS[c.metric]}" if c.metric in UNITS else ""
     low, high = c.interval
     head = (f"{c.metric}: {c.a} {c.value_a.value:.4g}, {c.b} {c.value_b.value:.4g}; difference {c.difference:+.4g}"
-            f"{unit} ({100 * c.level:g} %: {low:+.4g} to {high:+.4g}; {stands_on(c.estimate)})")
-    if low != low: return head + "; one group says nothing of how certain that is"
+            f"{unit}")
+    if low != low: return f"{head} ({stands_on(c.estimate)}), of which nothing says how certain it is"
+    head += f" ({100 * c.level:g} %: {low:+.4g} to {high:+.4g}; {stands_on(c.estimate)})"
     if not c.is_told: return head + "; no difference can be told"
     if not c.better: return head + f"; {c.a} is {'higher' if c.difference > 0 else 'lower'}"
     return head + f"; {c.winner} is better"

@@ -128,6 +128,8 @@ def _check_base(cell: dict, named: set) -> dict:
         cell[name] = None
     if not packed and "blocksize" not in named: cell["blocksize"] = None
     if cell["backend"] == "bnb": _check_bnb(cell, packed)
+    if cell["scales"] == "chosen" and twin("choices", "cpu") is None:
+        raise LabError("scales='chosen': nothing chooses scales here; take 'absmax'")
     if cell["blocksize"] is not None: expect(cell["blocksize"] > 0, "blocksize", cell["blocksize"], "at least 1")
     if not packed and kind != "none": _format(kind, cell["blocksize"])
     return cell

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HARMLESS', 'find_model', 'best_device', 'best_dtype', 'settle', 'listening', 'open_model', 'open_tokenizer',
-           'kinds_of']
+           'choice_of', 'kinds_of']
 
 # %% ../nbs/reference/loading.ipynb #b09916c2
 # Opening a model, as far as it is no lesson's idea.
@@ -33,6 +33,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from .admission import Kind, Wish, admit, hold_wish, quantization_of, settle_compute, settle_kind, stored_kind
 from .against_file import Stored, fits, hold_against, stored_dtype, stored_files
@@ -210,6 +211,25 @@ def _by_bitsandbytes(
     fits(info, source)
     hold_against(model, Stored(files), source)
     return model
+
+# %% ../nbs/reference/loading.ipynb #51ed9ad2
+def choice_of(
+    model: nn.Module,
+    tokenizer,
+    kind: Kind | None,     # what the lab is to make of it; None where it is to make nothing
+    device: torch.device,
+    scales: str = "absmax",
+    keep: int | tuple[str, ...] | None = None,
+    calibration: list | None = None,  # texts, or rows of token ids
+) -> dict:                 # for `quantize_model`
+    "What `quantize_model` is told of scales and kept layers; raises LabError where it has no say."
+    if (scales, keep, calibration) == ("absmax", None, None): return {}
+    if kind is None:
+        raise LabError("scales=, keep= and calibration= say how the lab puts weights into 4 bits, and here it does "
+                       "not: the folder holds 4-bit weights already, or backend='bnb' or quantize=None was asked for")
+    model.to(device)
+    rows = calibration and [tokenizer(t).input_ids if isinstance(t, str) else t for t in calibration]
+    return {"scales": scales, "keep": keep, "calibration": rows}
 
 # %% ../nbs/reference/loading.ipynb #00eac9ea
 def kinds_of(model) -> list[Kind]:

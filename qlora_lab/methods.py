@@ -70,6 +70,7 @@ def by_peft(
     if config.init == "default": reset_lora(model, config.seed)
     return model
 
+# %% ../nbs/reference/methods.ipynb #2de65140
 def begin_from_weight(model: nn.Module, config: "TrainConfig", learn: list) -> None:
     "Fill the adapters by an init that looks at the weight before 4 bits: nbs/engine/repair; raises LabError."
     device = next(model.parameters()).device

@@ -98,7 +98,8 @@ def _origin(folder: Path, content: dict, name: str) -> Iterator[str]:
     "What it is, of which base and which data."
     base, data, steps = content["base"], content["data"], [s["name"] for s in content["steps"]]
     what = {"run": "LoRA adapters", "adapter": "LoRA adapters", "gguf": "A model in GGUF files",
-            "model": "A language model", "whole": "A language model, all its weights trained", "packed": "A language model with quantized weights"}
+            "model": "A language model", "whole": "A language model, all its weights trained",
+            "packed": "A language model with quantized weights"}
     yield f"# {_text(name)}\n"
     yield (f"{what[kind_of(folder, [*content['files']])]}, made from {_named(base)} with QLoRA Lab: "
            f"{', then '.join(map(_text, steps)) or 'no step is recorded'}.\n")

@@ -112,7 +112,7 @@ def reasons(
     return "; ".join(f"{', '.join(names[:4])}{' …' if len(names) > 4 else ''}: {why}" for why, names in told)
 
 # %% ../nbs/reference/replacing.ipynb #71ece5d9
-EXPECTED = "the output head", "left out by name"  # nobody needs to be told of these
+EXPECTED = "the output head", "left out by name", "kept in 16 bits"  # nobody needs to be told of these
 
 def grouped(
     odd: dict[str, str],  # name to reason

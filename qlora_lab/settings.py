@@ -68,24 +68,10 @@ def check_type(name: str, value, kind) -> None:
         expect(value in get_args(kind), name, value, f"{', '.join(others)} or {last}")
 
 # %% ../nbs/reference/settings.ipynb #b1eae558
-class _Checked:
-    "Settings that are refused when they make no sense."
-    def __post_init__(self):
-        for f in fields(self): check_type(f.name, getattr(self, f.name), f.type)
-        for name in ONE_AT_LEAST: expect(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in NONE_AT_LEAST: expect(getattr(self, name) >= 0, name, getattr(self, name), "a number, or 0")
-        for name in POSITIVE: expect(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
-        for name in SHARES:
-            value = getattr(self, name)
-            sound = 0 <= value < 1 or value >= 1 and value == int(value)
-            expect(sound, name, value, "a whole number of steps, or a share of them below 1")
-        expect(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and less than 1")
-        expect(self.optimizer_bits in (8, 32), "optimizer_bits", self.optimizer_bits, "32 or 8")
-        if self.budget: gib_of(self.budget)
-        self._check_together()
-
+class _Together:
+    "What settings say of one another."
     def _check_together(self):
-        "Settings that speak of one another."
+        "Raise LabError for settings that contradict each other."
         if self.epochs and self.steps != 100:
             raise LabError(f"epochs={self.epochs:g} and steps={self.steps}: one of them decides; leave the other out")
         if self.patience and not self.eval_every:
@@ -104,10 +90,26 @@ class _Checked:
     def _check_full(self):
         "Where all weights learn, nothing may speak of adapters."
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name in OF_ADAPTERS and value != f.default:
+            if f.name in OF_ADAPTERS and (value := getattr(self, f.name)) != f.default:
                 raise LabError(f"method='full' trains the weights themselves, and {f.name}={value!r} speaks of "
                                "adapters; leave it out")
+
+# %% ../nbs/reference/settings.ipynb #84f4d6ce
+class _Checked(_Together):
+    "Settings that are refused when they make no sense."
+    def __post_init__(self):
+        for f in fields(self): check_type(f.name, getattr(self, f.name), f.type)
+        for name in ONE_AT_LEAST: expect(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in NONE_AT_LEAST: expect(getattr(self, name) >= 0, name, getattr(self, name), "a number, or 0")
+        for name in POSITIVE: expect(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
+        for name in SHARES:
+            value = getattr(self, name)
+            sound = 0 <= value < 1 or value >= 1 and value == int(value)
+            expect(sound, name, value, "a whole number of steps, or a share of them below 1")
+        expect(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and less than 1")
+        expect(self.optimizer_bits in (8, 32), "optimizer_bits", self.optimizer_bits, "32 or 8")
+        if self.budget: gib_of(self.budget)
+        self._check_together()
 
 # %% ../nbs/reference/settings.ipynb #b33d335b
 Init = Literal["default", "gaussian", "orthogonal", "mica", "pissa", "qpissa", "loftq", "loftq5", "eora"]

@@ -23,6 +23,7 @@ __all__ = ['sweep']
 
 # %% ../nbs/reference/sweeping.ipynb #48ce9fb2
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -30,8 +31,9 @@ from .cell_work import prepare, serve
 from .data import Split
 from .records import LabError
 from .results import results
+from .sweep_table import SweepTable, Unseen
 from .watching import Watcher
-from .workers import share
+from .workers import check_portable, share
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -55,9 +57,8 @@ def sweep(
              "watchers": tuple(watchers), "retry": retry, "keep": keep}
     work = prepare(**asked)
     if workers < 1: raise LabError(f"workers={workers}: expected at least 1")
-    def told(place, outcome):
-        if progress: print(f"{outcome:8}{place.folder.name}", flush=True)
-    def is_open(): return any(map(work.is_open, work.places))
-    if workers == 1: serve(work, told)
-    elif is_open(): share(workers, asked, lambda: None, is_open)
+    if workers > 1: check_portable(asked)
+    with SweepTable(work.places, work.measure) if progress else Unseen() as table:
+        if workers == 1: serve(replace(work, watchers=(*work.watchers, table)), table.told)
+        elif work.left(): share(workers, asked, table.look, work.left)
     return results([p.folder for p in work.places])

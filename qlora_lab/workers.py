@@ -73,7 +73,6 @@ def _nobody(place, outcome) -> None: "The caller looks into the folders."
 @contextmanager
 def started(count: int, asked: dict) -> Iterator[list]:
     "Processes at the cells of a sweep, for a block; ended with it."
-    check_portable(asked)
     threads, spawn = max(1, cores() // count), get_context("spawn")
     processes = [spawn.Process(target=at_cells, args=(i, threads, asked), daemon=True) for i in range(count)]
     try:
@@ -89,7 +88,7 @@ def share(
     count: int,                # processes
     asked: dict,               # arguments of `prepare`
     look: Callable[[], None],  # called about twice a second
-    is_open: Callable[[], bool],  # whether cells are left to be done
+    left: Callable[[], list],  # cells that are still to be done
 ) -> None:
     "Let processes do a sweep; raises LabError where they ended and cells are left."
     with started(count, asked) as processes:
@@ -97,7 +96,7 @@ def share(
             time.sleep(0.5)
             look()
         codes = sorted({p.exitcode for p in processes} - {0})
-    if is_open():
+    if left():
         how = f"ended with exit code {', '.join(map(str, codes))}" if codes else "all ended"
         raise LabError(f"workers: {how} before every cell was done; what they printed says why, and the same call goes "
                        "on")

@@ -11,10 +11,17 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# `make test` tries the same cases each time; `make fuzz` looks for new ones.
-settings.register_profile("test", derandomize=True, deadline=None)
-settings.register_profile("fuzz", deadline=None, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "300")))
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
+FUZZ = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
+
+
+def searched(n: int = 100, **how) -> settings:
+    "How a test searches: `make test` tries the same n cases each time, `make fuzz` as many new ones as asked."
+    wanted = int(os.environ.get("FUZZ_EXAMPLES", "300")) if FUZZ else n
+    return settings(max_examples=wanted, derandomize=not FUZZ, deadline=None, **how)
+
+
+settings.register_profile("searched", searched())  # of tests that say nothing
+settings.load_profile("searched")
 
 if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 

@@ -2,14 +2,15 @@
 from copy import deepcopy
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
+from conftest import searched
 from qlora_lab.engine.paged_adamw import PagedAdamW
 from qlora_lab.engine.state_formats import BLOCK, state_bytes
 
-quick = settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+quick = searched(50, suppress_health_check=[HealthCheck.too_slow])
 AdamW = torch.optim.AdamW
 SIZES = st.one_of(st.sampled_from([(1,), (255,), (256,), (257,), (512,), (16, 33), (5, 1, 7), (3, 300), ()]),
                   st.integers(1, 900).map(lambda n: (n,)))

@@ -1,4 +1,5 @@
 "What may be said of a difference: in pairs, over groups and seeds, corrected; and what may not be compared at all."
+import json
 import math
 
 import numpy as np
@@ -135,7 +136,7 @@ def test_a_winner_of_a_sweep(swept):
 def test_tables_are_published(swept, tmp_path):
     table = summary(swept)
     text = publish(table, tmp_path / "t.md").read_text()
-    assert text.count("\n|") == 3 and "1 run that failed" in text and "held-out loss (nats/token)" in text
+    assert text.count("\n|") == 3 and "1 run that failed" in text and "in nats/token" in text and "±" in text
     assert "<table>" in publish(table, tmp_path / "t.html").read_text()
     assert publish(table, tmp_path / "t.csv").read_text().startswith("method,runs,held-out loss,low,high,difference")
     with pytest.raises(LabError, match="ends in .md"): publish(table, tmp_path / "t.xlsx")
@@ -161,3 +162,41 @@ def test_equal_sides_are_equal():
 @pytest.mark.parametrize(("ps", "wanted"), [([], []), ([0.2], [0.2]), ([0.01, 0.02, 0.9], [0.03, 0.04, 0.9]),
                                             ([0.5, 0.5, 0.5], [1, 1, 1])])
 def test_holm(ps, wanted): assert holm(ps) == pytest.approx(wanted)
+
+
+# ---- the commands
+
+def said(capsys, *words):
+    "A command's exit code and what it printed."
+    from qlora_lab.cli import main
+    code = main([str(w) for w in words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_compare_command(swept, sides, tmp_path, capsys):
+    "A folder by its methods, two runs as two sides, two seeds of one method too; the same as JSON, and as a file."
+    code, out, _ = said(capsys, "compare", swept, "--out", tmp_path / "t.md")
+    assert code == 0 and "lr=0.01 is better" in out and (tmp_path / "t.md").exists()
+    one, other = sides[0]["folder"].iloc[0], sides[1]["folder"].iloc[0]
+    code, out, _ = said(capsys, "compare", one, other, "--json")
+    told = json.loads(out)
+    assert code == 0 and told["told"] and len(told["methods"]) == 2
+    assert math.isclose(told["difference"], compare(one, other).difference)
+    assert said(capsys, "compare", *sides[0]["folder"][:2])[0] == 0
+    code, out, _ = said(capsys, "compare", swept, "--metric", "each", "--better", "higher", "--json")
+    assert code == 0 and json.loads(out)["difference"] == 0
+    assert said(capsys, "compare", swept, "--metric", "each")[0] == 0
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (["--metric", "accuracy"], "has no metric 'accuracy'"), (["--out", "t.xlsx"], "ends in .md"),
+    (["--reference", "lr=7"], "no such method"), (["--prompts", "none.txt"], "no such file")])
+def test_mistakes_of_the_compare_command(swept, capsys, words, told):
+    code, _, err = said(capsys, "compare", swept, *words)
+    assert code == 2 and told in err and err.count("\n") == 1
+
+
+def test_a_run_that_is_not_there(swept, tmp_path, capsys):
+    assert said(capsys, "compare", tmp_path / "gone", swept)[0] == 2
+    assert said(capsys, "compare")[0] == 2

@@ -3,9 +3,10 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import searched
 from qlora_lab.batches import batch_indices
 from qlora_lab.data import (
     Example,
@@ -63,7 +64,7 @@ def test_no_module_of_the_standard_library_is_on_both_sides():
     assert len(data.train) > 1000 and len(data.held_out) > 100
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@searched(50)
 @given(st.lists(st.tuples(st.sampled_from("abcdefghij"), st.sampled_from(["", "g1", "g2", "g3", "g4"])),
                 min_size=8, max_size=60), st.integers(0, 5))
 def test_split_keeps_groups_together(rows, seed):
@@ -166,7 +167,7 @@ def test_collate_masks_what_it_adds(tokenizer):
     assert (batch["labels"][0, :n][~a.mask] == -100).all()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@searched(40)
 @given(st.lists(st.integers(5, 90), min_size=4, max_size=200), st.integers(1, 4), st.integers(0, 3))
 def test_a_pass_sees_each_example_once(lengths, batch_size, seed):
     "No example twice in a pass, at most an incomplete batch left out, the same order whenever it is asked for."

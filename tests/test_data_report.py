@@ -3,10 +3,11 @@ import json
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from templates import TEMPLATES, tokenizer_of
 
+from conftest import searched
 from qlora_lab import cli
 from qlora_lab.data import Example, Split, pair
 from qlora_lab.engine.data_report import copies_of, data_report
@@ -20,7 +21,7 @@ DRAW = random.Random(0)
 def sentence(n=30): return [f"w{DRAW.randrange(3000)}" for _ in range(n)]
 
 
-@settings(max_examples=30)
+@searched(30)
 @given(st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=12), min_size=2, max_size=14))
 def test_near_copies_are_those_that_counting_finds(texts):
     "Against all pairs, one by one: whoever is joined is alike over a chain, whoever is alike is joined."
@@ -87,7 +88,7 @@ def test_a_split_that_cannot_be_is_said(chat):
     assert report.copies.prompts == 1 and "1 held out" in dict(report.facts())["split"]
 
 
-@settings(max_examples=40)
+@searched(40)
 @given(st.text(st.sampled_from("ab \né👍🏽日<>&"), min_size=1).filter(lambda t: t.strip()))
 def test_what_is_shown_is_the_text_and_the_marks_are_under_what_is_learned(answer):
     tokenizer = tokenizer_of(TEMPLATES["chatml"][0], merges=False)

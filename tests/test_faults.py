@@ -8,11 +8,11 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from conftest import make_llama
+from conftest import make_llama, searched
 from qlora_lab import cli
 from qlora_lab.bnb_files import save_quantized
 from qlora_lab.double_quant import quantize_4bit
@@ -54,7 +54,7 @@ def finished(tiny, jsonl, tmp_path_factory):
 
 # weights
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@searched(60)
 @given(st.integers(1, 400), st.integers(0, 399), st.sampled_from([torch.nan, torch.inf, -torch.inf]),
        st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
        st.sampled_from(["nf4", "fp4"]), st.booleans(), st.sampled_from([32, 64, 4096]))

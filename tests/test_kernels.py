@@ -11,10 +11,11 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from conftest import searched
 from qlora_lab.blockwise import dequantize_packed, midpoints
 from qlora_lab.double_quant import BLOCKSIZES, DYNAMIC8, levels_by_code, quantize_4bit
 from qlora_lab.engine import gpu
@@ -38,7 +39,7 @@ def switched_on_again():
 
 
 @needs_compiler
-@settings(max_examples=200, deadline=None, derandomize=True)
+@searched(200)
 @given(values=st.lists(st.floats(-2. ** 100, 2. ** 100, width=32), min_size=1, max_size=64),
        blocks=st.integers(1, 300), blocksize=st.sampled_from(BLOCKSIZES), nested=st.booleans(),
        quant_type=st.sampled_from(["nf4", "fp4", "int4", "fp4_e2m1", "af4"]),

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from conftest import make_llama, make_tokenizer
+from conftest import make_llama, make_tokenizer, searched
 from qlora_lab import file_hashes, manifest, origins
 from qlora_lab.data import Split, pair
 from qlora_lab.manifest import MANIFEST, history, keep_record, record_file, record_run, record_step, verify
@@ -122,7 +122,7 @@ def test_what_git_and_the_hub_put_there_is_passed_over(artefact):
     assert [*verify(artefact).added] == ["sub/.lock"]
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@searched(150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_no_byte_of_the_manifest_can_be_changed(artefact, data):
     "Each change is told, or leaves the content as it was (a blank)."

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import example, given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from benchmarks.common import random_batch
+from conftest import searched
 from qlora_lab import ledger, plan
 from qlora_lab.checkpointing import checkpoint_layers, decoder_layers
 from qlora_lab.engine import rehearsal
@@ -131,7 +131,7 @@ def check_few_against_all(config, s):
     return fused
 
 
-@hypothesis_settings(max_examples=6, deadline=None)
+@searched(6)
 @example(7, 7, 2, 32, "nf4", 1, "float32")  # gradients outgrow what a layer lets go of: the highest is visited late
 @example(7, 7, 200, 2, "nf4", 1, "float32")  # the other way round
 @example(7, 7, 64, 32, "nf4", 2, "float32")  # gradients that are there from the start do not grow

@@ -9,10 +9,11 @@ from itertools import permutations
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from paged_cases import AdamW, cases, numbers, quick, same_bits, train
 
+from conftest import searched
 from qlora_lab import paged
 from qlora_lab.blockwise import dequantize_blockwise, quantize_blockwise
 from qlora_lab.double_quant import DYNAMIC8, dynamic_map
@@ -99,7 +100,7 @@ A_VISIT = st.tuples(st.integers(0, 7), st.booleans(), st.booleans(), st.integers
 VISITS = st.lists(A_VISIT, min_size=20, max_size=60)
 
 
-@settings(quick, max_examples=200)
+@searched(200, suppress_health_check=[HealthCheck.too_slow])
 @given(visits=VISITS, frames=st.integers(2, 9), policy=st.sampled_from(["lru", "mru", "fifo"]))
 def test_page_table_against_a_plain_model(visits, frames, policy):
     "No change is ever lost: each write makes a new version, which must be found at the next visit."

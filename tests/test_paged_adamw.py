@@ -9,14 +9,14 @@ from copy import deepcopy
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from paged_cases import AdamW, as_made, case_of, cases, idle, moments, numbers, quick, same_bits, train
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_lab
-from conftest import devices
+from conftest import devices, searched
 from qlora_lab.blockwise import dequantize_blockwise, quantize_blockwise
 from qlora_lab.double_quant import DYNAMIC8
 from qlora_lab.engine import paged_adamw as module
@@ -81,7 +81,7 @@ def test_paged_is_unpaged(case, dtype, resume):
         assert {t.dtype for t in a.values()} == types
 
 
-@settings(quick, max_examples=30)
+@searched(30, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases(bits=(8,)))
 def test_8_bit_state_is_rounded_after_each_step(case):
     "The oracle: torch's AdamW, whose moments are put through the codes, block by block, after each step."
@@ -194,7 +194,7 @@ class Copies(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@settings(quick, max_examples=30)
+@searched(30, suppress_health_check=[HealthCheck.too_slow])
 @given(pages=st.integers(2, 9), frames=st.integers(1, 8), steps=st.integers(1, 3), bits=st.sampled_from([8, 32]),
        spare=st.integers(0, 500))
 def test_bytes_are_the_arithmetics(pages, frames, steps, bits, spare):

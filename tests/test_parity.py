@@ -7,10 +7,10 @@ import random
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
 
-from conftest import devices
+from conftest import devices, searched
 from qlora_lab.blockwise import codebook, dequantize_packed, midpoints, nearest_code
 from qlora_lab.double_quant import BLOCKSIZES, QuantizedTensor, levels_by_code, quantize_4bit
 from qlora_lab.engine.dispatch import ALWAYS, FASTER, standing_in, use_kernels
@@ -86,7 +86,7 @@ def test_bytes_and_numbers(quant_type, dtype, nested, device):
         total, case = total + w.numel(), case + 1
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@searched(150, suppress_health_check=[HealthCheck.too_slow])
 @given(values=st.lists(st.floats(-1e4, 1e4, width=16), min_size=1, max_size=300), dtype=st.sampled_from(DTYPES),
        quant_type=st.sampled_from(["nf4", "fp4"]), blocksize=st.sampled_from(BLOCKSIZES), nested=st.booleans(),
        repeat=st.sampled_from([1, 1, 1, 7, 64]))

@@ -192,3 +192,10 @@ def test_nothing_of_one_machine_in_a_notebook(path):
             reason = re.search(r"^# NBVAL_IGNORE_OUTPUT: \w+", source, re.M) or re.search(r"#(?! NBVAL_).*\w", source)
             assert mark == "# NBVAL_IGNORE_OUTPUT" and reason, f"give a reason for {mark}:\n{source}"
         for output in cell.get("outputs", []): assert output.get("name") != "stderr", f"a warning is stored:\n{source}"
+
+
+def test_every_search_can_be_widened():
+    "Settings of its own would keep a search to the same few cases under `make fuzz` too."
+    of_its_own = re.compile(r"^@.*settings\(|^from hypothesis import.*\bsettings\b", re.M)
+    own = {p.name for p in (ROOT / "tests").rglob("*.py") if of_its_own.search(p.read_text())}
+    assert own == {"conftest.py"}

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import searched
 from qlora_lab import records
 from qlora_lab.records import LabError, peak_memory_gib, read_json, release_memory, versions, whole_folder, write_whole
 
@@ -29,7 +30,7 @@ def python(code, *args, **kw):
 
 # write_whole
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@searched(30)
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=200)))
 def test_what_is_written_can_be_read(tmp_path_factory, content):
     "Bytes as they are, text as UTF-8 with its own line ends, in a folder that did not exist."

@@ -5,12 +5,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import make_llama
 from qlora_lab.cell_folders import CellFolder
+from qlora_lab.cell_work import prepare, serve
 from qlora_lab.manifest import verify
 from qlora_lab.records import LabError
 from qlora_lab.runs import Run
@@ -142,10 +145,10 @@ def test_processes_share_the_cells(grid, tmp_path, capsys):
     other = child(grid, tmp_path / "s", slow=True)
     next(line for line in iter(other.stdout.readline, "") if line.startswith("step"))  # it has its first cell
     table = sweep(grid, tmp_path / "s")
-    told = [line.split() for line in other.communicate()[0].splitlines() if line.startswith("done")]
+    told = [line.split()[:2] for line in other.communicate()[0].splitlines() if line.startswith("done")]
     assert 1 <= len(told) < 6 and list(table["state"]) == ["done"] * 6
-    told += [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("done")]
-    assert sorted(name for _, name in told) == sorted(p.folder.name for p in _places(tmp_path / "s"))
+    told += [line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("done")]
+    assert sorted(name for _, name in told) == [f"seed={i}" for i in range(6)]
 
 
 def test_workers_are_started(grid, tmp_path):
@@ -167,3 +170,48 @@ def test_a_base_in_a_number_format(grid, tmp_path):
     plain = open_run(plain["folder"][0], None)[0]
     assert all(0 < (w - plain.model.layers[0].mlp.down_proj.weight).abs().mean() for w in weights)
     assert not torch.equal(*weights) and runs[0].losses != runs[1].losses
+
+
+def test_all_weights_and_what_is_kept(grid, tmp_path):
+    "A cell of method 'full' is measured later from its model; with keep='numbers' only the numbers are left, whole."
+    grid = {k: v for k, v in grid.items() if k != "rank"} | {"method": "full", "quant_type": "none", "lr": 1e-4}
+    sweep(grid, tmp_path / "s", progress=False)
+    table = sweep(grid, tmp_path / "s", progress=False, measure={"numbers": sizes})
+    assert table["numbers"][0] > 0 and verify(table["folder"][0]).ok
+    bare = sweep(grid | {"method": ["full", "lora"]}, tmp_path / "bare", progress=False, keep="numbers")
+    for folder in map(Path, bare["folder"]):
+        assert not {"model", "adapter", "checkpoint"} & {p.name for p in folder.iterdir()} and verify(folder).ok
+    again = sweep(grid, tmp_path / "bare", progress=False, measure={"numbers": sizes})
+    assert "was not kept" in again["message"][0]
+
+
+def test_the_sweep_command(grid, tmp_path, capsys):
+    "A file in TOML; a dry run makes nothing, a failure is exit code 1, a mistake 2, and the table is written."
+    from qlora_lab.cli import main
+    lines = [f"{k} = {json.dumps(v)}" for k, v in grid.items()]
+    (tmp_path / "grid.toml").write_text("\n".join([*lines, "seed = [0, 1]", "[[grid]]", "lr = [1e-3, 1e-2]"]))
+    (tmp_path / "odd.toml").write_text("\n".join([*lines, "lr = [1e-3, 1e30]", "max_grad_norm = 0"]))
+    (tmp_path / "wrong.toml").write_text("lr = [1e-3")
+    asked = ["--folder", str(tmp_path / "s")]
+    assert main(["sweep", str(tmp_path / "grid.toml"), "--dry-run", *asked]) == 0 and not (tmp_path / "s").exists()
+    assert main(["sweep", str(tmp_path / "grid.toml"), *asked, "--table", str(tmp_path / "t.csv")]) == 0
+    assert "4, 0 of them done" in (out := capsys.readouterr().out) and "Methods, held-out loss" in out
+    assert (tmp_path / "t.csv").read_text().count("\n") == 3
+    assert main(["sweep", str(tmp_path / "odd.toml"), *asked, "--json"]) == 1
+    assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["done", "failed"]
+    for name, told in (("wrong.toml", "not valid TOML"), ("none.toml", "no such file")):
+        assert main(["sweep", str(tmp_path / name)]) == 2 and told in capsys.readouterr().err
+    assert main(["sweep", str(tmp_path / "grid.toml"), "--table", "t.doc"]) == 2
+
+
+def test_the_table_of_a_sweep(grid, tmp_path):
+    "In a notebook it is shown in its place while cells are at work, and says at the end what is so."
+    from qlora_lab.sweep_table import SweepTable
+    work = prepare(grid | {"lr": [1e-3, 1e30], "max_grad_norm": 0, "seed": [0, 1]}, tmp_path / "s")
+    seen = []
+    with SweepTable(work.places) as table:
+        table.show = lambda head, lines: seen.append((head, lines))
+        serve(replace(work, watchers=(table,)), table.told)
+    assert "1 running" in seen[0][0] and seen[-1][0] == "4 cells: 2 failed, 2 done"
+    assert [line.state for line in seen[-1][1]].count("failed") == 2
+    assert "is nan" in "".join(line.message for line in seen[-1][1])

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from templates import MARKED, TEMPLATES, THINKING, tokenizer_of
 
+from conftest import searched
 from qlora_lab.data import Example, encode, load_examples, pair, tokenize
 from qlora_lab.records import LabError
 
@@ -30,7 +31,7 @@ def conversations(draw):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=40)
+@searched(40)
 @given(turns=conversations())
 def test_the_answers_and_what_ends_them_are_learned(name, turns):
     """For any conversation the learned tokens decode to the answers with their end marks; a token that reaches over the
@@ -76,7 +77,7 @@ def test_thinking_that_is_written_is_learned_where_it_is_kept():
     assert "hm" not in TOKENIZERS["thinking"].decode(second.ids)
 
 
-@settings(max_examples=40)
+@searched(40)
 @given(turns=conversations())
 def test_a_templates_own_marks_are_those_of_transformers(turns):
     tokenizer = TOKENIZERS["marked"]
@@ -148,7 +149,7 @@ def test_only_the_completion_of_a_conversational_prompt_is_learned():
     assert len(apart) == 2 and all(said.endswith("</think>\n\nyes<|im_end|>") for said in apart)
 
 
-@settings(max_examples=40)
+@searched(40)
 @given(prompt=WORDS, answer=WORDS, begins=st.booleans())
 def test_a_base_model_learns_completion_and_end(prompt, answer, begins):
     "Prompt and completion as they stand, between the tokenizer's own marks; the end mark once."
@@ -204,7 +205,7 @@ class Slow:
         return self.inner(text, **options)
 
 
-@settings(max_examples=40)
+@searched(40)
 @given(turns=conversations())
 def test_without_offsets_the_same_or_a_refusal(turns):
     "Never another mask than with offsets."

@@ -13,12 +13,12 @@ import time
 import torch
 
 from benchmarks.quality import swallowed
-from benchmarks.quality.cells import Bench, ladders, right_answers
+from benchmarks.quality.cells import CHOOSING, Bench, ladders, right_answers
 from benchmarks.quality.record import keep, kept
 from benchmarks.quality.rows import BFLOAT16, COMMON, EVERY, OTHERS, RANKS, ROWS, STARTS, TARGETS, tiny_folder
 from qlora_lab.records import LabError
 
-SEEDS, FEWER = range(8), range(6)
+SEEDS, FEWER = range(8), range(4)
 
 
 def settings_of(row: str) -> dict: return {k: v for k, v in EVERY[row].items() if v != COMMON.get(k)}
@@ -56,7 +56,7 @@ def best(found: dict[str, dict]) -> dict[str, float]: return {row: one["best"] f
 
 def methods(bench: Bench) -> None:
     "Rates of every method, then every method at its own, with bfloat16 and two controls that must fail."
-    found = ladders(bench, list(ROWS))
+    found = ladders(bench, list(ROWS), seeds=CHOOSING)
     noted(bench, "methods", "docstrings", found)
     rates = best(found)
     rates |= {row: rates[row.removesuffix(", bfloat16")] for row in BFLOAT16}
@@ -87,7 +87,7 @@ def others(bench: Bench) -> None:
         noted(bench, "others", data, found)
         frozen = {"frozen adapters": {"row": "nf4+dq", "lr": 1e-30, "data": data}}
         exactly = {"right answers": right_answers} if data == "arithmetic" else None
-        judged(bench, "others", best(found), SEEDS, data, exactly, frozen)
+        judged(bench, "others", best(found), range(6), data, exactly, frozen)
 
 
 PARTS = {"methods": methods, "swallowed": swallowed.study, "repair": repair, "ranks": ranks, "others": others}

@@ -16,6 +16,7 @@ from qlora_lab.sweeping import sweep
 from qlora_lab.watching import Watcher
 
 CHOOSING = 90, 91  # seeds of the runs by which rates are chosen; no other run has them
+ONE = CHOOSING[:1]
 TRIAL = {"steps": 3, "batch_size": 2, "eval_examples": 6}
 ROOM = 9           # rungs of a ladder, at most
 
@@ -48,6 +49,7 @@ class Bench:
         if data.endswith("to choose by"): made["eval_examples"] = 160
         if not self.quick: return made
         name, sep, kind = made.get("model", "").partition(" as ")
+        if "init_adapter" in made: made["init_adapter"] += "_quick"
         return made | TRIAL | {"model": f"{self.model}{sep}{kind}"}
 
     def run(self, asked: list[dict], measure: dict | None = None) -> list[dict | None]:
@@ -72,11 +74,10 @@ def rate(row: str, rung: int) -> float:
     return FIRST.get(row.removesuffix(", bfloat16"), MIDDLE) * 2. ** rung
 
 
-def ladders(bench: Bench, rows: list[str], data: str = "docstrings") -> dict[str, dict]:
+def ladders(bench: Bench, rows: list[str], data: str = "docstrings", seeds=ONE) -> dict[str, dict]:
     "For each row its rates with the losses by which it is chosen; rungs are added until the best is no end."
     found: dict[str, dict[int, list[float]]] = {row: {} for row in rows}
     todo = [(row, k) for row in rows for k in (-1, 0, 1)]
-    seeds = CHOOSING[:1] if bench.quick else CHOOSING
     while todo:
         cells = [bench.cell(row, rate(row, k), s, f"{data}, to choose by") for row, k in todo for s in seeds]
         said = [inf if t is None or not isfinite(t["loss"]) else t["loss"] for t in bench.run(cells)]

@@ -101,7 +101,7 @@ def opened(cell: dict, device: torch.device) -> tuple:
     dtype = getattr(torch, cell["dtype"])
     if kind == "wrong order":
         from benchmarks.quality.wrong_order import wrong_base
-        return wrong_base(name, dtype, device)
+        return wrong_base(name, cell["init_adapter"], dtype, device)
     model, tokenizer = load_model(name, quantize=None, dtype=torch.float32, device="cpu")
     model = round_model(model, kind).to(device)
     for p in model.parameters(): p.data = p.data.to(dtype)

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 
-from benchmarks.quality.rows import WRONG
 from qlora_lab.adapter_kinds import adapted_layers
-from qlora_lab.engine.repair import put, start_of, without_adapters
+from qlora_lab.engine.repair import put, start_of
 from qlora_lab.lora import add_lora, save_adapter
 from qlora_lab.model import load_model
 
@@ -18,7 +17,7 @@ RANK, ALPHA = 16, 32
 
 
 @torch.no_grad()
-def wrong_base(name: str, dtype: torch.dtype, device: torch.device) -> tuple:
+def wrong_base(name: str, folder: str, dtype: torch.dtype, device: torch.device) -> tuple:
     "The model in 4 bits twice, and the tokenizer; the adapter is written where there is none yet."
     model, tokenizer = load_model(name, compute_dtype=dtype, dtype=dtype, device=device)
     add_lora(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", base_model_name_or_path=name), 0)
@@ -26,8 +25,7 @@ def wrong_base(name: str, dtype: torch.dtype, device: torch.device) -> tuple:
         q = layer.base_layer.quantized
         b, a, base = start_of("qpissa", q.dequantize(torch.float32), q, RANK)
         put(layer, b, a, base)
-    if not (Path(WRONG) / "adapter_model.safetensors").exists(): save_adapter(model, WRONG)
-    with without_adapters(model): pass
+    if not (Path(folder) / "adapter_model.safetensors").exists(): save_adapter(model, folder)
     for n, layer in list(adapted_layers(model).items()): model.set_submodule(n, layer.base_layer)
     del model.lora_config
     return model.requires_grad_(False), tokenizer

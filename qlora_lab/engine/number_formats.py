@@ -167,7 +167,7 @@ def e4m3_scales(
 # %% ../../nbs/engine/number_formats.ipynb #2314b055
 @dataclass(frozen=True)
 class Microscaled(Format):
-    "e2m1 under an 8-bit scale, in blocks along the rows."
+    "e2m1 under an 8-bit scale; in row-major order, but along the rows where a standard has it so."
     scale: str = "e8m0"  # or "e4m3"
 
     def _scales(self, absmax: Tensor) -> dict[str, Tensor]:
@@ -175,7 +175,7 @@ class Microscaled(Format):
         return dict(zip(("scales", "tensor_scale"), e4m3_scales(absmax)))
 
     def stored(self, weight: Tensor) -> dict[str, Tensor]:
-        rows = weight.reshape(-1, weight.shape[-1])
+        rows = weight.reshape(-1, weight.shape[-1] if self.fixed else weight.numel())
         rows = nn.functional.pad(rows, (0, -rows.shape[1] % self.blocksize))
         blocks = rows.view(len(rows), -1, self.blocksize)
         kept = self._scales(blocks.abs().amax(-1))
@@ -184,7 +184,7 @@ class Microscaled(Format):
 
     def decoded(self, stored: dict[str, Tensor], shape: torch.Size) -> Tensor:
         rows = decode_e2m1(stored["codes"], _value(stored), torch.float32)
-        return rows[:, :shape[-1]].reshape(shape)
+        return rows[:, :shape[-1] if self.fixed else shape.numel()].reshape(shape)
 
 # %% ../../nbs/engine/number_formats.ipynb #2d6e8b4b
 def _value(kept: dict[str, Tensor]) -> Tensor:

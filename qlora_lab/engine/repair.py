@@ -112,6 +112,7 @@ def _original(model: nn.Module, config: "TrainConfig") -> OriginalBase:
     hold_base(original, model)
     return original
 
+# %% ../../nbs/engine/repair.ipynb #a969efa7
 def _packed(model: nn.Module, init: str) -> dict[str, nn.Module]:
     "By name the adapted layers in 4 bits; raises LabError where there are none, or what no start is known for."
     layers = adapted_layers(model)
@@ -124,6 +125,7 @@ def _packed(model: nn.Module, init: str) -> dict[str, nn.Module]:
         raise LabError(f"init={init!r}: layers of this model share a weight, and cannot be repaired apart")
     return found
 
+# %% ../../nbs/engine/repair.ipynb #c1f70697
 @torch.no_grad()
 def put(
     layer: nn.Module,       # adapted
@@ -154,6 +156,7 @@ def _moments(model: nn.Module, layers: dict[str, nn.Module], init: str, learn: l
             sums = gathered(model, group, learn[:CALIBRATION])
             for layer in group: yield names[layer], sums.get(layer)
 
+# %% ../../nbs/engine/repair.ipynb #a8be74aa
 @torch.no_grad()
 def repair(model: nn.Module, config: "TrainConfig", learn: list = ()) -> None:
     "Begin a model's adapters from the weights before 4 bits; raises LabError before anything is changed."
@@ -166,6 +169,12 @@ def repair(model: nn.Module, config: "TrainConfig", learn: list = ()) -> None:
     if config.init in ("qpissa", "loftq5"): _changed(model, config)
 
 # %% ../../nbs/engine/repair.ipynb #a72f0bae
+def _changed(model: nn.Module, config: "TrainConfig") -> None:
+    "Note that the adapters belong to a base of their own."
+    model.lab_base_changed = True
+    model.lora_config.base_model_name_or_path = str(Path(config.folder) / CHANGED_BASE)
+
+# %% ../../nbs/engine/repair.ipynb #72210120
 def _pissa(model: nn.Module, config: "TrainConfig") -> None:
     "Into the adapters the largest part of each weight, out of the dense base."
     layers = adapted_layers(model)
@@ -181,11 +190,6 @@ def _pissa(model: nn.Module, config: "TrainConfig") -> None:
         put(layer, b, a)
     _changed(model, config)
 
-def _changed(model: nn.Module, config: "TrainConfig") -> None:
-    "Note that the adapters belong to a base of their own."
-    model.lab_base_changed = True
-    model.lora_config.base_model_name_or_path = str(Path(config.folder) / CHANGED_BASE)
-
 # %% ../../nbs/engine/repair.ipynb #726e28b4
 @contextmanager
 def without_adapters(model: nn.Module):
@@ -198,6 +202,7 @@ def without_adapters(model: nn.Module):
         for name, layer in layers.items(): set_submodule(model, name, layer)
         model.lora_config = config
 
+# %% ../../nbs/engine/repair.ipynb #7dd63512
 def save_base(
     model: nn.Module,
     tokenizer,

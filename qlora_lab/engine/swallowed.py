@@ -13,12 +13,12 @@ __all__ = ['WAYS', 'Arrival', 'arrival', 'swallowed']
 #     onto         round(round(y) + u)          a product that adds to an array in 16 bits (addmm into y)
 #     one product  round(y + u)                 base and adapter in one product, rounded once (engine.group)
 #
-# u = s B A x is what the adapter says, y = W x + b, both in float32 here. The first two lose an update below half a unit
-# of y altogether, and always: y lies on the grid already. The third rounds from where y really lies, so that an update of
-# a tenth of a unit moves one output in ten by a whole one. Summed over many outputs nothing is lost.
+# u = s B A x is what the adapter says, y = W x + b, both in float32 here. The first two lose an update below half a
+# unit of y altogether, and always: y lies on the grid already. The third rounds from where y really lies, so that an
+# update of a tenth of a unit moves one output in ten by a whole one. Summed over many outputs nothing is lost.
 #
-# `kept` says what share of u arrives along itself: <out - round(y), u> / <u, u>. `unchanged` is the share of outputs that
-# stay what they were. Measured on a float32 model's activations, so that it can be asked of any run.
+# `kept` says what share of u arrives along itself: <out - round(y), u> / <u, u>. `unchanged` is the share of outputs
+# that stay what they were. Measured on a float32 model's activations, so that it can be asked of any run.
 #
 # Built in nbs/engine/swallowed.ipynb; benchmarks.quality.swallowed uses it on a card.
 
@@ -80,6 +80,7 @@ def _parts(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     y = x @ w.t() if base.bias is None else torch.addmm(base.bias.float(), x, w.t())
     return y, (x @ layer.lora_A.weight.float().t()) @ layer.lora_B.weight.float().t() * layer.scaling
 
+# %% ../../nbs/engine/swallowed.ipynb #e45cb8b4
 @torch.no_grad()
 def swallowed(
     model: nn.Module,          # with the lab's adapters, its layers not fused
