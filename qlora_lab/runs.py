@@ -147,6 +147,8 @@ def fingerprint(model: nn.Module, data: Split, config: TrainConfig) -> dict:
         "dtype": str(model.dtype), "compute_dtype": str(getattr(layer, "compute_dtype", None)),
         "data": data_hash(data.train), "held_out": data_hash(data.held_out), **asked}
     if config.init_adapter: identity["init_adapter"] = adapter_hash(config.init_adapter)  # wherever it lies
+    unseen = {"rounded": "lab_rounded", "scales": "lab_scales"}  # how a base is held, where no layer shows it
+    identity |= {name: getattr(model, at) for name, at in unseen.items() if hasattr(model, at)}
     return json.loads(json.dumps(identity))  # as it will be read: tuples are lists
 
 # %% ../nbs/reference/runs.ipynb #ae518c2b
