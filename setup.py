@@ -29,7 +29,8 @@ setup(
     packages=find_packages(include=[cfg["lib_name"], cfg["lib_name"] + ".*"]),
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "serve": cfg["serve_requirements"].split(),
-                    "compress": cfg["compress_requirements"].split(), "tested": tested},
+                    "compress": cfg["compress_requirements"].split(), "eval": cfg["eval_requirements"].split(),
+                    "tested": tested},
     entry_points={
         "console_scripts": cfg["console_scripts"].split("\n"),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

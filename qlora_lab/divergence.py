@@ -8,8 +8,8 @@ __all__ = ['Said', 'logs_at', 'said', 'divergence', 'agreement', 'gain_kept']
 # %% ../nbs/reference/divergence.ipynb #e2e0e905
 # Models compared on held-out answers, token by token.
 #
-# `logs_at` gives a model's log probabilities at each learned place of a row, [tokens, vocabulary] float32. `said` runs a
-# model over many and keeps them on the CPU: 64 answers of 15 tokens over 49,152 words are 190 MB.
+# `logs_at` gives a model's log probabilities at each learned place of a row, [tokens, vocabulary] float32. `said` keeps
+# those of many rows on the CPU: 64 answers of 15 tokens over 49,152 words are 190 MB.
 #
 # `divergence` gives the mean KL divergence at those places as a `Score`, so that its error is clustered by group as
 # that of a loss. `gain_kept` says which share of the gain of training is left: (untrained - changed) / (untrained -

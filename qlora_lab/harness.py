@@ -68,5 +68,6 @@ def task_scores(
     unknown = [t for t in tasks if isinstance(t, str) and t not in known.all_tasks]
     if unknown: raise LabError(f"{unknown[0]}: no task of lm-evaluation-harness; `lm_eval ls tasks` lists them")
     ready = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    out = simple_evaluate(ready, tasks=list(tasks), limit=limit, log_samples=True, bootstrap_iters=0, task_manager=known)
+    how = dict(limit=limit, log_samples=True, bootstrap_iters=0, task_manager=known)
+    out = simple_evaluate(ready, tasks=list(tasks), **how)
     return {name: score for task, found in out["samples"].items() for name, score in scores_of(task, found).items()}

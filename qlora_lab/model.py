@@ -34,7 +34,7 @@ from .casting import cast
 from .head_loss import place_losses
 from .held import held_tensors
 from .linear4bit import quantize_model
-from .loading import open_model, settle
+from .loading import choice_of, open_model, settle
 from .records import LabError
 
 if TYPE_CHECKING:
@@ -51,13 +51,15 @@ def load_model(
     blocksize: int | None = None,       # weights a block; as a 4-bit folder has it, else 64
     double_quant: bool | None = None,   # quantize the statistics too; as a 4-bit folder has it, else yes
     device: str | torch.device | None = None,  # the GPU if there is one
+    **choice,  # scales=, keep=, calibration= (texts, or rows of token ids), as `quantize_model` takes them
 ) -> tuple[nn.Module, "PreTrainedTokenizer"]:
     "A causal language model and its tokenizer; raises LabError for a model that is missing or damaged."
     if backend not in ("lab", "bnb"): raise LabError(f"backend {backend!r}: expected 'lab' or 'bnb'")
     wish = Wish(quantize, blocksize, double_quant, compute_dtype)
     device, compute_dtype, dtype = settle(device, compute_dtype, dtype)
     model, tokenizer, kind = open_model(name, wish, backend, compute_dtype, dtype, device)
-    if kind: cast(quantize_model(model, *kind, compute_dtype), dtype)
+    if choice: choice = choice_of(model, tokenizer, kind, device, **choice)
+    if kind: cast(quantize_model(model, *kind, compute_dtype, **choice), dtype)
     model.requires_grad_(False)
     model.lab_source = str(name)
     if getattr(model, "is_loaded_in_4bit", False): return model.train(), tokenizer  # eval mode would repack it

@@ -189,11 +189,13 @@ def _open_base(folder: Path, record: dict, options: dict) -> tuple:
     "Model and tokenizer; raises LabError where they are not what the run had."
     own = folder / CHANGED_BASE if (folder / CHANGED_BASE / "config.json").is_file() else None
     name, how = options.pop("name", own or record["identity"]["model"]), held_as_told(record) | options
+    if record["identity"].get("scales") and not own: how = {"scales": record["identity"]["scales"]} | how
     mark, first = None if own else record.get("base", {}).get("mark"), record["identity"]["quantization"]
     try:
         if mark and base_mark(find_model(name)) != mark: raise LabError("its weights are not those it had then")
         model, tokenizer = load_model(name, **how)
-        if rounded := record["identity"].get("rounded"): round_base(model, rounded["format"], rounded["blocksize"])
+        rounded = None if own else record["identity"].get("rounded")
+        if rounded: round_base(model, rounded["format"], rounded["blocksize"])
     except (LabError, OSError) as e:
         raise LabError(f"{folder}: its base {str(name)!r} is not there as it was trained: {e}") from None
     here = next((str(m) for m in model.modules() if type(m).__name__ == "Linear4bit"), None)
@@ -206,7 +208,8 @@ def _open_whole(folder: Path, name: str, options: dict) -> tuple:
     "Model and tokenizer of a run that trained all weights; raises LabError."
     place = folder / name
     if not (place / "config.json").is_file():
-        raise LabError(f"{folder}: all weights were trained, and {name} is no model in it; expected model or last_model")
+        raise LabError(f"{folder}: all weights were trained, and {name} is no model in it; expected model, or "
+                       "last_model")
     dtype = read_json(folder / "run.json")["config"]["adapter_dtype"]
     model, tokenizer = load_model(place, **{"quantize": None, "dtype": getattr(torch, dtype)} | options)
     return to_answer(model).requires_grad_(False), tokenizer

@@ -66,7 +66,26 @@ class RunFolder:
         return cls(folder, read_json(folder / "run.json"), [json.loads(line) for line in lines])
 
 # %% ../nbs/reference/runs.ipynb #f803f4b6
-class _Losses(RunFolder):
+class _Asked(RunFolder):
+    "What was trained, and where it lies."
+    @property
+    def whole(self) -> bool:
+        "Whether all weights were trained, and `model/` has them."
+        return self.record.get("config", {}).get("method") == "full"
+
+    @property
+    def kept(self) -> Path:
+        "The folder of what was trained."
+        return self.folder / kept_name("full" if self.whole else "lora")
+
+    @property
+    def base(self) -> str:
+        "The model that it belongs to: the run's own base, where the start of the adapters changed it."
+        own = self.folder / CHANGED_BASE
+        return str(own) if own.is_dir() else self.record["identity"]["model"]
+
+# %% ../nbs/reference/runs.ipynb #a3e7b04b
+class _Losses(_Asked):
     "What was measured."
     @property
     def losses(self) -> list[float]:
@@ -83,22 +102,6 @@ class _Losses(RunFolder):
     def held_out(self) -> list[tuple[int, float]]:
         "Steps after which the held-out loss was measured on the way, and the loss, nats a token."
         return [(m["step"], m["held_out"]) for m in self.metrics if "held_out" in m]
-
-    @property
-    def whole(self) -> bool:
-        "Whether all weights were trained, and `model/` has them."
-        return self.record.get("config", {}).get("method") == "full"
-
-    @property
-    def kept(self) -> Path:
-        "The folder of what was trained."
-        return self.folder / kept_name("full" if self.whole else "lora")
-
-    @property
-    def base(self) -> str:
-        "The model that it belongs to: the run's own base, where the start of the adapters changed it."
-        own = self.folder / CHANGED_BASE
-        return str(own) if own.is_dir() else self.record["identity"]["model"]
 
     @property
     def adapter_step(self) -> int:
@@ -128,7 +131,8 @@ class Run(_Losses):
 
 # %% ../nbs/reference/runs.ipynb #c3989565
 INDIFFERENT = ("folder", "checkpoint_every", "checkpointing", "checkpointed_layers", "checkpoints_in", "device_budget",
-               "pass_size", "packing", "budget", "tensorboard", "original_base")  # change no result but for rounding: what is kept where
+               "pass_size", "packing", "budget", "tensorboard",
+               "original_base")  # change no result but for rounding: what is kept where
 BESIDE = "cell.json", "measures.json", "failed.json"  # what a sweep puts into a run's folder (`cell_folders`)
 
 def fingerprint(model: nn.Module, data: Split, config: TrainConfig) -> dict:
@@ -143,7 +147,8 @@ def fingerprint(model: nn.Module, data: Split, config: TrainConfig) -> dict:
         "dtype": str(model.dtype), "compute_dtype": str(getattr(layer, "compute_dtype", None)),
         "data": data_hash(data.train), "held_out": data_hash(data.held_out), **asked}
     if config.init_adapter: identity["init_adapter"] = adapter_hash(config.init_adapter)  # wherever it lies
-    if hasattr(model, "lab_rounded"): identity["rounded"] = model.lab_rounded  # of `round_base`, which no layer shows
+    unseen = {"rounded": "lab_rounded", "scales": "lab_scales"}  # how a base is held, where no layer shows it
+    identity |= {name: getattr(model, at) for name, at in unseen.items() if hasattr(model, at)}
     return json.loads(json.dumps(identity))  # as it will be read: tuples are lists
 
 # %% ../nbs/reference/runs.ipynb #ae518c2b

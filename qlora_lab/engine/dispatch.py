@@ -84,6 +84,7 @@ ALWAYS |= _on("cpu", "cuda", "meta", quantize_experts="engine.experts.quantize_e
     merge_parameters="engine.merged_parameters.merge_parameters",
     calibrated_codes="engine.calibrated.calibrated_codes",
     format_named="engine.number_formats.format_named", round_model="engine.number_formats.round_model",
+    choices="engine.sensitivity.choices",
     through_quantizer="engine.merge_aware.through_quantizer")
 
 # %% ../../nbs/engine/dispatch.ipynb #4f329919
