@@ -143,7 +143,7 @@ def of_rates(record: dict) -> dict[str, Number | None]:
     "The best rate of QLoRA over that of full fine-tuning, over the data sets."
     best = [(rows["nf4+dq"]["best"], rows["full"]["best"]) for rows in record["data"].values()
             if {"nf4+dq", "full"} <= set(rows)]
-    return {"ten times": over([a / b for a, b in best], "{:.0f} times") if best else None}
+    return {"ten times": over([round(a / b, 6) for a, b in best], "{:.0f} times") if best else None}
 
 # %% ../nbs/reference/deciding.ipynb #77ee4224
 READERS = {
