@@ -85,6 +85,7 @@ def _as_number(e: Estimate, unit: float = 1.) -> Number:
     low, high = e.interval()
     return Number(low / unit, high / unit, "{:+.1%}", estimated=True)
 
+# %% ../nbs/reference/deciding.ipynb #6fd7933d
 def _learned(data: dict, row: str) -> bool:
     "Whether a row's training took a hundredth or more off the held-out loss; two that learned nothing are alike too."
     seeds = data["rows"].get(row, {}).get("seeds", {}).values()
@@ -98,6 +99,7 @@ def loss_above(data: dict, row: str, other: str) -> Number | None:
     sides = _sides(data, (row, other), score)
     return sides and _as_number(difference(*sides, paired=True), estimate(sides[1]).value)
 
+# %% ../nbs/reference/deciding.ipynb #1ab765db
 LEARNED = 0.05  # share of right answers: where there are fewer nothing was learned that could be lost
 
 def answers_below(data: dict, row: str, other: str) -> Number | None:
@@ -141,7 +143,7 @@ def of_rates(record: dict) -> dict[str, Number | None]:
     "The best rate of QLoRA over that of full fine-tuning, over the data sets."
     best = [(rows["nf4+dq"]["best"], rows["full"]["best"]) for rows in record["data"].values()
             if {"nf4+dq", "full"} <= set(rows)]
-    return {"ten times": over([a / b for a, b in best], "{:.0f} times") if best else None}
+    return {"ten times": over([round(a / b, 6) for a, b in best], "{:.0f} times") if best else None}
 
 # %% ../nbs/reference/deciding.ipynb #77ee4224
 READERS = {

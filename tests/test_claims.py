@@ -101,6 +101,8 @@ def test_a_table_needs_a_number_for_each_claim_and_none_is_open():
     assert "| **holds** |" in first and "**8.0**" in first and "](../03_double_quant.ipynb)" in first
     assert "| **open** |" in second and "no record yet" in second
     assert "](../reference/bibliography.ipynb#qlora)" in second
+    wide = Number(7, 9, "{:.0f}", estimated=True)
+    assert "| **open** |" in claims[0].row(wide) and "**7 to 9**, on both sides of a limit" in claims[0].row(wide)
 
 
 # ---- the lesson
