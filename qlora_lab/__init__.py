@@ -59,6 +59,7 @@ _PUBLIC |= {
     "sweeping": ["sweep"],
     "results": ["results"],
     "comparison": ["compare"],
+    "evaluate": ["evaluate"],
     "ranking": ["winner"],
 }
 

@@ -31,7 +31,7 @@ SKILL = ("Orchestra's skills", "https://raw.githubusercontent.com/Orchestra-Rese
 MERGING = "lesson 13", "13_ship.ipynb"
 MEMORY = "lesson 12", "12_memory.ipynb"
 HERE = "lesson 17", "17_claims.ipynb"
-QUALITY = "records of quality", "reference/deciding.ipynb"
+QUALITY = "lesson 11", "11_evaluate.ipynb"
 
 def _claims(topic: str, *rows: tuple) -> dict[str, Claim]:
     "Rows of name, statement, (who, address), what decides, rule, (where, page), what would change it."
