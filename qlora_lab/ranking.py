@@ -62,7 +62,7 @@ def _plain(value):
 
 # %% ../nbs/reference/ranking.ipynb #da41c0e1
 @dataclass(frozen=True)
-class Ranking:
+class _Ranked:
     "Several methods, compared in pairs."
     metric: str
     better: str
@@ -85,6 +85,9 @@ class Ranking:
         "The best method; None where another cannot be told from it."
         return None if self.tied else self.best
 
+# %% ../nbs/reference/ranking.ipynb #28382627
+class Ranking(_Ranked):
+    "Several methods in their order, and what may be said of the best."
     @property
     def table(self) -> "DataFrame":
         "A row a method: value, interval, difference to the best with its corrected p."
@@ -95,7 +98,7 @@ class Ranking:
             row = {"method": name, "runs": e.seeds, self.metric: e.value, "low": low, "high": high}
             if name != self.best:
                 gap = self.pairs[(self.best, name)]
-                row |= {"behind the best": abs(gap.value), "p (Holm)": self.corrected[(self.best, name)]}
+                row |= {"behind": abs(gap.value), "p (Holm)": self.corrected[(self.best, name)]}
             rows.append(row)
         return pd.DataFrame(rows).set_index("method")
 
@@ -106,7 +109,7 @@ class Ranking:
         if self.winner: return f"{how}: {told} is better than all {len(values) - 1} others; {stands}"
         return f"{how}: no winner; {told} cannot be told from {', '.join(self.tied)}; {stands}"
 
-# %% ../nbs/reference/ranking.ipynb #28382627
+# %% ../nbs/reference/ranking.ipynb #2857097e
 def sides_of(methods_or_runs, metric: str) -> dict[str, list]:
     "Each method's runs with their values; raises LabError for fewer than two methods."
     named = methods_or_runs if isinstance(methods_or_runs, Mapping) else methods(methods_or_runs)
@@ -132,6 +135,7 @@ def winner(
     corrected = _corrected({pair: e.p for pair, e in pairs.items()})
     return Ranking(metric, way, {name: values[name] for name in order}, pairs, corrected, level)
 
+# %% ../nbs/reference/ranking.ipynb #4f2a20a5
 def _corrected(ps: dict) -> dict:
     "By Holm; a comparison of which nothing is known stays unknown, and counts for none."
     known = {k: p for k, p in ps.items() if not math.isnan(p)}
