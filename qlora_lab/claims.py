@@ -142,8 +142,10 @@ class Claim:
 
     def row(self, number: Number | None, root: str = "") -> str:
         "A row of Markdown."
+        verdict = self.rule.verdict(number)
         found = "no record yet" if number is None else f"**{number}**"
-        return (f"| {self.says} ({self.link(root)}) | **{self.rule.verdict(number)}** | {self.decides}: {found} "
+        if number and verdict == "open": found += ", on both sides of a limit"
+        return (f"| {self.says} ({self.link(root)}) | **{verdict}** | {self.decides}: {found} "
                 f"([{self.where}]({root}{self.page})) | {self.change} |")
 
 # %% ../nbs/reference/claims.ipynb #3bc00f2e

@@ -101,6 +101,8 @@ def test_a_table_needs_a_number_for_each_claim_and_none_is_open():
     assert "| **holds** |" in first and "**8.0**" in first and "](../03_double_quant.ipynb)" in first
     assert "| **open** |" in second and "no record yet" in second
     assert "](../reference/bibliography.ipynb#qlora)" in second
+    wide = Number(7, 9, "{:.0f}", estimated=True)
+    assert "| **open** |" in claims[0].row(wide) and "**7 to 9**, on both sides of a limit" in claims[0].row(wide)
 
 
 # ---- the lesson
@@ -234,8 +236,8 @@ GROUPS = 8
 
 def side(by: float, seeds: int = 6, rate: float = 1e-3, right: float = 0.6) -> dict:
     "A row whose loss is 2.5 nats a token, times 1 + by, with what a seed and a group do to it."
-    one = {str(s): {"nats": [(250 + s + 3 * g) * (1 + by) for g in range(GROUPS)], "right answers": right + s / 1000}
-           for s in range(seeds)}
+    one = {str(s): {"nats": [(250 + s + 3 * g) * (1 + by) for g in range(GROUPS)], "right answers": right + s / 1000,
+                    "before": 4., "loss": 2.5 * (1 + by)} for s in range(seeds)}
     return {"rate": rate, "seeds": one}
 
 
@@ -263,9 +265,22 @@ def test_seeds_that_disagree_leave_a_claim_open(tmp_path):
 
 
 def test_rows_that_are_not_run_yet_and_single_seeds_leave_a_claim_open(tmp_path):
-    for rows in ({"full": side(0)}, {"full": side(0), "nf4+dq": side(0, seeds=1)}):
-        (tmp_path / "quality_methods.json").write_text(json.dumps(quality(rows)))
+    without_groups = quality({"full": side(0), "nf4+dq": side(0)})
+    without_groups["data"]["docstrings"]["groups"] = None
+    for record in (quality({"full": side(0)}), quality({"full": side(0), "nf4+dq": side(0, seeds=1)}), without_groups):
+        (tmp_path / "quality_methods.json").write_text(json.dumps(record))
         assert from_records(tmp_path)["comparable"] is None
+
+
+def test_rows_that_learned_nothing_decide_nothing(tmp_path):
+    "Or a training that does not work would prove that 4 bits cost nothing."
+    rows = {"full": side(0, right=0), "nf4+dq": side(0, right=0)}
+    for row in rows.values():
+        for one in row["seeds"].values(): one["before"] = one["loss"]
+    (tmp_path / "quality_methods.json").write_text(json.dumps(quality(rows)))
+    (tmp_path / "quality_others.json").write_text(json.dumps(quality(rows, "arithmetic")))
+    now = from_records(tmp_path)
+    assert now["comparable"] is None and now["one percent"] is None
 
 
 @pytest.mark.parametrize(("right", "expected"), [(0.6, "holds"), (0.58, "holds with limits"), (0.4, "wrong"),
