@@ -113,17 +113,24 @@ def _alike(group: np.ndarray, made: np.ndarray, least: float) -> Iterator[tuple[
         yield from ((int(group[at]), int(j)) for j in rest[agree >= least])
 
 # %% ../../nbs/engine/near_copies.ipynb #4233d9d4
+def _once(sets: dict[int, np.ndarray], groups: Groups) -> dict[int, np.ndarray]:
+    "Those that differ, none empty; a text with the same shingles as an earlier one joins its group."
+    known: dict[bytes, int] = {}
+    for i, s in sets.items():
+        if len(s) and (first := known.setdefault(s.tobytes(), i)) != i: groups.join(first, i)
+    return {i: sets[i] for i in known.values()}
+
 def near_copies(
     texts: list[str],
     threshold: float = THRESHOLD,  # share of common shingles
 ) -> list[int]:                    # of each text: the first of its group, itself if it stands alone
     "Group texts that say nearly the same."
-    groups, known, sets = Groups(len(texts)), {}, without_forms(shingles(texts))
-    for i, s in enumerate(sets):  # the same shingles: no need to look further
-        if len(s) and (first := known.setdefault(s.tobytes(), i)) != i: groups.join(first, i)
-    kept = list(known.values())
+    groups = Groups(len(texts))
+    sets = _once(dict(enumerate(shingles(texts))), groups)  # a text that comes a hundred times is no form
+    if len(sets) > 1: sets = _once(dict(zip(sets, without_forms(list(sets.values())))), groups)
+    kept, seen = list(sets), set()
     if len(kept) < 2: return [groups.first(i) for i in range(len(texts))]
-    made, seen = signatures([sets[i] for i in kept]), set()
+    made = signatures([sets[i] for i in kept])
     for bucket in buckets(made):
         for a, b in _alike(bucket, made, threshold - 0.15):
             i, j = kept[a], kept[b]
