@@ -67,7 +67,7 @@ def _held(folder: Path, patience: float):
 
 # %% ../nbs/reference/cell_folders.ipynb #c4beaf1d
 @dataclass(frozen=True)
-class _Files:
+class _Told:
     "The folder of a cell, and what is told there beside the run."
     folder: Path
     cell: dict  # its settings
@@ -86,6 +86,9 @@ class _Files:
         found = self.told(MEASURES).get("measures", {})
         return {k: Score(**v["score"]) if "score" in v else v["value"] for k, v in found.items()}
 
+# %% ../nbs/reference/cell_folders.ipynb #df0e4f35
+class _Files(_Told):
+    "What is written there."
     def keep(self, measures: Mapping[str, Score | float], cost: Mapping) -> None:
         "Write what was measured, and what the cell took."
         told = {k: {"score": asdict(v)} if isinstance(v, Score) else {"value": float(v)} for k, v in measures.items()}
@@ -100,7 +103,7 @@ class _Files:
         told = {"message": message, "kind": kind, "date": datetime.now(UTC).isoformat(), "traceback": trace}
         write_whole(self.folder / FAILED, json.dumps(told, indent=1))
 
-# %% ../nbs/reference/cell_folders.ipynb #df0e4f35
+# %% ../nbs/reference/cell_folders.ipynb #cdf60b90
 class CellFolder(_Files):
     "A cell's folder: how far it is, and its lock."
     @property
@@ -126,6 +129,7 @@ class CellFolder(_Files):
         if (self.folder / FAILED).exists(): return "failed"
         return "unfinished" if self.run_state() else "waiting"
 
+# %% ../nbs/reference/cell_folders.ipynb #3139503f
 def at_work(root: Path) -> int:
     "How many cells of a sweep processes are at."
     def busy(folder):
@@ -134,7 +138,7 @@ def at_work(root: Path) -> int:
         return False
     return sum(busy(p.parent) for p in (root / ".at_work").glob("*/.lock"))
 
-# %% ../nbs/reference/cell_folders.ipynb #cdf60b90
+# %% ../nbs/reference/cell_folders.ipynb #990e1bcf
 def _hold(folder: Path, cell: Mapping, data: list[str]) -> None:
     "Raise LabError where a folder is another cell's than it seems, or its data were others."
     told = read_json(folder / CELL)
@@ -147,6 +151,7 @@ def _hold(folder: Path, cell: Mapping, data: list[str]) -> None:
         raise LabError(f"{folder}: its data {cell['data']!r} were others than now (hash {told.get('data')} there, "
                        f"{data} now); name another folder for the sweep")
 
+# %% ../nbs/reference/cell_folders.ipynb #fae5f1e4
 def set_up(
     root: str | Path,         # of the sweep
     cells: list[dict],

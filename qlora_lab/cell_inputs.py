@@ -65,6 +65,7 @@ def open_base(
     if cell["scales"] == "chosen": found[0].lab_scales = "chosen"  # no layer shows it, the run's identity does
     return found
 
+# %% ../nbs/reference/cell_inputs.ipynb #01326137
 class Bases:
     "Bases by how they are held, opened when a cell first asks, and copied for each."
     def __init__(self, opener: Callable | tuple | None, device: torch.device):
@@ -93,6 +94,7 @@ class Bases:
         "What the original takes beside the copies."
         return sum(t.nbytes for _, t, _ in held_tensors(self.held[0])) / 2 ** 30 if self.held else 0.
 
+# %% ../nbs/reference/cell_inputs.ipynb #b810948f
 def clear(device: torch.device) -> None:
     "Give back what nobody holds any more."
     gc.collect()

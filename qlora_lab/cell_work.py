@@ -71,6 +71,7 @@ class Work:
         "Cells that are still to be done."
         return [p for p in self.places if self.is_open(p)]
 
+# %% ../nbs/reference/cell_work.ipynb #52f4da68
 def fresh_peak() -> None:
     "Let the peak of memory be that of what comes now."
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
@@ -97,7 +98,7 @@ def _trained(place: CellFolder, work: Work, data: Split) -> tuple:
     train(model, tokenizer, data, config, False, work.watchers)
     return to_answer(model).requires_grad_(False), tokenizer
 
-# %% ../nbs/reference/cell_work.ipynb #52f4da68
+# %% ../nbs/reference/cell_work.ipynb #3f97bec2
 def carry_out(place: CellFolder, work: Work) -> None:
     "One cell, from wherever it is to its end; its lock is held."
     data, start, others = work.data[place.cell["data"]], time.perf_counter(), at_work(work.root) - 1
@@ -116,6 +117,7 @@ def carry_out(place: CellFolder, work: Work) -> None:
     place.keep(had, cost or made)
     _tidy(place.folder, work.keep)
 
+# %% ../nbs/reference/cell_work.ipynb #0896cddf
 def _tidy(folder: Path, keep: str) -> None:
     "Remove what nobody asks of a cell that is done, and take it out of the folder's manifest."
     trained = (*(kept_name(m, last) for m in ("lora", "full") for last in (False, True)), CHANGED_BASE)
@@ -152,6 +154,7 @@ def _round(places: list[CellFolder], work: Work, told: Callable[[CellFolder, str
             if outcome: told(place, outcome)
     return left
 
+# %% ../nbs/reference/cell_work.ipynb #9a5dd817
 def serve(work: Work, told: Callable[[CellFolder, str], None]) -> None:
     "Take cells until none is open; those of others are looked at again at the end."
     left = sorted(work.places, key=lambda p: [str(p.cell[name]) for name in BASE])
@@ -183,6 +186,7 @@ def _check_places(made: list[dict]) -> None:
 
 KEEPS = "all", "adapter", "numbers"
 
+# %% ../nbs/reference/cell_work.ipynb #c1ab7460
 def prepare(
     grid, folder, data=None, base=None, device=None, measure=None, watchers=(), retry=False, keep="adapter",  # of sweep
     dry: bool = False,  # make no folders

@@ -99,6 +99,7 @@ def _one_method(runs: list[Run]) -> list[int]:
     if twice is not None: raise LabError(f"{runs[0].folder} and another of its side have the same seed {twice}")
     return seeds
 
+# %% ../nbs/reference/comparison.ipynb #1efbc8d2
 def settled_sides(sides: list[list], other_data: bool) -> list[list[int] | None]:
     "The seeds of each side, in the order of its runs; raises LabError for what cannot be compared."
     runs = [run for side in sides for run, _ in side if run is not None]
@@ -115,7 +116,7 @@ def labels(sides: list[list]) -> list[str]:
 
 # %% ../nbs/reference/comparison.ipynb #85596fc0
 @dataclass(frozen=True)
-class Comparison:
+class _Sides:
     "Two sides, and by how much they differ."
     a: str
     b: str
@@ -138,6 +139,9 @@ class Comparison:
         low, high = self.interval
         return low > 0 or high < 0
 
+# %% ../nbs/reference/comparison.ipynb #5d0a3a1d
+class Comparison(_Sides):
+    "Two sides compared, and what may be said of them."
     @property
     def winner(self) -> str | None:
         "The better side; None where no difference can be told."

@@ -57,17 +57,18 @@ class Estimate(NamedTuple):
         if not self.stderr: return float(not self.value)
         return beyond(self.value / self.stderr, self.df)
 
+# %% ../nbs/reference/estimates.ipynb #a738c8b9
 def by_group(scores: list[Score]) -> tuple[np.ndarray, np.ndarray]:
     "Sums [seeds, groups] and tokens [groups] of scores of the same examples."
     first = scores[0]
-    if any((s.tokens, s.groups) != (first.tokens, first.groups) for s in scores):
+    if any((*s.tokens, *s.groups) != (*first.tokens, *first.groups) for s in scores):  # lists, if read from a file
         raise LabError("scores of other held-out examples: their tokens or groups differ; score all runs on the same")
     index = {g: i for i, g in enumerate(dict.fromkeys(first.groups))}
     at = np.array([index[g] for g in first.groups])
     tokens = np.bincount(at, first.tokens, len(index))
     return np.stack([np.bincount(at, s.sums, len(index)) for s in scores]), tokens
 
-# %% ../nbs/reference/estimates.ipynb #a738c8b9
+# %% ../nbs/reference/estimates.ipynb #72272ec0
 Part = tuple[float, float]  # a variance and its degrees of freedom
 
 def over_groups(sums: np.ndarray, tokens: np.ndarray) -> Part:  # [groups] both
@@ -89,6 +90,7 @@ def joined(parts: list[Part]) -> tuple[float, float]:
     if not variance > 0 or not least > 1: return sqrt(variance), least
     return sqrt(variance), float(variance ** 2 / sum(v ** 2 / df for v, df in parts))
 
+# %% ../nbs/reference/estimates.ipynb #1e5d3cf8
 def estimate(
     scores: list[Score],  # of one method: a run, or several with other seeds, on the same examples
 ) -> Estimate:
@@ -124,6 +126,7 @@ def difference_of_numbers(
     parts = [over_seeds(one - other)] if paired else [over_seeds(one), over_seeds(other)]
     return Estimate(float(one.mean() - other.mean()), *joined(parts), 0, 0, min(len(a), len(b)))
 
+# %% ../nbs/reference/estimates.ipynb #08b4b544
 def estimate_of_numbers(values: list[float]) -> Estimate:
     "The mean of numbers, one a seed."
     made = np.array(values, dtype=float)

@@ -76,6 +76,7 @@ def check_name(name) -> None:
     meant = f"did you mean {near!r}?" if near in SETTINGS else f"known are {', '.join(SETTINGS)}"
     raise LabError(f"{name!r} is no setting of a cell; {meant}")
 
+# %% ../nbs/reference/grids.ipynb #18a666ae
 def settled(name: str, value):
     "A setting's value as a cell has it: one type for equal numbers, a tuple for names; raises LabError."
     kind = SETTINGS[name].type
@@ -116,6 +117,7 @@ def is_packed(quant_type: str) -> bool:
     told = f"did you mean {near[0]!r}?" if near else f"known are none, {', '.join(dict.fromkeys(known))}"
     raise LabError(f"quant_type={quant_type!r}: no such type; {told}")
 
+# %% ../nbs/reference/grids.ipynb #454996b2
 def _check_base(cell: dict, named: set) -> dict:
     "The cell, with None for what its base has not; raises LabError for what was named and would mean nothing."
     kind, packed = cell["quant_type"], is_packed(cell["quant_type"])
@@ -134,6 +136,7 @@ def _check_base(cell: dict, named: set) -> dict:
     if not packed and kind != "none": _format(kind, cell["blocksize"])
     return cell
 
+# %% ../nbs/reference/grids.ipynb #157d4b5b
 def _check_bnb(cell: dict, packed: bool) -> None:
     "What bitsandbytes' layers can hold."
     kind, size = cell["quant_type"], cell["blocksize"]
@@ -168,6 +171,7 @@ def _entries(grid) -> list[Mapping]:
     for name in (n for e in entries for n in e): check_name(name)
     return list(entries)
 
+# %% ../nbs/reference/grids.ipynb #ffae1209
 def cells(
     grid: Mapping | list[Mapping],  # names to a value or a list of values; a list of such dicts for what is no product
 ) -> list[dict]:                    # every setting of each cell

@@ -54,6 +54,7 @@ def beyond(
     "How often chance alone goes as far as this, on either side."
     return _beta_share(df / 2, 0.5, df / (df + t * t)) if isfinite(t) else 0. if t in (inf, -inf) else nan
 
+# %% ../nbs/reference/intervals.ipynb #3007c6d9
 def errors_wide(
     df: float,
     level: float = 0.95,

@@ -191,10 +191,10 @@ def _open_base(folder: Path, record: dict, options: dict) -> tuple:
     name, how = options.pop("name", own or record["identity"]["model"]), held_as_told(record) | options
     if record["identity"].get("scales") and not own: how = {"scales": record["identity"]["scales"]} | how
     mark, first = None if own else record.get("base", {}).get("mark"), record["identity"]["quantization"]
+    rounded = None if own else record["identity"].get("rounded")
     try:
         if mark and base_mark(find_model(name)) != mark: raise LabError("its weights are not those it had then")
         model, tokenizer = load_model(name, **how)
-        rounded = None if own else record["identity"].get("rounded")
         if rounded: round_base(model, rounded["format"], rounded["blocksize"])
     except (LabError, OSError) as e:
         raise LabError(f"{folder}: its base {str(name)!r} is not there as it was trained: {e}") from None
@@ -204,6 +204,7 @@ def _open_base(folder: Path, record: dict, options: dict) -> tuple:
                        f"{first}, and is {here}")
     return model, tokenizer
 
+# %% ../nbs/reference/open_run.ipynb #2fbe6bd5
 def _open_whole(folder: Path, name: str, options: dict) -> tuple:
     "Model and tokenizer of a run that trained all weights; raises LabError."
     place = folder / name

@@ -88,6 +88,7 @@ def _base_of(run: Run) -> str:
     own = str(run.folder) if run.whole or (run.folder / CHANGED_BASE).is_dir() else ""
     return json.dumps([{k: run.record["identity"].get(k) for k in keys}, run.record.get("base"), own])
 
+# %% ../nbs/reference/prompt_answers.ipynb #0196322a
 def _asked(
     some: dict[str, Run],  # all on one base
     new: list[str],        # those of them that are to answer
@@ -112,7 +113,7 @@ def _asked(
 
 # %% ../nbs/reference/prompt_answers.ipynb #b880fc67
 @dataclass(frozen=True)
-class AnswerSheet:
+class _Sheet:
     "Prompts, and the answers of several runs to them."
     record: dict  # as its file has it
 
@@ -128,6 +129,9 @@ class AnswerSheet:
         own = ", ".join(f"{n} {c['sha256'][:8] if c['sha256'] else 'alone'}" for n, c in columns.items())
         return f"{len(prompts['texts'])} prompts of {prompts['name']} ({prompts['sha256'][:8]}); {own}"
 
+# %% ../nbs/reference/prompt_answers.ipynb #7e8ee0bb
+class AnswerSheet(_Sheet):
+    "A sheet of answers: a table in a notebook, on a page and in a terminal."
     def _repr_html_(self) -> str:
         def cell(text, tag): return f"<{tag} style='text-align:left;vertical-align:top'>{_lines(text)}</{tag}>"
         rows = [list(self.table.columns), *self.table.to_numpy().tolist()]
@@ -144,6 +148,7 @@ class AnswerSheet:
         for row in self.table.to_numpy().tolist(): made.add_row(*(Text(str(c)) for c in row))
         return made
 
+# %% ../nbs/reference/prompt_answers.ipynb #805fdf45
 def _lines(text: str) -> str: return html.escape(text).replace("\n", "<br>")
 
 def read_sheet(path: str | Path) -> AnswerSheet:
@@ -153,7 +158,7 @@ def read_sheet(path: str | Path) -> AnswerSheet:
         raise LabError(f"{path}: no sheet of answers; expected a file that ask_runs wrote")
     return AnswerSheet(record)
 
-# %% ../nbs/reference/prompt_answers.ipynb #7e8ee0bb
+# %% ../nbs/reference/prompt_answers.ipynb #bb499b48
 def _begun(file: Path, prompts: Prompts, asked: dict) -> dict:
     "The record of a file begun earlier, or a fresh one; raises LabError where it is of other prompts."
     told = {"name": prompts.name, "sha256": prompts.sha256, "texts": list(prompts.texts)}
@@ -174,6 +179,13 @@ def _shelved(columns: dict, name: str, sha: str | None) -> dict:
     old = f"{name} ({(columns[name]['sha256'] or 'base')[:8]})"
     return {old if n == name else n: c for n, c in columns.items()}
 
+# %% ../nbs/reference/prompt_answers.ipynb #2ddb109c
+def _by_base(runs: dict[str, Run]) -> dict[str, dict[str, Run]]:
+    "Runs by the base that they share, under the name of its column."
+    found: dict[str, dict[str, Run]] = {}
+    for name, run in runs.items(): found.setdefault(_base_of(run), {})[name] = run
+    return {"base" if len(found) == 1 else f"base of {next(iter(some))}": some for some in found.values()}
+
 def _named(runs) -> dict[str, Run]:
     "Finished runs by name; raises LabError."
     if isinstance(runs, Mapping): found = {str(name): _run(one) for name, one in runs.items()}
@@ -190,7 +202,7 @@ def _run(one) -> Run:
     if run.record.get("state") == "done": return run
     raise LabError(f"{run.folder}: this run is not done; ask finished ones")
 
-# %% ../nbs/reference/prompt_answers.ipynb #805fdf45
+# %% ../nbs/reference/prompt_answers.ipynb #bf819e88
 def ask_runs(
     runs: Iterable | Mapping,   # runs or their folders, or these by name
     prompts: str | Path,        # text, a prompt a line, or JSONL with a "prompt" a line
@@ -206,12 +218,9 @@ def ask_runs(
     record = _begun(file, asked, {"max_new_tokens": max_new_tokens})
     hashes = {name: trained_hash(run) for name, run in found.items()}
     for name, sha in hashes.items(): record["columns"] = _shelved(record["columns"], name, sha)
-    bases: dict[str, dict[str, Run]] = {}
-    for name, run in found.items(): bases.setdefault(_base_of(run), {})[name] = run
-    for some in bases.values():
-        first = next(iter(some))
-        own, new = "base" if len(bases) == 1 else f"base of {first}", [n for n in some if n not in record["columns"]]
-        alone = own if base and own not in record["columns"] and not some[first].whole else None
+    for own, some in _by_base(found).items():
+        new, whole = [n for n in some if n not in record["columns"]], next(iter(some.values())).whole
+        alone = own if base and own not in record["columns"] and not whole else None
         if not new and not alone: continue
         made = _asked(some, new, alone, list(asked.texts), device, ask, max_new_tokens=max_new_tokens)
         for name, answers in made.items():
@@ -230,7 +239,7 @@ def changed(
     sheets = [one if isinstance(one, AnswerSheet) else read_sheet(one) for one in (before, after)]
     texts, columns = [s.record["prompts"]["texts"] for s in sheets], [s.record["columns"] for s in sheets]
     if len(texts[0]) != len(texts[1]):
-        raise LabError(f"{len(texts[0])} prompts before and {len(texts[1])} after; prompts are put beside each other by "
+        raise LabError(f"{len(texts[0])} prompts before and {len(texts[1])} after; they are put beside each other by "
                        "their place, so both files need as many")
     shared = [n for n in columns[0] if n in columns[1]]
     rows = [(n, a, b, columns[0][n]["answers"][i], columns[1][n]["answers"][i])

@@ -55,13 +55,14 @@ def summary(
         made.attrs[name] = ", ".join(map(str, table[name].dropna().unique())) if name in table else ""
     return made
 
+# %% ../nbs/reference/published.ipynb #10cee569
 def _with_error(value: float, low: float, high: float, sign: str = "") -> str:
     "A value with half its interval, to two digits of that; four places where nothing is known of it."
     half = (high - low) / 2
     places = 4 if isnan(half) or half <= 0 else min(8, max(0, 1 - floor(log10(half))))
     return f"{value:{sign}.{places}f} ± {'?' if isnan(half) else f'{half:.{places}f}'}"
 
-# %% ../nbs/reference/published.ipynb #10cee569
+# %% ../nbs/reference/published.ipynb #1d7ff2b9
 def shown(
     made: "DataFrame",  # of `summary` or `against`
 ) -> tuple[list[str], list[list[str]]]:  # header; rows
@@ -77,6 +78,7 @@ def shown(
 
 def _p(p: float) -> str: return "?" if isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
+# %% ../nbs/reference/published.ipynb #a62ec878
 def note(made: "DataFrame") -> str:
     "What a table stands on, in two sentences or three."
     told = made.attrs
@@ -92,7 +94,7 @@ def note(made: "DataFrame") -> str:
     if told.get("device"): parts.append(f"Made on {told['device']}, {', '.join(where)}; data {told.get('data hash')}.")
     return " ".join(parts)
 
-# %% ../nbs/reference/published.ipynb #1d7ff2b9
+# %% ../nbs/reference/published.ipynb #8d971803
 def as_markdown(made: "DataFrame") -> str:
     "A table in Markdown, with its note."
     header, rows = shown(made)
@@ -120,6 +122,7 @@ def check_ending(path: str | Path) -> None:
     "Raise LabError for a file whose ending says nothing of how to write it."
     if Path(path).suffix not in WAYS: raise LabError(f"{path}: expected a file that ends in {', '.join(WAYS)}")
 
+# %% ../nbs/reference/published.ipynb #9bbcbf6a
 def publish(
     made: "DataFrame",  # of `summary`
     path: str | Path,   # its ending says how: .md, .html or .csv

@@ -88,6 +88,7 @@ def metrics_of(run: Run, measures: dict) -> dict:
 
 def _mean(values: list[float]) -> float: return sum(values) / len(values)
 
+# %% ../nbs/reference/results.ipynb #5dd25594
 def cost_of(run: Run, cost: dict) -> dict:
     "What a run took, by column."
     memory, peak = run.record.get("memory", {}), run.record.get("peak_memory_gib")

@@ -59,6 +59,7 @@ def _rows(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
+# %% ../nbs/reference/sweep_table.ipynb #0bda7dde
 def line_of(name: str, place: CellFolder, measure: Iterable[str]) -> Line:
     "A cell, read."
     state, rows = place.state(measure), _rows(place.folder)
@@ -73,7 +74,7 @@ def line_of(name: str, place: CellFolder, measure: Iterable[str]) -> Line:
                 f"{speeds[len(speeds) // 2]:,.0f}", place.told(FAILED).get("message", ""),
                 (place.folder / "metrics.jsonl").stat().st_mtime)
 
-# %% ../nbs/reference/sweep_table.ipynb #0bda7dde
+# %% ../nbs/reference/sweep_table.ipynb #8b9ace8a
 def chosen(
     lines: list[Line],
     most: int,
@@ -94,6 +95,7 @@ def as_html(head: str, lines: list[Line]) -> str:
         if line.message: parts.append(f"<tr><td></td><td colspan=5>{html.escape(line.message)}</td></tr>")
     return "\n".join([*parts, "</table>"])
 
+# %% ../nbs/reference/sweep_table.ipynb #747662f0
 def as_rich(head: str, lines: list[Line]) -> "Table":
     "The same for a terminal."
     from rich.table import Table
@@ -123,19 +125,40 @@ class Unseen(Watcher):
     def told(self, place: CellFolder, outcome: str) -> None: "Nobody is told."
 
 # %% ../nbs/reference/sweep_table.ipynb #0fd7efe6
-class SweepTable(Watcher):
-    "The table of a sweep, kept up to date."
+def _in_terminal():
+    from rich.live import Live
+    return Live(auto_refresh=False, vertical_overflow="visible")
+
+# %% ../nbs/reference/sweep_table.ipynb #6349295d
+class _Shown(Watcher):
+    "The cells of a sweep, read when something changed, and who shows them."
     def __init__(self, places: list[CellFolder], measure: Iterable[str] = (), most: int = 24):
         self.places, self.measure, self.most, self.due, self.kept = places, tuple(measure), most, 0., {}
         self.named = dict(zip([p.folder for p in places], names([p.cell for p in places])))
         self.live, self.show = None, None
         if in_notebook() and type(sys.stdout).__module__.startswith("ipykernel"): self.show = _in_notebook()
-        elif sys.stdout.isatty(): self.live = self._in_terminal()
+        elif sys.stdout.isatty(): self.live = _in_terminal()
 
-    def _in_terminal(self):
-        from rich.live import Live
-        return Live(auto_refresh=False, vertical_overflow="visible")
+    def _line(self, place: CellFolder) -> Line:
+        "A cell, read anew unless it was done."
+        if place.folder not in self.kept:
+            line = line_of(self.named[place.folder], place, self.measure)
+            if line.state != "done": return line
+            self.kept[place.folder] = line
+        return self.kept[place.folder]
 
+    def draw(self) -> None:
+        "Read the folders and show them."
+        if not (self.live or self.show): return
+        start = time.perf_counter()
+        head, lines = chosen([self._line(p) for p in self.places], self.most)
+        if self.show: self.show(head, lines)
+        else: self.live.update(as_rich(head, lines), refresh=True)
+        self.due = time.perf_counter() + max(1., 20 * (time.perf_counter() - start))
+
+# %% ../nbs/reference/sweep_table.ipynb #05df7300
+class SweepTable(_Shown):
+    "The table of a sweep, kept up to date."
     def __enter__(self):
         if self.live: self.live.start()
         self.draw()
@@ -158,20 +181,3 @@ class SweepTable(Watcher):
         line = line_of(self.named[place.folder], place, self.measure)
         end = f": {line.message}" if outcome == "failed" else f"  held-out loss {line.held_out}"
         print(f"{outcome:6}  {line.cell}{end}", flush=True)
-
-    def draw(self) -> None:
-        "Read the folders and show them."
-        if not (self.live or self.show): return
-        start = time.perf_counter()
-        head, lines = chosen([self._line(p) for p in self.places], self.most)
-        if self.show: self.show(head, lines)
-        else: self.live.update(as_rich(head, lines), refresh=True)
-        self.due = time.perf_counter() + max(1., 20 * (time.perf_counter() - start))
-
-    def _line(self, place: CellFolder) -> Line:
-        "A cell, read anew unless it was done."
-        if place.folder not in self.kept:
-            line = line_of(self.named[place.folder], place, self.measure)
-            if line.state != "done": return line
-            self.kept[place.folder] = line
-        return self.kept[place.folder]

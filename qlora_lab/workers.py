@@ -58,6 +58,7 @@ def card_of(device: str | None, index: int) -> str | None:
     cards = torch.cuda.device_count()
     return f"cuda:{index % cards}" if cards and str(device or "cuda") == "cuda" else device
 
+# %% ../nbs/reference/workers.ipynb #ea48e330
 def at_cells(index: int, threads: int, asked: dict) -> None:
     "What a process does."
     torch.set_num_threads(threads)
@@ -69,7 +70,7 @@ def at_cells(index: int, threads: int, asked: dict) -> None:
 
 def _nobody(place, outcome) -> None: "The caller looks into the folders."
 
-# %% ../nbs/reference/workers.ipynb #ea48e330
+# %% ../nbs/reference/workers.ipynb #f5cdcf0e
 @contextmanager
 def started(count: int, asked: dict) -> Iterator[list]:
     "Processes at the cells of a sweep, for a block; ended with it."
@@ -84,6 +85,7 @@ def started(count: int, asked: dict) -> Iterator[list]:
             if process.is_alive(): process.terminate()
             if process.pid: process.join()
 
+# %% ../nbs/reference/workers.ipynb #a3d746d1
 def share(
     count: int,                # processes
     asked: dict,               # arguments of `prepare`

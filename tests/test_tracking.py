@@ -60,3 +60,12 @@ def test_mlflow_in_ten_lines(grid, tmp_path, monkeypatch):
         folder = next(p for p in table["folder"] if Path(p).name == run.info.run_name)
         wanted = [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         assert [m.value for m in curve] == wanted and run.data.params["rank"] == "2" and run.info.status == "FINISHED"
+
+
+def test_tensorboard_is_one_option(grid, tmp_path):
+    "Each cell has its logs, which make it no other cell."
+    pytest.importorskip("tensorboard")
+    plain = sweep(grid, tmp_path / "plain", progress=False)
+    table = sweep(grid | {"tensorboard": True}, tmp_path / "s", progress=False)
+    assert list((Path(table["folder"][0]) / "tensorboard").glob("events.out.tfevents.*"))
+    assert Path(table["folder"][0]).name == Path(plain["folder"][0]).name

@@ -7,6 +7,7 @@
 Each part writes benchmarks/results/quality_PART.json with what is done so far, whenever some of its cells are.
 """
 import argparse
+import os
 import signal
 import time
 
@@ -14,7 +15,7 @@ import torch
 
 from benchmarks.quality import swallowed
 from benchmarks.quality.cells import CHOOSING, Bench, ladders, right_answers
-from benchmarks.quality.record import keep, kept
+from benchmarks.quality.record import TF32, keep, kept
 from benchmarks.quality.rows import BFLOAT16, COMMON, EVERY, OTHERS, RANKS, ROWS, STARTS, TARGETS, tiny_folder
 from qlora_lab.records import LabError
 
@@ -102,12 +103,14 @@ def main() -> None:
     ask.add_argument("--folder", default="runs/quality", help="where the cells lie")
     ask.add_argument("--workers", type=int, default=10, help="processes that share the card")
     ask.add_argument("--minutes", type=float, default=0, help="after so many it ends, and goes on when called again")
+    ask.add_argument("--exact", action="store_true", help="products of whole float32 numbers, not of TF32")
     ask.add_argument("--quick", action="store_true", help="three steps of a tiny model in each cell")
     asked = ask.parse_args()
     folder = f"{asked.folder}_quick" if asked.quick else asked.folder
     bench = Bench(folder, asked.workers, asked.quick)
     if asked.quick: bench.model = str(tiny_folder(bench.folder.parent / "quality_tiny"))
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision("highest" if asked.exact else "high")
+    if not asked.exact: os.environ[TF32] = "1"  # for the processes that this one starts
     signal.signal(signal.SIGALRM, time_is_up)
     signal.alarm(int(60 * asked.minutes))
     try:

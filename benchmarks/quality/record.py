@@ -1,4 +1,5 @@
 """From the folders of cells to a record: for each row and seed the held-out loss of every group, and what it took."""
+import os
 from pathlib import Path
 
 from benchmarks.common import RESULTS, save_result
@@ -39,8 +40,13 @@ def groups_of(folder: Path) -> dict | None:
     return {"names": list(found), "tokens": [v[1] for v in found.values()]}
 
 
+TF32 = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"  # by which torch is told, before it begins, what products may read
+
+
 def keep(name: str, result: dict, quick: bool) -> None:
     "Write a record; a trial's goes elsewhere."
+    before, now = kept(name, quick).get("products", ""), "TF32" if os.environ.get(TF32) else "float32"
+    result = {"products": before if before.startswith(now) else f"{now}; {before}".rstrip("; ")} | result
     print(save_result(name, result) if not quick else save_result(f"../../runs/{name}", result), flush=True)
 
 

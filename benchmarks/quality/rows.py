@@ -1,10 +1,11 @@
 """What is compared: rows of settings, the data sets they learn, and how their bases are opened.
 
 All rows do the same work: 100 steps of 8 examples, a constant rate after five steps, gradients clipped at 0.3. They
-compute in float32, whatever their base is held in, so that two rows differ by what their weights can say and by nothing
-that bfloat16 rounds on the way; rows named bfloat16 are the exception and say what that changes. "LoRA" and "full" have
-the 16-bit weights of the file. A base in a number format that has no 4-bit layer (int8, mxfp4) is that model with its
-weights rounded, which in float32 computes the same.
+keep numbers and sums in float32, whatever their base is held in, so that two rows differ by what their weights can say
+and by nothing that bfloat16 rounds on the way; rows named bfloat16 are the exception and say what it changes. Products
+read float32 numbers as TF32 (ten bits behind the point, summed in float32), or whole with --exact. "LoRA" and "full"
+have the 16-bit weights of the file. A base in a number format that has no 4-bit layer (int8, mxfp4) is that model with
+its weights rounded, which computes the same.
 """
 from dataclasses import replace
 from functools import cache

@@ -6,15 +6,17 @@ loss of every step, the held-out loss as it was trained and with the same adapte
 each layer's update would arrive. A cell lies in a file of its own, so that the study goes on where it was cut short.
 """
 import json
+import os
 from collections import defaultdict
 from contextlib import nullcontext
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
-from benchmarks.quality.record import keep
+from benchmarks.quality.record import TF32, keep
 from benchmarks.quality.rows import data_sets
 from qlora_lab.assets import SMOLLM2
 from qlora_lab.data import collate, tokenize
@@ -123,7 +125,9 @@ def _share(todo: list, folder: Path, bench) -> None:
     args = queue, folder, str(bench.model or SMOLLM2), bench.quick, max(1, torch.get_num_threads() // count)
     processes = [spawn.Process(target=at_work, args=args, daemon=True) for _ in range(count)]
     try:
-        for p in processes: p.start()
+        with patch.dict(os.environ):
+            os.environ.pop(TF32, None)  # the control is in float32, products too
+            for p in processes: p.start()
         for p in processes: p.join()
     except KeyboardInterrupt: print("swallowed: cut short", flush=True)
     finally:

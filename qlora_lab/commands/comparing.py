@@ -112,6 +112,7 @@ def start(asked: Compare) -> int:
     if asked.out: show(Text(f"\nwritten: {publish(made, asked.out)}"))
     return 0
 
+# %% ../../nbs/commands/comparing.ipynb #b43c087a
 def table_of(sides: dict, asked: Compare):
     "The table of methods; of a measure whose better side nobody told the first method is the reference."
     found = results([folder for runs in sides.values() for folder in runs])
