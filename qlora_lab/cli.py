@@ -56,7 +56,7 @@ COMMANDS = {
     "chat": Command("talk to a finished run, its base beside it", "chat.Chat"),
     "merge": Command("put a run's adapter into its model", "merging.Merge"),
     "export": Command("write a model for llama.cpp, Ollama or vLLM", "exporting.Export"),
-    "sweep": Command("carry out a grid of settings, each cell as a run", "sweeping.Sweep"),
+    "sweep": Command("carry out a grid of settings, each cell as a run", "sweep_command.Sweep"),
     "compare": Command("by how much runs differ, and how certain that is", "comparing.Compare"),
     "verify": Command("whether a run or a model is what its manifest says", "verifying.Verify"),
     "model-card": Command("write the README.md that the Hub shows", "verifying.ModelCard"),
