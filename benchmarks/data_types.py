@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -173,11 +174,25 @@ def main() -> None:
     for name in MODELS:
         running.append(subprocess.Popen([*command, "--model", name], env=environment))
         if asked.device == "cpu": running[-1].wait()
-    failed = [name for name, process in zip(MODELS, running) if process.wait()]
+    while waiting := [process for process in running if process.poll() is None]:  # a record at every cut
+        with suppress(subprocess.TimeoutExpired): waiting[0].wait(20)
+        if any(Path(asked.folder).glob("*.json")): save_result(asked.name, whole(asked, start))
+    print(save_result(asked.name, found := whole(asked, start)))
+    failed = [name for name, process in zip(MODELS, running) if process.returncode]
     if failed: raise SystemExit(f"broken off: {', '.join(failed)}; what is done is kept, start again to go on")
-    parts = {name: read_json(Path(asked.folder) / f"{name}.json") for name in MODELS}
-    print(save_result(asked.name, {"models": parts, "settings": vars(asked) | {"folder": None},
-                                   "seconds": time.perf_counter() - start}))
+    if found["missing"]: raise SystemExit(f"missing: {found['missing']}")
+
+
+def whole(asked, start: float) -> dict:
+    "The record, of the parts that there are, and what is missing in it."
+    files = {name: Path(asked.folder) / f"{name}.json" for name in MODELS}
+    parts = {name: read_json(file) for name, file in files.items() if file.exists()}
+    wanted = {name: ["formats", "better"] + ["layers", "kept"] * (name == better_bytes.ALONE) for name in MODELS}
+    missing = {name: [part for part in wanted[name] if part not in parts.get(name, {})] for name in MODELS}
+    for name in MODELS:
+        if not parts.get(name, {}).get("done"): missing[name].append("the end of its last part")
+    return {"models": parts, "missing": {name: what for name, what in missing.items() if what},
+            "settings": vars(asked) | {"folder": None}, "seconds": time.perf_counter() - start}
 
 
 if __name__ == "__main__": main()
