@@ -45,7 +45,8 @@ TF32 = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"  # by which torch is told, before it b
 
 def keep(name: str, result: dict, quick: bool) -> None:
     "Write a record; a trial's goes elsewhere."
-    result = {"products": "TF32" if os.environ.get(TF32) else "float32"} | result
+    before, now = kept(name, quick).get("products", ""), "TF32" if os.environ.get(TF32) else "float32"
+    result = {"products": before if before.startswith(now) else f"{now}; {before}".rstrip("; ")} | result
     print(save_result(name, result) if not quick else save_result(f"../../runs/{name}", result), flush=True)
 
 

@@ -1,6 +1,6 @@
 """Starts of adapters before any training: the error of each layer, and the held-out loss, of SmolLM2 on a CPU.
 
-    python -m benchmarks.quality.starts          # about five minutes on two cores
+    python -m benchmarks.quality.starts          # took 24 minutes on two busy cores
 
 Each start is put on the model in NF4 with double quantization (nbs/engine/repair). The error is that of the weight
 that a layer multiplies with, as a share of the weight; the loss is that of held-out docstrings, kept by module, so that
