@@ -56,15 +56,13 @@ def dynamic_map(
     return torch.cat([*negative, torch.tensor([0., 1.]), *positive]).sort().values
 
 DYNAMIC8 = register_codebook("dynamic8", dynamic_map())
+_dynamic8_on = lru_cache(maxsize=8)(DYNAMIC8.to)  # a device's own, copied there once: a copy is a wait
 STATS_BLOCK = 256  # scales that share one second-level scale
 
 # %% ../nbs/03_double_quant.ipynb #863cf463
 def quantize_absmax(absmax: Tensor, blocksize: int = STATS_BLOCK) -> tuple[Tensor, Tensor, Tensor]:
     "Scales [blocks] to codes [blocks] uint8, absmax2 [ceil(blocks / blocksize)] and their mean. QLoRA, section 3."
     return *quantize_blockwise(absmax - absmax.mean(), DYNAMIC8, blocksize), absmax.mean()
-
-@lru_cache(maxsize=8)
-def _dynamic8_on(device: torch.device) -> Tensor: return DYNAMIC8.to(device)  # copied once: a copy is a wait
 
 def dequantize_absmax(codes: Tensor, absmax2: Tensor, offset: Tensor, blocksize: int = STATS_BLOCK) -> Tensor:
     "The scales [blocks] again, float32: level times second-level scale, plus the mean."

@@ -5,9 +5,10 @@ from datetime import datetime, timedelta
 from fractions import Fraction
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from conftest import searched
 from qlora_lab.arithmetic import KINDS, RANGES, arithmetic_split, exact
 from qlora_lab.data import Example, pair
 from qlora_lab.records import LabError
@@ -58,7 +59,7 @@ def fact(e: Example) -> tuple:
     return kind, *re.findall(r"\d\d:\d\d|\d+(?: \w+s\b)?|(?<=many )\w+(?= are \d)", e.prompt)
 
 
-@settings(max_examples=12)
+@searched(12)
 @given(SEEDS)
 @example(0)
 def test_every_answer_is_right(seed):
@@ -66,7 +67,7 @@ def test_every_answer_is_right(seed):
     for e in data.train + data.held_out: assert worked_out(e) == e.answer, e
 
 
-@settings(max_examples=12)
+@searched(12)
 @given(SEEDS, SEEDS)
 @example(0, 0)
 def test_nothing_held_out_is_trained_on_by_any_seed(seed, other):
@@ -77,7 +78,7 @@ def test_nothing_held_out_is_trained_on_by_any_seed(seed, other):
     assert len({e.group for e in held_out}) == 24
 
 
-@settings(max_examples=12)
+@searched(12)
 @given(SEEDS, st.integers(1, 300), st.integers(1, 300))
 def test_a_longer_list_begins_with_the_shorter(seed, few, many):
     few, many = sorted((few, many))
@@ -85,7 +86,7 @@ def test_a_longer_list_begins_with_the_shorter(seed, few, many):
     assert short.train == long.train[:few] and short.held_out == long.held_out[:few]
 
 
-@settings(max_examples=12)
+@searched(12)
 @given(SEEDS)
 def test_no_exercise_comes_twice_and_the_groups_are_even(seed):
     for side in vars(arithmetic_split(480, 240, seed)).values():
@@ -111,7 +112,7 @@ def test_each_range_is_harder_than_the_one_before():
     for kind in set(KINDS) - {"comparison", "product"}: assert digits(kind, "middle") < digits(kind, "large")
 
 
-@settings(max_examples=30)
+@searched(30)
 @given(st.integers(0, 10 ** 9), st.integers(0, 10 ** 9))
 def test_exact_knows_a_number_however_it_is_written_and_no_other(n, m):
     e = pair("?", str(n))

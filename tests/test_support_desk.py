@@ -10,6 +10,7 @@ import pytest
 from qlora_lab import support_desk
 from qlora_lab.assets import smollm2_folder
 from qlora_lab.records import LabError
+from qlora_lab.shares import Share
 from qlora_lab.support_desk import LABELS, PRIORITIES, desk, desk_file, grade, parse_reply
 
 ROWS = [json.loads(line) for line in Path("nbs/data/support.jsonl").read_text(encoding="utf-8").splitlines()]
