@@ -174,6 +174,8 @@ def _given(base, made: list[dict]) -> list[dict]:
 
 def _checked(measure) -> Mapping[str, Callable]:
     "Measures by name; raises LabError."
+    if measure is not None and not isinstance(measure, Mapping):
+        raise LabError(f"measure={measure!r}: expected names with a function (model, tokenizer, data) each")
     for name, f in (measure or {}).items():
         if not (isinstance(name, str) and callable(f)):
             raise LabError(f"measure: {name!r}: expected names with a function (model, tokenizer, data) each")

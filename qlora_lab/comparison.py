@@ -96,7 +96,7 @@ def _one_method(runs: list[Run]) -> list[int]:
                        "several that differ in the seed")
     seeds = [t.get("seed", 0) for t in told]
     twice = next((s for s in seeds if seeds.count(s) > 1), None)
-    if twice is not None: raise LabError(f"{runs[0].folder} and another of its side have the same seed {twice}")
+    if twice is not None: raise LabError(f"{runs[0].folder}: twice with seed {twice} on one side; name each run once")
     return seeds
 
 # %% ../nbs/reference/comparison.ipynb #1efbc8d2

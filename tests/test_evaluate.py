@@ -110,6 +110,8 @@ def test_in_pairs(tokenizer):
 @pytest.mark.parametrize("data, how, said", [
     ([], {}, "nothing to measure on"),
     ("", {}, "nothing to measure on"),
+    ("README.md", {}, "the name of a file"),
+    (examples(2), {"scores": {"x": 3}}, "expected a function"),
     ("a text", {"scores": {"x": lambda *_: 1}}, "running text asks nothing"),
     (examples(2), {"scores": {"KL": lambda *_: 1}}, "measured anyway"),
     ([Example((), text="read the file")], {"scores": {"x": lambda *_: 1}}, "plain text and tools have no answer"),

@@ -209,6 +209,22 @@ def test_the_sweep_command(grid, tmp_path, capsys):
     assert main(["sweep", str(tmp_path / "grid.toml"), "--table", "t.doc"]) == 2
 
 
+def test_what_the_table_cannot_have_is_said_first(grid, tmp_path, capsys):
+    "A metric or a method that is none, before anything runs; a warm-up as long as the run; a table not written."
+    from qlora_lab.cli import main
+    text = "\n".join(f"{k} = {json.dumps(v)}" for k, v in (grid | {"lr": [1e-3, 2e-3]}).items())
+    (tmp_path / "grid.toml").write_text(text)
+    asked = "sweep", str(tmp_path / "grid.toml"), "--folder", str(tmp_path / "s"), "--device", "cpu"
+    for more, said in ((("--metric", "acuracy"), "expected one of 'held-out loss'"),
+                       (("--reference", "lr=1e-3"), "there are lr=0.001, lr=0.002")):
+        assert main([*asked, "--dry-run", *more]) == 2 and said in " ".join(capsys.readouterr().err.split())
+    assert main([*asked, "--dry-run"]) == 0 and "lr is never reached" in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "one.toml").write_text(text.replace("[0.001, 0.002]", "0.001"))
+    one = "sweep", str(tmp_path / "one.toml"), "--folder", str(tmp_path / "o"), "--device", "cpu"
+    assert main([*one, "--table", str(tmp_path / "t.md")]) == 1
+    assert "was not written" in capsys.readouterr().err and not (tmp_path / "t.md").exists()
+
+
 def test_the_table_of_a_sweep(grid, tmp_path):
     "In a notebook it is shown in its place while cells are at work, and says at the end what is so."
     from qlora_lab.sweep_table import SweepTable
