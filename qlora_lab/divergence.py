@@ -59,7 +59,8 @@ def said(
 ) -> Said:
     "The same of some examples, kept on the CPU."
     pairs = [tuple(t.cpu() for t in logs_at(model, one)) for one in tokens]
-    return Said(*map(list, zip(*pairs)), tuple(one.example.stays_with for one in tokens))
+    logs, targets = ([pair[k] for pair in pairs] for k in (0, 1))
+    return Said(logs, targets, tuple(one.example.stays_with for one in tokens))
 
 # %% ../nbs/reference/divergence.ipynb #3b7bd31c
 def divergence(

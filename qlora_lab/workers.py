@@ -20,12 +20,12 @@ __all__ = ['check_portable', 'cores', 'card_of', 'at_cells', 'started', 'share']
 
 # %% ../nbs/reference/workers.ipynb #9645c695
 import os
-import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import get_context
+from multiprocessing.reduction import ForkingPickler
 from unittest.mock import patch
 
 import torch
@@ -45,8 +45,8 @@ def check_portable(asked: Mapping) -> None:
         if alone and getattr(one, "__module__", None) == "__main__":
             raise LabError(f"workers: {one.__qualname__} is defined in this notebook, where other processes do not "
                            "find it; put it into a module, or take workers=1")
-    try: pickle.dumps(dict(asked))
-    except (pickle.PicklingError, AttributeError, TypeError) as e:
+    try: ForkingPickler.dumps(dict(asked))  # as a process that is started gets it
+    except Exception as e:
         raise LabError(f"workers: this cannot be handed to another process: {e}; take workers=1") from None
 
 def cores() -> int:

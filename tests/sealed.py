@@ -75,6 +75,11 @@ def commands(root):
     yield "export", [out, "--gguf", "F16", "--out", f"{root}/gguf"]
     yield "model-card", [out, "--force"]
     yield "verify", [out]
+    with open(f"{root}/grid.toml", "w") as file:
+        file.write(f'model = "{base}"\ndata = "{data}"\nlr = [1e-3, 2e-3]\nsteps = 2\nwarmup = 0\nbatch_size = 2\n'
+                   "accumulation = 1\nrank = 2\neval_examples = 4\n")
+    yield "sweep", [f"{root}/grid.toml", "--folder", f"{root}/swept", "--device", "cpu"]
+    yield "compare", [f"{root}/swept"]
 
 
 def main(root):
