@@ -104,7 +104,7 @@ def test_what_cannot_be_compared(sides, swept, tokenizer, jsonl, tmp_path):
     with pytest.raises(LabError, match="differ in lr"): compare(results(swept)[:6], b)
     with pytest.raises(LabError, match="one run beside 3 seeds"): compare(a[:1], b)
     with pytest.raises(LabError, match="no such folder"): compare(tmp_path / "none", b)
-    with pytest.raises(LabError, match="same seed"): compare(list(a["folder"][:1]) * 2, b)
+    with pytest.raises(LabError, match="twice with seed"): compare(list(a["folder"][:1]) * 2, b)
     failed = results(swept)["state"] == "failed"
     with pytest.raises(LabError, match="not done"): compare(results(swept)[failed], b)
     with pytest.raises(LabError, match="other held-out examples"):
