@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_lab.blockwise import codebook, to_blocks
+from qlora_lab.divergence import Said
 from qlora_lab.double_quant import STATS_BLOCK, QuantizedTensor, quantize_4bit
 from qlora_lab.engine import calibrated
 from qlora_lab.engine.calibrated import gathered, with_codes
@@ -21,7 +22,7 @@ from qlora_lab.engine.chosen_scales import (
     with_chosen_scales,
 )
 from qlora_lab.engine.sensitivity import estimated, rounding_error, within_bytes
-from qlora_lab.engine.study_texts import compared
+from qlora_lab.measures import beside
 
 if TYPE_CHECKING:
     from benchmarks.data_types import Study
@@ -151,24 +152,24 @@ def by_bitsandbytes(study: "Study", quantize) -> dict:
 def layer_by_layer(study: "Study", rows: list) -> None:
     "What rounding one layer costs, measured and estimated; a budget of bytes spent by it, and spent otherwise."
     single, few = study.found.setdefault("layers", {}), slice(0, len(study.rows), 2)
-    held, reference = study.rows[few], study.reference[few]
+    held, reference = study.rows[few], Said(*(part[few] for part in study.reference))
     def error(name): return rounding_error(study.layers[name], *NF4_DQ)
     for name, m in study.layers.items():
         if name in single: continue
         delta = error(name)
         with torch.no_grad(): m.weight.add_(delta)
-        sums = compared(study.model, held, reference)
+        found = beside(study.model, held, reference)
         with torch.no_grad(): m.weight.copy_(study.before[name])
         relative = (delta.norm() / study.before[name].norm()).item()
-        single[name] = {"kl": sums.kl, "nats": sums.nats, "error": relative, "weights": delta.numel()}
+        single[name] = {"kl": found["KL"].sums, "nats": found["loss"].sums, "error": relative, "weights": delta.numel()}
     study.write()
-    tokens = [r.shape[1] - 1 for r in held]
+    tokens = sum(len(row.ids) - 1 for row in held)
     if "estimated" not in study.found:
         apart = [r[None] for ids in rows for r in ids]
         found = estimated(study.model, apart, study.layers, NF4_DQ)
         study.found["estimated"] = {n: sum(v) / len(v) for n, v in found.items()}
         study.write()
-    by_kl = {n: sum(d["kl"]) / sum(tokens) for n, d in single.items()}
+    by_kl = {n: sum(d["kl"]) / tokens for n, d in single.items()}
     by_error = {n: d["error"] ** 2 * d["weights"] for n, d in single.items()}
     chance = random.Random(0)
     orders = {"measured": by_kl, "estimated": study.found["estimated"], "largest error": by_error,

@@ -24,11 +24,13 @@ from benchmarks import better_bytes
 from benchmarks.common import save_result
 from benchmarks.plain_llama import trained_from_nothing
 from qlora_lab.assets import smollm2_folder
+from qlora_lab.divergence import said
 from qlora_lab.engine.number_formats import FORMATS, Format, Microscaled, format_named
 from qlora_lab.engine.off_grid import off_grid
-from qlora_lab.engine.study_texts import compared, documents, other_documents, rows_of_text, spoken, text_hash
+from qlora_lab.engine.study_texts import entry, held_out_texts, other_texts, rows_of_text, text_hash
 from qlora_lab.linear_layers import quantizable
 from qlora_lab.loading import open_tokenizer
+from qlora_lab.measures import beside
 from qlora_lab.records import read_json, write_whole
 
 MODELS = "smollm2", "smollm2_off_grid", "from_nothing"
@@ -45,17 +47,18 @@ class Study:
         self.file = Path(asked.folder) / f"{name}.json"
         self.found = read_json(self.file) if self.file.exists() else {}
         self.tokenizer = open_tokenizer(str(smollm2_folder()))
-        texts = documents(4 if asked.quick else 24)
+        texts = held_out_texts(4 if asked.quick else 24)
         self.rows = rows_of_text(self.tokenizer, texts, 64 if asked.quick else 512)
         self.model, reference = self.opened()
         self.layers = quantizable(self.model)[0]
         if asked.quick: self.layers = {n: m for n, m in self.layers.items() if ".layers.1." in n}
         self.before = {n: m.weight.detach().clone() for n, m in self.layers.items()}
-        self.reference = spoken(reference, self.rows)
-        said = {"documents": list(texts), "text_hash": text_hash(texts), "weights": self.fingerprint(),
-                "row": self.rows[0].shape[1], "quick": asked.quick}
-        if self.found.get("said", said) != said: raise SystemExit(f"{self.file}: of other texts or weights; remove it")
-        self.found["said"] = said
+        self.reference = said(reference, self.rows, keep=self.device)
+        study = {"documents": list(texts), "text_hash": text_hash(texts), "weights": self.fingerprint(),
+                 "row": len(self.rows[0].ids), "quick": asked.quick}
+        if self.found.get("said", study) != study:
+            raise SystemExit(f"{self.file}: of other texts or weights; remove it")
+        self.found["said"] = study
         self.note("models", "as it is", lambda: {"bits": 32.0})
 
     def opened(self):
@@ -82,13 +85,12 @@ class Study:
         start = time.perf_counter()
         told = make() or {}
         seconds = time.perf_counter() - start
-        sums = compared(self.model, self.rows, self.reference)
-        done[name] = told | {"seconds": round(seconds, 2)} | sums._asdict()
+        found = beside(self.model, self.rows, self.reference)
+        done[name] = told | {"seconds": round(seconds, 2)} | entry(found)
         self.restore()
         self.write()
-        kl, tokens = sum(sums.kl) / sum(sums.tokens), sum(sums.nats) / sum(sums.tokens)
-        print(f"{self.name:18} {part:10} {name:34} {told.get('bits', 0):6.3f} bits  loss {tokens:.4f}  KL {kl:.5f}  "
-              f"({seconds:.1f} s)", flush=True)
+        print(f"{self.name:18} {part:10} {name:34} {told.get('bits', 0):6.3f} bits  loss {found['loss'].loss:.4f}  "
+              f"KL {found['KL'].loss:.5f}  ({seconds:.1f} s)", flush=True)
 
     @torch.no_grad()
     def restore(self):
@@ -141,10 +143,10 @@ def data_types(study: Study) -> None:
 
 def calibration_rows(study: Study, n: int) -> list[torch.Tensor]:
     "Rows [8, length] of documents that are not held out, n documents in all at most."
-    texts = {k: t for k, t in other_documents().items() if len(t) > 3000}
+    texts = {k: t for k, t in other_texts().items() if len(t) > 3000}
     length = 64 if study.asked.quick else 512
-    rows = [r for r in rows_of_text(study.tokenizer, texts, length) if r.shape[1] == length][:n]
-    return [torch.cat(rows[i:i + 8]) for i in range(0, len(rows), 8)]
+    rows = [row.ids for row in rows_of_text(study.tokenizer, texts, length) if len(row.ids) == length][:n]
+    return [torch.stack(rows[i:i + 8]) for i in range(0, len(rows), 8)]
 
 
 def one_model(name: str, asked) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from qlora_lab.engine.study_texts import LEFT_OUT, documents, other_documents, text_hash
+from qlora_lab.engine.study_texts import LEFT_OUT, held_out_texts, other_texts, text_hash
 from qlora_lab.records import whole_folder
 
 SHAPE = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=10, num_attention_heads=8,
@@ -19,8 +19,8 @@ SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_att
 
 def corpus() -> dict[str, str]:
     "Sources of the standard library, and documents that are not held out; no module of a held-out document."
-    held = {name.removeprefix("docstrings: ") for name in documents(10 ** 6)}
-    root, found = Path(sysconfig.get_paths()["stdlib"]), dict(other_documents())
+    held = {name.removeprefix("docstrings: ") for name in held_out_texts(10 ** 6)}
+    root, found = Path(sysconfig.get_paths()["stdlib"]), dict(other_texts())
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts
         if LEFT_OUT & set(parts) or parts[0].removesuffix(".py") in held: continue

@@ -56,9 +56,10 @@ def logs_at(
 def said(
     model: nn.Module,      # causal, of transformers
     tokens: list[Tokens],  # of `tokenize`
+    keep: str | torch.device = "cpu",  # where; a card has room for short studies, and spares the way there
 ) -> Said:
-    "The same of some examples, kept on the CPU."
-    pairs = [tuple(t.cpu() for t in logs_at(model, one)) for one in tokens]
+    "The same of some examples."
+    pairs = [tuple(t.to(keep) for t in logs_at(model, one)) for one in tokens]
     logs, targets = ([pair[k] for pair in pairs] for k in (0, 1))
     return Said(logs, targets, tuple(one.example.stays_with for one in tokens))
 
