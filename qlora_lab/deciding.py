@@ -28,6 +28,7 @@ from pathlib import Path
 from .claims import Number, estimated, exactly, over
 from .divergence import gain_kept
 from .estimates import Estimate, difference, difference_of_numbers, estimate
+from .intervals import errors_wide
 from .records import LabError, read_json
 from .scoring import Score
 
@@ -65,7 +66,7 @@ def kept(record: dict, way: str) -> tuple[float, float]:
     def score(sums): return Score(tuple(sums), tuple(trained["tokens"]), tuple(trained["groups"]))
     share, error = gain_kept(score(record["untrained"]["sums"]), score(trained["sums"]),
                              score(record["ways"][way]["loss_sums"]))
-    return share, 1.96 * error
+    return share, errors_wide(len(set(trained["groups"])) - 1) * error
 
 def of_merging(record: dict) -> dict[str, Number]:
     "What merging keeps, what is left after quantizing again, and whether the original base gives the same model."

@@ -36,6 +36,7 @@ def evaluate(
     reference: nn.Module | Said | None = None,  # another model, whose words count for KL and top-1
     scores: Mapping[str, Callable] | None = None,  # by name: (example, answer) to a number or a yes
     tasks: list[str | dict] = (),               # of lm-evaluation-harness
+    limit: int | None = None,                   # documents of each task, at most
     examples: int = 64,                         # of a split, at most, evenly spread over it
     longest: int = 512,                         # tokens a row; running text is cut into such windows
     max_new_tokens: int = 40,                   # of an answer
@@ -51,5 +52,5 @@ def evaluate(
     if scores: found |= answered(model, tokenizer, held, scores, max_new_tokens)
     if tasks:
         from qlora_lab.harness import task_scores
-        found |= task_scores(model, tokenizer, tasks)
+        found |= task_scores(model, tokenizer, tasks, limit)
     return Evaluation(found)

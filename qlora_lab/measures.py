@@ -33,12 +33,13 @@ import torch
 from torch import nn
 
 from .data import Example, Split, Tokens
-from .divergence import Said, logs_at
+from .divergence import Said, kl_at, logs_at, same_favourite, surprise
 from .estimates import estimate
 from .model import answer
 from .records import LabError
 from .scoring import Score, spread
 from .shares import Share
+from .train import _dropout_off
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -67,8 +68,9 @@ def material(
     "Held-out examples, evenly spread over a split, or text; raises LabError for nothing, and for a file's name."
     held = spread(data.held_out, examples) if isinstance(data, Split) else data
     if not held: raise LabError("nothing to measure on: expected held-out examples, or text")
-    if isinstance(held, str) and "\n" not in held and len(held) < 200 and Path(held).is_file():
-        raise LabError(f"{held}: the name of a file, not its text; give load_examples({held!r}), or what it says")
+    named = isinstance(held, Path) or isinstance(held, str) and "\n" not in held and len(held) < 200
+    if named and (Path(held).is_file() or isinstance(held, Path)):
+        raise LabError(f"{held}: the name of a file, not its text; give load_examples({str(held)!r}), or what it says")
     return held
 
 # %% ../nbs/reference/measures.ipynb #e82a48ff
@@ -80,9 +82,10 @@ def beside(
 ) -> dict[str, Score]:
     "Loss of each row; beside a reference also KL divergence from it and agreement on the likeliest token."
     sums: dict[str, list[float]] = {}
+    if isinstance(reference, Said): _check_rows(reference, rows)
     for i, one in enumerate(rows):
         logs, targets = logs_at(model, one)
-        found = {"loss": -logs.gather(1, targets[:, None])}
+        found = {"loss": surprise(logs, targets)}
         if reference is not None: found |= _distance(logs, _logs_of(reference, i, one))
         for name, t in found.items(): sums.setdefault(name, []).append(t.double().sum().item())
     counts, groups = tuple(int(one.mask[1:].sum()) for one in rows), tuple(one.example.stays_with for one in rows)
@@ -91,6 +94,13 @@ def beside(
     return {name: Score(tuple(values), counts, groups) for name, values in sums.items()}
 
 # %% ../nbs/reference/measures.ipynb #0c52b610
+def _check_rows(reference: Said, rows: list[Tokens]) -> None:
+    "Raise LabError for what was said of other rows."
+    came = [one.ids[1:][one.mask[1:]] for one in rows]
+    if list(map(len, came)) == list(map(len, reference.targets)) and all(
+            torch.equal(a, b.cpu()) for a, b in zip(came, reference.targets)): return
+    raise LabError("the reference was said of other rows than these; let it say these, or hand the model itself over")
+
 def _logs_of(reference: nn.Module | Said, i: int, one: Tokens) -> torch.Tensor:
     "What a reference says of row i."
     return reference.logs[i] if isinstance(reference, Said) else logs_at(reference, one)[0]
@@ -101,7 +111,7 @@ def _distance(logs: torch.Tensor, wanted: torch.Tensor) -> dict[str, torch.Tenso
         raise LabError(f"model and reference say {tuple(logs.shape)} and {tuple(wanted.shape)} numbers (places, "
                        "vocabulary); they need one tokenizer and the same rows")
     wanted = wanted.to(logs.device)
-    return {"KL": (wanted.exp() * (wanted - logs)).sum(1), "top-1": wanted.argmax(1) == logs.argmax(1)}
+    return {"KL": kl_at(wanted, logs), "top-1": same_favourite(wanted, logs)}
 
 # %% ../nbs/reference/measures.ipynb #922c01e1
 def answered(
@@ -119,7 +129,8 @@ def answered(
     if odd: raise LabError(f"{odd.source or 'an example'}: plain text and tools have no answer to score; leave scores "
                            "out")
     turns, texts = [list(e.messages[:-1]) for e in asked], []
-    for i in range(0, len(turns), at_once): texts += answer(model, tokenizer, turns[i:i + at_once], max_new_tokens)
+    with _dropout_off(model):
+        for i in range(0, len(turns), at_once): texts += answer(model, tokenizer, turns[i:i + at_once], max_new_tokens)
     ones, groups = (1,) * len(asked), tuple(e.stays_with for e in asked)
     def score(f): return Score(tuple(float(f(e, a)) for e, a in zip(asked, texts)), ones, groups)
     return {name: score(f) for name, f in scores.items()}

@@ -2,16 +2,20 @@
 import json
 import math
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from conftest import make_llama, make_tokenizer
 from qlora_lab.comparison import compare
 from qlora_lab.data import Example, load_examples, pair, split, tokenize
 from qlora_lab.divergence import divergence, said
 from qlora_lab.evaluate import evaluate
-from qlora_lab.harness import task_scores
+from qlora_lab.harness import number_of, task_scores
+from qlora_lab.linear4bit import quantize_model
+from qlora_lab.lora import add_lora, trainable
 from qlora_lab.measures import answered, beside, documents, spanned
 from qlora_lab.model import answer, perplexity
 from qlora_lab.records import LabError
@@ -56,10 +60,28 @@ def test_divergence_is_that_of_two_models(tokenizer):
     assert own["top-1"].sums == own["top-1"].tokens and max(map(abs, own["KL"].sums)) < 1e-5
 
 
-def test_a_model_in_train_mode_stays_in_it(tokenizer):
-    model = model_of(tokenizer).train()
-    evaluate(model, tokenizer, examples())
-    assert model.training
+def test_a_model_as_train_leaves_it(tokenizer):
+    "In train mode, with dropout in its adapters: measured without it, and still in train mode afterwards."
+    model = quantize_model(model_of(tokenizer))
+    add_lora(model, LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear"), seed=0)
+    for p in trainable(model): p.data += 0.05 * torch.randn_like(p)
+    scores = {"length": lambda e, a: len(a)}
+    first, again = (evaluate(model.train(), tokenizer, examples(), model, scores, max_new_tokens=3) for _ in range(2))
+    assert model.training and all(first[name].sums == again[name].sums for name in first.measures)
+    assert max(map(abs, first["KL"].sums)) < 1e-5
+
+
+def test_what_was_said_of_other_rows_is_no_reference(tokenizer):
+    model, rows = model_of(tokenizer), [tokenize(tokenizer, e) for e in examples()]
+    others = [tokenize(tokenizer, pair("question", "sort the list", group=str(i))) for i in range(6)]
+    for other in (rows[:4], others):
+        with pytest.raises(LabError, match="was said of other rows"): beside(model, rows, said(model, other))
+
+
+@pytest.mark.parametrize("metric, value, wanted", [
+    ("acc", 1., (1., 1)), ("acc", True, (1., 1)), ("word_perplexity", (-12., 4), (12., 4)), ("f1", (1, 1), None),
+    ("byte_perplexity", (-3., 9), (3., 9)), ("bleu", ("a", "b"), None)])
+def test_numbers_of_a_sample(metric, value, wanted): assert number_of(metric, value) == wanted
 
 
 def test_scores_of_answers(tokenizer):
@@ -111,6 +133,7 @@ def test_in_pairs(tokenizer):
     ([], {}, "nothing to measure on"),
     ("", {}, "nothing to measure on"),
     ("README.md", {}, "the name of a file"),
+    (Path("gone.txt"), {}, "the name of a file"),
     (examples(2), {"scores": {"x": 3}}, "expected a function"),
     ("a text", {"scores": {"x": lambda *_: 1}}, "running text asks nothing"),
     (examples(2), {"scores": {"KL": lambda *_: 1}}, "measured anyway"),
