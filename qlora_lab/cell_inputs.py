@@ -70,7 +70,6 @@ def open_base(
     if cell["scales"] == "chosen": how |= {"scales": "chosen", "calibration": _to_calibrate()}
     found = load_model(cell["model"], kind if packed else None, cell["backend"], dtype, dtype, device=device, **how)
     if not packed and kind != "none": round_base(found[0], kind, cell["blocksize"])
-    if cell["scales"] == "chosen": found[0].lab_scales = "chosen"  # no layer shows it, the run's identity does
     return found
 
 # %% ../nbs/reference/cell_inputs.ipynb #01326137

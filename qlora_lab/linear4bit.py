@@ -36,6 +36,7 @@ from .bnb_state import BnbState
 from .double_quant import QuantizedTensor, quantize_4bit
 from .engine.dispatch import faster
 from .linear_layers import known, quantizable, weight_of
+from .records import LabError
 from .replacing import no_plain_saving, refuse_unfit, replace_layer, sharing, tell_share, weights_by_name
 
 # %% ../nbs/05_linear4bit.ipynb #91f9bf7d
@@ -153,6 +154,11 @@ def _exchange(model: nn.Module, take: dict, kind: tuple, compute_dtype: torch.dt
             twin.weight = twins[0].weight
             replace_layer(model, layer, twin)
 
+def _chosen(device: torch.device, *what) -> tuple:
+    found = faster("choices", device, *what)
+    if found is None: raise LabError(f"scales=, keep= and calibration=: nothing chooses on {device.type}")
+    return found
+
 # %% ../nbs/05_linear4bit.ipynb #2027a935
 def quantize_model(
     model: nn.Module,
@@ -172,7 +178,7 @@ def quantize_model(
     refuse_unfit(take, *kind)
     choice = scales, keep, calibration
     quantized, taken = _by_absmax, list(take)
-    if choice != ("absmax", None, None): quantized, taken = faster("choices", device, model, take, stay, kind, *choice)
+    if choice != ("absmax", None, None): quantized, taken = _chosen(device, model, take, stay, kind, *choice)
     _exchange(model, take, kind, compute_dtype, quantized)
     experts = faster("quantize_experts", device, model, *kind, compute_dtype, skip) or []
     tell_share(model, before, [*taken, *experts], stay)

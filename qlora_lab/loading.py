@@ -227,8 +227,8 @@ def choice_of(
     if kind is None:
         raise LabError("scales=, keep= and calibration= say how the lab puts weights into 4 bits, and here it does "
                        "not: the folder holds 4-bit weights already, or backend='bnb' or quantize=None was asked for")
-    model.to(device)
     rows = calibration and [tokenizer(t).input_ids if isinstance(t, str) else t for t in calibration]
+    if rows: model.to(device)  # they go through it
     return {"scales": scales, "keep": keep, "calibration": rows}
 
 # %% ../nbs/reference/loading.ipynb #00eac9ea

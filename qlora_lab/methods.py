@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANGED_BASE', 'lora_config', 'by_peft', 'begin_from_weight', 'is_full', 'train_all', 'trained_tensors',
-           'trained_state', 'kept_name', 'save_trained']
+           'trained_state', 'base_of', 'kept_name', 'save_trained', 'save_whole']
 
 # %% ../nbs/reference/methods.ipynb #fb28b267
 # What a run trains, and what it leaves in its folder.
@@ -80,8 +80,8 @@ def begin_from_weight(model: nn.Module, config: "TrainConfig", learn: list) -> N
 
 # %% ../nbs/reference/methods.ipynb #b00c6ceb
 def is_full(model: nn.Module) -> bool:
-    "Whether every weight of a model is trained."
-    return getattr(model, "lab_method", None) == "full"
+    "Whether every weight of a model is trained; adapters that came later are what learns now."
+    return getattr(model, "lab_method", None) == "full" and not hasattr(model, "lora_config")
 
 def train_all(
     model: nn.Module,      # of `load_model`, not quantized
@@ -109,7 +109,12 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:  # on the CPU
     "The same, to be written."
     return {n: t.detach().cpu().contiguous() for n, t in trained_tensors(model).items()}
 
-CHANGED_BASE = "base"  # where a run leaves the base, if the start of its adapters changed it
+CHANGED_BASE = "base"  # where a run leaves the base, if no other folder has it as it is
+
+def base_of(model: nn.Module, folder: str | Path) -> str | None:  # of the run; None where nobody knows
+    "Whose adapters a run's are: the run's own base where it lies there, else the model that was loaded."
+    if getattr(model, "lab_base_changed", False): return str(Path(folder) / CHANGED_BASE)
+    return getattr(model, "lab_source", None)
 
 def kept_name(method: str, last: bool = False) -> str:  # last: of the last step, where the best was another
     "The folder in which a run leaves what it has trained."
@@ -125,14 +130,19 @@ def save_trained(
 ) -> Path:               # the folder in it
     "Write what was trained, whole or not at all."
     place = folder / kept_name("full" if is_full(model) else "lora", last)
-    if getattr(model, "lab_base_changed", False):
+    if getattr(model, "lab_base_changed", False) and not last:
         faster("save_base", next(model.parameters()).device, model, tokenizer, folder)
     if hasattr(model, "lora_config"): return save_adapter(model, place)
     if not is_full(model):
         model.save_pretrained(place)  # PEFT's wrapper, which writes its adapter
         return place
-    shutil.rmtree(place, ignore_errors=True)  # a run that was cut short after it had written this
+    save_whole(model, tokenizer, place)
+    if not last: model.lab_before, model.lab_source = getattr(model, "lab_source", "?"), str(place)
+    return place
+
+def save_whole(model: nn.Module, tokenizer, place: Path) -> None:
+    "Write a model that is not in 4 bits, with its tokenizer, whole or not at all."
+    shutil.rmtree(place, ignore_errors=True)  # of a run that was cut short after it had written this
     with whole_folder(place) as made, quiet():
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
-    return place

@@ -21,8 +21,8 @@ __all__ = ['PIECES', 'PIECE', 'held_as_told', 'base_mark', 'base_as_held', 'to_a
 # `attach_saved` puts an adapter on by the library that the base's layers are of, and holds names and shapes of the
 # file against the model; PEFT alone would go on with a warning.
 #
-# A run whose adapters began by changing the base has that base in base/, and it is opened; one that trained all weights
-# has its model in model/.
+# A run whose adapters began by changing the base, or whose base has scales or layers of its own choice, has that base
+# in base/, and it is opened; one that trained all weights has its model in model/.
 #
 # The model is in eval mode and nothing in it is trainable. bitsandbytes' layers alone stay in train mode, for on a CPU
 # that library repacks a weight at the first pass in eval mode. Built in nbs/reference/open_run.ipynb.
@@ -185,17 +185,28 @@ def round_base(
     return model
 
 # %% ../nbs/reference/open_run.ipynb #727e548b
+def _choice(folder: Path, identity: dict, options: dict) -> dict:
+    "What `load_model` is told of kept layers; raises LabError for a choice by texts, which the record does not have."
+    chosen = {name: identity[name] for name in ("scales", "keep") if name in identity}
+    if chosen.keys() <= {"keep"} and not isinstance(chosen.get("keep"), int): return chosen
+    if chosen.keys() & options.keys(): return {}
+    said = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
+    raise LabError(f"{folder}: its base was made with {said} and does not lie in {CHANGED_BASE}/; give {said} and "
+                   "calibration= as load_model had them then")
+
+# %% ../nbs/reference/open_run.ipynb #9db3069e
 def _open_base(folder: Path, record: dict, options: dict) -> tuple:
     "Model and tokenizer; raises LabError where they are not what the run had."
     own = folder / CHANGED_BASE if (folder / CHANGED_BASE / "config.json").is_file() else None
     name, how = options.pop("name", own or record["identity"]["model"]), held_as_told(record) | options
-    if record["identity"].get("scales") and not own: how = {"scales": record["identity"]["scales"]} | how
+    if not own: how = _choice(folder, record["identity"], options) | how
     mark, first = None if own else record.get("base", {}).get("mark"), record["identity"]["quantization"]
     rounded = None if own else record["identity"].get("rounded")
     try:
         if mark and base_mark(find_model(name)) != mark: raise LabError("its weights are not those it had then")
         model, tokenizer = load_model(name, **how)
         if rounded: round_base(model, rounded["format"], rounded["blocksize"])
+        if own and record["identity"].get("scales"): model.lab_scales = record["identity"]["scales"]
     except (LabError, OSError) as e:
         raise LabError(f"{folder}: its base {str(name)!r} is not there as it was trained: {e}") from None
     here = next((str(m) for m in model.modules() if type(m).__name__ == "Linear4bit"), None)

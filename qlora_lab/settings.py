@@ -112,7 +112,7 @@ class _Checked(_Together):
         self._check_together()
 
 # %% ../nbs/reference/settings.ipynb #b33d335b
-Init = Literal["default", "gaussian", "orthogonal", "mica", "pissa", "qpissa", "loftq", "loftq5", "eora"]
+Init = Literal[("default", "gaussian", "orthogonal", "mica", *FROM_THE_WEIGHT)]
 
 @dataclass(frozen=True)
 class _Learning(_Checked):

@@ -41,7 +41,7 @@ from .head_loss import place_losses
 from .linear4bit import saved_for_backward
 from .lora import add_lora, trainable
 from .manifest import keep_record
-from .methods import begin_from_weight, by_peft, lora_config, save_trained, train_all
+from .methods import base_of, begin_from_weight, by_peft, lora_config, save_trained, train_all
 from .model import answer
 from .open_run import base_as_held
 from .packing import check_packing, kept_apart, pack, packed_batches
@@ -110,7 +110,7 @@ def attach_adapters(
     elif getattr(model, "is_loaded_in_4bit", False): model = by_peft(model, config)
     else:
         lora = lora_config(config)
-        lora.base_model_name_or_path = getattr(model, "lab_source", None)
+        lora.base_model_name_or_path = base_of(model, config.folder)
         add_lora(model, lora, config.seed, getattr(torch, config.adapter_dtype))
     device = next(model.parameters()).device
     if config.init in FROM_THE_WEIGHT: begin_from_weight(model, config, learn)

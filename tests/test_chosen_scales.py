@@ -6,9 +6,12 @@ from torch import nn
 
 from conftest import devices, make_llama
 from qlora_lab.bnb_files import save_quantized
+from qlora_lab.data import Example, Tokens
+from qlora_lab.divergence import divergence, said
 from qlora_lab.double_quant import quantize_4bit
 from qlora_lab.engine import calibrated
 from qlora_lab.engine.chosen_scales import chosen_4bit, chosen_together, sayable, with_chosen_scales
+from qlora_lab.engine.dispatch import standing_in
 from qlora_lab.engine.off_grid import off_grid
 from qlora_lab.engine.sensitivity import estimated, measured, within_bytes
 from qlora_lab.linear4bit import Linear4bit, quantize_model
@@ -110,10 +113,41 @@ def test_a_model_with_chosen_scales(double_quant):
 
 
 def test_large_models_are_calibrated_in_pieces(monkeypatch):
-    monkeypatch.setattr(calibrated, "ROOM", 1)  # every layer on its own, behind those that are quantized
-    model = make_llama(layers=2).train()
-    quantize_model(model, scales="chosen", calibration=rows_of(model))
+    "Each layer on its own, behind those that are quantized: the first reads what it read, the last something else."
+    whole, model = make_llama(layers=2), make_llama(layers=2).train()
+    rows = rows_of(model)
+    quantize_model(whole, scales="chosen", calibration=rows)
+    monkeypatch.setattr(calibrated, "ROOM", 1)
+    quantize_model(model, scales="chosen", calibration=rows)
     assert sum(type(m) is Linear4bit for m in model.modules()) == 14 and model.training
+    def same(name): return torch.equal(model.get_submodule(name).weight, whole.get_submodule(name).weight)
+    assert same("model.layers.0.self_attn.q_proj") and not same("model.layers.1.mlp.down_proj")
+    by_hand = make_llama(layers=2)  # the first decoder layer rounded, and the sums of the second taken then
+    for n, m in model.model.layers[0].named_modules():
+        if type(m) is Linear4bit: by_hand.model.layers[0].get_submodule(n).weight.data = m.quantized.dequantize()
+    layer = by_hand.model.layers[1].self_attn.q_proj
+    h = calibrated.gathered(by_hand, [layer], [r[None] for r in rows])[layer]
+    found, wanted = model.model.layers[1].self_attn.q_proj.quantized, chosen_4bit(layer.weight, h=h)
+    assert (found.packed != wanted.packed).float().mean() < 0.02  # sums may be rounded otherwise
+
+
+def test_no_graph_is_kept_of_calibration(monkeypatch):
+    "Weights that could learn, as they can when their layers are quantized, keep no activation of a row."
+    model, seen = make_llama(layers=1), []
+    def forward(*args, real=model.forward, **kwargs):
+        out = real(*args, **kwargs)
+        seen.append(out.logits.requires_grad)
+        return out
+    model.forward = forward
+    assert all(p.requires_grad for p in model.parameters())
+    quantize_model(model, scales="chosen", calibration=rows_of(model))
+    assert seen == [False] * 4
+
+
+def test_a_calibration_that_breaks_off_leaves_the_mode():
+    model = make_llama(layers=1).train()
+    with pytest.raises(IndexError): quantize_model(model, scales="chosen", calibration=[torch.tensor([5000])])
+    assert model.training
 
 
 @pytest.mark.parametrize("how", [dict(scales="chosen"), dict(keep=30_000), dict(keep=("down_proj",))])
@@ -148,13 +182,59 @@ def test_the_estimate_is_the_measured_divergence():
     layers = {n: m for n, m in model.named_modules() if n.endswith("_proj")}
     rows = [r[None] for r in rows_of(model, 48, 16)]
     asked = [p.requires_grad_(i % 2 > 0).requires_grad for i, p in enumerate(model.parameters())]
+    grads = [torch.full_like(p, i) if i % 3 else None for i, p in enumerate(model.parameters())]
+    for p, grad in zip(model.parameters(), grads): p.grad = grad
     before = [p.detach().clone() for p in model.parameters()]
-    def nats(f): return torch.tensor([sum(v) / len(v) for v in f(model, rows, layers).values()])
-    one, other = nats(estimated), nats(measured)
+    def nats(f, rows): return torch.tensor([sum(v) / len(v) for v in f(model, rows, layers).values()])
+    one, other = nats(estimated, rows), nats(measured, [scored(r[0]) for r in rows])
     assert (one.sum() / other.sum()).item() == pytest.approx(1, abs=0.3)
     assert torch.corrcoef(torch.stack([one.log(), other.log()]))[0, 1] > 0.8
-    assert [p.requires_grad for p in model.parameters()] == asked and all(p.grad is None for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == asked
+    for i, (p, grad) in enumerate(zip(model.parameters(), grads)):
+        assert p.grad is grad and (grad is None or bool((grad == i).all()))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def scored(ids): return Tokens(ids, torch.ones(len(ids), dtype=torch.bool), Example(()))
+
+
+def test_layers_that_share_a_weight_cost_once():
+    "What rounding the one weight of two layers costs stands under the first name; with all layers it is kept or not."
+    model = make_llama(layers=2)
+    for p in model.parameters(): p.data *= 4 if p.dim() > 1 else 1
+    one, other = (f"model.layers.{i}.mlp.up_proj" for i in (0, 1))
+    model.get_submodule(other).weight = model.get_submodule(one).weight
+    layers = {n: m for n, m in model.named_modules() if n in (one, other)}
+    rows = [r[None] for r in rows_of(model, 48, 16)]
+    found = estimated(model, rows, layers)
+    w, before = model.get_submodule(one).weight, model.get_submodule(one).weight.detach().clone()
+    reference = said(model, held := [scored(r[0]) for r in rows])
+    with torch.no_grad():
+        w.copy_(quantize_4bit(before).dequantize())
+        exact = divergence(reference, said(model, held)).loss
+        w.copy_(before)
+    assert sum(found[one]) / 48 == pytest.approx(exact, rel=0.5) and found[other] == [0.] * 48
+    quantize_model(model, keep=2 * w.numel(), calibration=rows)
+    assert type(model.get_submodule(one)) is type(model.get_submodule(other))
+
+
+def test_a_weight_is_put_back_where_measuring_breaks_off():
+    model = make_llama(layers=1)
+    layer = model.model.layers[0].self_attn.q_proj
+    before = layer.weight.clone()
+    layer.register_forward_hook(Breaking())
+    with pytest.raises(Breaking.Off): measured(model, [scored(torch.arange(6))], {"q": layer})
+    assert torch.equal(layer.weight, before)
+
+
+class Breaking:
+    "A hook that lets the first pass through."
+    class Off(Exception): pass
+    def __init__(self): self.passes = 0
+
+    def __call__(self, *_):
+        self.passes += 1
+        if self.passes > 1: raise self.Off
 
 
 def test_a_budget_takes_the_most_for_a_byte_and_shared_weights_together():
@@ -182,10 +262,17 @@ def test_wishes_that_cannot_be_met(tiny):
     cases = [(dict(scales="best"), "scales='best': expected 'absmax' or 'chosen'"),
              (dict(calibration=rows), "scales='chosen' or keep=<bytes> alone"),
              (dict(keep=1000), "takes calibration="), (dict(keep=("gate",)), "is called gate"),
+             (dict(keep=1e6, calibration=rows), "a whole number of bytes, or names"),
+             (dict(keep=1e6, scales="chosen"), "a whole number of bytes, or names"),
+             (dict(keep=True, calibration=rows), "a whole number of bytes, or names"),
+             (dict(keep=("down_proj", 3)), "a whole number of bytes, or names"),
+             (dict(keep=1000, calibration=[[]]), "none of them empty"),
              (dict(scales="chosen", calibration=[]), "at least one row"),
              (dict(scales="chosen", calibration=[torch.tensor([], dtype=torch.long)]), "none of them empty")]
     for how, told in cases:
         with pytest.raises(LabError, match=told): quantize_model(model, **how)
     assert not any(type(m) is Linear4bit for m in model.modules())
+    with standing_in({("choices", "cpu"): None}), pytest.raises(LabError, match="nothing chooses on cpu"):
+        quantize_model(model, scales="chosen")  # as on a device for which there is no twin
     for how in (dict(quantize=None), dict(backend="bnb")):
         with pytest.raises(LabError, match="here it does not"): load_model(tiny, scales="chosen", device="cpu", **how)

@@ -2,6 +2,7 @@
 import math
 
 import bitsandbytes.functional as bnb
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +12,16 @@ from torch import nn
 from conftest import devices, make_llama
 from qlora_lab.double_quant import quantize_4bit
 from qlora_lab.engine.mxfp4 import E2M1, decode_mxfp4
-from qlora_lab.engine.number_formats import FORMATS, HQQ, Coded, Microscaled, e2m1_codes, format_named, round_model
+from qlora_lab.engine.number_formats import (
+    FORMATS,
+    HQQ,
+    Coded,
+    Microscaled,
+    e2m1_codes,
+    format_named,
+    hqq_zero,
+    round_model,
+)
 from qlora_lab.records import LabError
 
 SIGNED = [*E2M1, *(-v for v in E2M1)]
@@ -131,6 +141,34 @@ def test_hqq_lowers_the_error_that_it_is_made_for():
     low, high = (m(w.view(-1, 64), 1, keepdim=True) for m in (torch.amin, torch.amax))
     start = ((w.view(-1, 64) - low) / (high - low) * 15).round() / 15 * (high - low) + low
     assert error(plain.rounded(w)) < 0.97 * error(start.view_as(w))
+
+
+def by_the_formula(blocks, inverse, zero, p=0.7, beta=10., growth=1.01, rounds=20):
+    "HQQ's solver in plain numbers, as its authors write it down: shrink the errors, then the mean that is left."
+    def shrink(x, beta): return np.sign(x) * max(0., abs(x) - abs(x) ** (p - 1) / beta) if x else 0.
+    zero, least = list(zero), np.inf
+    for _ in range(rounds):
+        errors = []
+        for k, (row, s) in enumerate(zip(blocks, inverse)):
+            codes = [min(15., max(0., np.round(w * s + zero[k]))) for w in row]
+            off = [w - (c - zero[k]) / s for w, c in zip(row, codes)]
+            errors += map(abs, off)
+            zero[k] = np.mean([c - (w - shrink(x, beta)) * s for w, c, x in zip(row, codes, off)])
+        beta *= growth
+        if np.mean(errors) >= least: break
+        least = np.mean(errors)
+    return zero
+
+
+def test_hqq_is_its_formula():
+    w = weights(6, 64, tails=3).double()
+    low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
+    inverse = 15 / (high - low)
+    start = (-low * inverse).round()
+    wanted = by_the_formula(w.tolist(), inverse[:, 0].tolist(), start[:, 0].tolist())
+    got = hqq_zero(w, inverse, start)[:, 0]
+    assert torch.allclose(got, torch.tensor(wanted, dtype=torch.float64), atol=1e-9)
+    assert (got - start[:, 0]).abs().min() > 1e-3  # it moved
 
 
 def test_microscaled_in_other_blocks_than_the_standard():

@@ -4,6 +4,8 @@ Full training is held to a loop in plain torch, and its folder to what opens it;
 4 bits are held to PEFT's functions and to what they promise: an error that gets smaller.
 """
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,14 +18,16 @@ from qlora_lab.adapter_kinds import adapted_layers
 from qlora_lab.batches import batch_indices
 from qlora_lab.data import Split, collate, load_jsonl, split, tokenize
 from qlora_lab.double_quant import quantize_4bit
-from qlora_lab.engine.repair import best_product, start_of, without_adapters
+from qlora_lab.engine.repair import _moments, best_product, start_of, without_adapters
+from qlora_lab.linear4bit import Linear4bit
 from qlora_lab.lora import load_adapter
-from qlora_lab.merged_weights import base_numbers, update_of
+from qlora_lab.merged_weights import base_numbers, merged_weight
 from qlora_lab.methods import trained_tensors
 from qlora_lab.model import load_model
-from qlora_lab.open_run import open_run
+from qlora_lab.open_run import open_run, round_base
 from qlora_lab.records import LabError
 from qlora_lab.settings import FROM_THE_WEIGHT, TrainConfig
+from qlora_lab.ship import merge
 from qlora_lab.train import attach_adapters, train
 from qlora_lab.watching import Watcher
 
@@ -156,7 +160,7 @@ def test_another_checkpoint_is_no_original_base(tiny, data, tmp_path, tokenizer)
 
 def weights_now(model):
     "By layer what it multiplies with: the base and the adapter's update."
-    return {n: base_numbers(m.base_layer) + update_of(m) for n, m in adapted_layers(model).items()}
+    return {n: merged_weight(m) for n, m in adapted_layers(model).items()}
 
 
 @pytest.mark.parametrize("init", [i for i in FROM_THE_WEIGHT if i != "pissa"])
@@ -180,7 +184,8 @@ def test_pissa_is_pefts(tiny):
         r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights="pissa"))
     for name, m in adapted_layers(model).items():
         peft = theirs.base_model.model.get_submodule(name)
-        assert torch.allclose(update_of(m), peft.get_delta_weight("default"), atol=1e-5)
+        update = merged_weight(m) - base_numbers(m.base_layer)
+        assert torch.allclose(update, peft.get_delta_weight("default"), atol=1e-5)
         assert torch.allclose(m.base_layer.weight, peft.base_layer.weight, atol=1e-5)
     ids = torch.tensor([[5, 9, 20, 3]])
     with torch.no_grad():
@@ -304,3 +309,152 @@ def test_commands_know_a_run_without_an_adapter(whole, tiny, tmp_path, capsys):
         assert f"its model lies whole in {folder / 'model'}" in " ".join(capsys.readouterr().err.split())
     card = write_card(folder).read_text()
     assert "all its weights trained" in card and "PeftModel" not in card and "/model" in card
+
+
+TEXTS = ["read the file", "return the sum of the list", "sort the names", "open the door and close it again"]
+
+
+def bases(model):
+    "By name the numbers of each base layer, whatever holds them."
+    plain = {n.replace(".base_layer", ""): m for n, m in model.named_modules() if n.split(".")[-1] != "lora_A"}
+    return {n: base_numbers(m) for n, m in plain.items() if n.endswith("_proj") and not hasattr(m, "base_layer")}
+
+
+@pytest.mark.parametrize("how", [
+    dict(scales="chosen", calibration=TEXTS), dict(scales="chosen"), dict(keep=("down_proj",)),
+    dict(keep=40_000, calibration=TEXTS), dict(scales="chosen", keep="down_proj", calibration=TEXTS)])
+def test_a_run_on_a_chosen_base_opens_on_that_base(how, tiny, data, tmp_path):
+    "Every layer is what it was, with the adapter and without; and its adapter names the base that it is for."
+    model, tokenizer = opened(tiny, **how)
+    before = bases(model)
+    done = train(model, tokenizer, data, TrainConfig(folder=tmp_path / "run", **SHORT), progress=False)
+    ids = torch.tensor([[5, 9, 20, 3]])
+    for adapter in ("adapter", None):
+        again = open_run(done.folder, adapter)[0]
+        now = bases(again)
+        assert before.keys() == now.keys() and all(torch.equal(before[n], now[n]) for n in now)
+    with torch.no_grad():
+        assert torch.allclose(open_run(done.folder)[0](ids).logits, model.eval()(ids).logits, atol=1e-5)
+    named = json.loads((done.folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    by_texts = "scales" in how or "calibration" in how
+    assert named == done.base == str(done.folder / "base" if by_texts else tiny)
+    if by_texts:
+        (done.folder / "base").rename(tmp_path / "away")
+        with pytest.raises(LabError, match="does not lie in base/; give (scales|keep)="): open_run(done.folder)
+        again = open_run(done.folder, **how)[0]
+        assert all(torch.equal(before[n], v) for n, v in bases(again).items())
+
+
+def test_chosen_scales_that_no_checkpoint_can_say_are_asked_for(tiny, data, tmp_path):
+    how = {"scales": "chosen", "calibration": TEXTS}
+    model, tokenizer = opened(tiny, quantize="int4", blocksize=32, **how)
+    before = bases(model)
+    done = train(model, tokenizer, data, TrainConfig(folder=tmp_path / "run", **SHORT), progress=False)
+    assert not (done.folder / "base").exists()
+    with pytest.raises(LabError, match="give scales='chosen' and calibration="): open_run(done.folder)
+    assert all(torch.equal(before[n], v) for n, v in bases(open_run(done.folder, **how)[0]).items())
+
+
+def test_another_choice_is_another_run(tiny, data, tmp_path):
+    "In both directions: the wish that is newly there, and the one that is no longer there."
+    ways = [dict(), dict(scales="chosen"), dict(scales="chosen", calibration=TEXTS),
+            dict(scales="chosen", calibration=TEXTS[:2]), dict(keep=("q_proj", "v_proj")), dict(keep=("v_proj",))]
+    config = TrainConfig(folder=tmp_path / "run", **SHORT | {"steps": 1})
+    for here in ways:
+        model, tokenizer = opened(tiny, **here)
+        train(model, tokenizer, data, replace(config, folder=tmp_path / str(ways.index(here))), progress=False)
+        for other in ways:
+            model, tokenizer = opened(tiny, **other)
+            again = replace(config, folder=tmp_path / str(ways.index(here)))
+            if here == other: train(model, tokenizer, data, again, progress=False)
+            else:
+                with pytest.raises(LabError, match="holds another run"):
+                    train(model, tokenizer, data, again, progress=False)
+    dense, tokenizer = opened(tiny, quantize=None)
+    train(round_base(dense, "int8"), tokenizer, data, config, progress=False)
+    with pytest.raises(LabError, match="rounded was .*, now None"):
+        train(opened(tiny, quantize=None)[0], tokenizer, data, config, progress=False)
+
+
+def test_starts_on_a_chosen_base(tiny, data, tmp_path):
+    "What leaves the base as it is begins there too; what would throw its scales away is refused; it merges."
+    original = opened(tiny, quantize=None)[0]
+    how = dict(scales="chosen", calibration=TEXTS)
+    for init in ("loftq", "eora"):
+        model, tokenizer = opened(tiny, **how)
+        plain = bases(model)
+        learn = [tokenize(tokenizer, e) for e in data.train]
+        attach_adapters(model, TrainConfig(init=init, rank=8, alpha=24), learn)
+        off = [(now - original.get_submodule(n).weight).norm() / (plain[n] - original.get_submodule(n).weight).norm()
+               for n, now in weights_now(model).items()]
+        assert max(off) < 1 and sum(off) < 0.95 * len(off)
+    for init in ("qpissa", "loftq5"):
+        with pytest.raises(LabError, match="scales were chosen; take scales='absmax'"):
+            attach_adapters(opened(tiny, **how)[0], TrainConfig(init=init, rank=8))
+    model, tokenizer = opened(tiny, **how)
+    done = train(model, tokenizer, data, TrainConfig(folder=tmp_path / "run", **SHORT), progress=False)
+    adapted = open_run(done.folder)[0]
+    meant = {n: merged_weight(m, original.get_submodule(n).weight) for n, m in adapted_layers(adapted).items()}
+    merged = merge(adapted, "original", str(tiny), torch.float32)
+    for n, w in meant.items(): assert torch.allclose(merged.get_submodule(n).weight, w, atol=1e-6)
+    make_llama(seed=1, layers=1, hidden=64).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(LabError, match="is farther from it than 4 bits take"):
+        merge(open_run(done.folder)[0], "original", str(tmp_path / "other"))
+
+
+def test_a_base_that_no_checkpoint_can_say_is_not_changed(tiny):
+    model = opened(tiny, quantize="nf4", blocksize=128)[0]
+    with pytest.raises(LabError, match="no 4-bit checkpoint can say nf4 in blocks of 128"):
+        attach_adapters(model, TrainConfig(init="qpissa", rank=4))
+
+
+def test_a_rank_that_one_layer_cannot_have_changes_none(tiny):
+    "q_proj comes first and could have it; k_proj, with half as many rows, could not."
+    model = opened(tiny)[0]
+    before = bases(model)
+    with pytest.raises(LabError, match="rank 40: model.layers.0.self_attn.k_proj has a weight of rank 32 at most"):
+        attach_adapters(model, TrainConfig(init="qpissa", rank=40))
+    assert all(torch.equal(before[n], w) for n, w in bases(model).items())
+    assert not any(m.lora_B.weight.any() for m in adapted_layers(model).values())
+
+
+def test_eora_names_a_layer_that_no_example_reaches(tiny, data):
+    model, tokenizer = opened(tiny)
+    model.model.extra = Linear4bit(quantize_4bit(torch.randn(64, 64)))
+    with pytest.raises(LabError, match="no example reaches model.extra"):
+        dict(_moments(model, {"model.extra": model.model.extra}, "eora", [tokenize(tokenizer, data.train[0])]))
+
+
+def test_all_weights_and_then_adapters(tiny, data, tmp_path):
+    "The second run's base is what the first has made; its folder holds an adapter; the first call is still the first."
+    first, model = run(tiny, data, tmp_path / "whole", quantize=None, **WHOLE)
+    tokenizer = opened(tiny)[1]
+    again = train(model, tokenizer, data, TrainConfig(folder=tmp_path / "whole", **WHOLE), progress=False)
+    assert again.losses == first.losses
+    second = train(model, tokenizer, data, TrainConfig(folder=tmp_path / "lora", **SHORT), progress=False)
+    assert second.base == str(first.folder / "model") and not second.whole
+    assert {p.name for p in second.folder.iterdir() if p.is_dir()} == {"adapter", "checkpoint"}
+    with safe_open(second.folder / "checkpoint" / "state.safetensors", "pt") as f: names = list(f.keys())
+    assert not any("embed" in n for n in names)
+    ids = torch.tensor([[5, 9, 20, 3]])
+    with torch.no_grad():
+        assert torch.allclose(open_run(second.folder)[0](ids).logits, model.eval()(ids).logits, atol=1e-5)
+
+
+def test_a_merged_model_is_nobodys_base_any_more(tiny, data, tmp_path):
+    "A rounded base with its adapter merged in is no rounded base: nothing is rounded again."
+    model, tokenizer = opened(tiny, quantize=None)
+    model = attach_adapters(round_base(model, "int4"), TrainConfig(rank=4))
+    for p in (p for p in model.parameters() if p.requires_grad): torch.nn.init.normal_(p, std=0.05)
+    model = merge(model, "dequantized", dtype=torch.float32)
+    assert not [name for name in model.__dict__ if name.startswith("lab_")]
+
+
+def test_a_changed_base_is_written_once(tiny, data, tmp_path, monkeypatch):
+    from qlora_lab import methods
+    wrote = []
+    faster = methods.faster
+    monkeypatch.setattr(methods, "faster", lambda name, *args: (wrote.append(name), faster(name, *args))[1])
+    done, _ = run(tiny, data, tmp_path / "run", init="loftq5", **SHORT | {"lr": 1e-1, "eval_every": 1})
+    assert Path(done.folder / "last_adapter").is_dir() and wrote.count("save_base") == 1

@@ -93,6 +93,7 @@ def calibrated_weight(
     return with_codes(like, index)
 
 # %% ../../nbs/engine/calibrated.ipynb #09a841d2
+@torch.no_grad()
 def gathered(model: nn.Module, layers: list[nn.Module], tokens: list[Tokens | Tensor]) -> dict[nn.Module, Tensor]:
     "Layer to the sum of x x^T, [in, in] float32, over examples or rows of token ids [1, n]."
     sums, seen, device = {}, {}, next(model.parameters()).device

@@ -186,8 +186,8 @@ class Chosen:
         "Quantize this layer and those that read the same inputs."
         while layer not in self.sums and self.waiting:
             training = self.model.training
-            self.sums = gathered(self.model.eval(), self.waiting.pop(0), self.rows)
-            self.model.train(training)
+            try: self.sums = gathered(self.model.eval(), self.waiting.pop(0), self.rows)
+            finally: self.model.train(training)
         if layer not in self.sums:
             name = next(n for n, m in self.model.named_modules() if m is layer)
             raise LabError(f"calibration: no row of tokens reaches {name}; leave it out by skip=, or give other rows")
@@ -202,15 +202,12 @@ def chosen_scales(
     model: nn.Module,          # as it is before its layers are quantized
     layers: list[nn.Module],   # that are to be, in their order
     scales: str,               # "absmax" or "chosen"
-    calibration: list | None,  # rows of token ids; None to choose without data
+    rows: list[Tensor] | None, # token ids [1, n]; None to choose without data
 ) -> Callable:                 # (layer, quant_type, blocksize, double_quant) to QuantizedTensor
     "How `quantize_model` quantizes a layer; raises LabError for a wish that cannot be met."
     if scales not in ("absmax", "chosen"): raise LabError(f"scales={scales!r}: expected 'absmax' or 'chosen'")
     if scales == "absmax": return lambda layer, *kind: quantize_4bit(weight_of(layer), *kind)
     if next(expert_parameters(model), None):
         raise LabError(f"{type(model).__name__} has fused experts, whose scales cannot be chosen; take scales='absmax'")
-    if calibration is None: return lambda layer, *kind: chosen_4bit(weight_of(layer), *kind)
-    rows = [torch.as_tensor(row).view(1, -1) for row in calibration]
-    if not rows or not min(row.numel() for row in rows):
-        raise LabError("calibration: expected at least one row of token ids, and none of them empty")
+    if rows is None: return lambda layer, *kind: chosen_4bit(weight_of(layer), *kind)
     return Chosen(model, layers, rows)

@@ -22,8 +22,8 @@ __all__ = ['E4M3_MAX', 'E2M1_MAX', 'BOOKS', 'KEPT', 'FORMATS', 'Format', 'store_
 # Blocks run over the numbers in row-major order, those of MXFP4 and NVFP4 along rows, whose ends are filled up with
 # zeros. Codes of these two lie as in gpt-oss' files, the first in the low half (`mxfp4` decodes them).
 #
-# For studies: `round_model` puts rounded numbers in place of a model's weights and saves no memory. torchao and HQQ
-# have kernels for these formats; their rounding is the reference here. Belongs to lesson 11.
+# For studies: `round_model` puts rounded numbers in place of a model's weights and saves no memory. Libraries that
+# serve these formats, such as torchao and HQQ, have kernels for them. Belongs to lesson 11.
 #
 # Built in nbs/engine/number_formats.ipynb.
 
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from ..blockwise import _check_finite, _check_input, dequantize_blockwise, dequantize_packed, pack_4bit
 
 # isort: split
-from ..blockwise import codebook, quantize_blockwise, to_blocks, unpack_4bit
+from ..blockwise import codebook, midpoints, quantize_blockwise, to_blocks, unpack_4bit
 from ..double_quant import dequantize_absmax, levels_by_code
 from .mxfp4 import E2M1, decode_e2m1
 from .rounding import quantize_absmax, quantize_blocks
@@ -135,8 +135,7 @@ def e2m1_codes(
     scaled: Tensor,  # any shape, float32
 ) -> Tensor:         # the same shape, uint8: sign bit 8, then the number of the magnitude
     "The nearest e2m1 number; a tie to the even code, 6 for all that is larger."
-    levels = torch.tensor(E2M1, device=scaled.device)
-    mid = (levels[1:] + levels[:-1]) / 2
+    mid = midpoints(torch.tensor(E2M1, device=scaled.device))
     below, above = (torch.bucketize(scaled.abs(), mid, right=right, out_int32=True) for right in (False, True))
     magnitude = torch.where(above % 2 == 0, above, below)
     return (magnitude + 8 * scaled.signbit()).to(torch.uint8)
@@ -193,7 +192,7 @@ def _value(kept: dict[str, Tensor]) -> Tensor:
     return kept["tensor_scale"] * kept["scales"].float()
 
 def _inverse(kept: dict[str, Tensor]) -> Tensor:
-    "What weights are multiplied with; 0 for a block whose scale is 0. NVIDIA's kernels invert in two steps, as here."
+    "What weights are multiplied with; 0 for a block whose scale is 0."
     if kept["scales"].dtype == torch.uint8: return (1 / e8m0_value(kept["scales"]).double()).float()
     inverse = (1 / kept["tensor_scale"]) / kept["scales"].float()
     return inverse.where(kept["scales"].float() > 0, 0)
@@ -233,9 +232,9 @@ def hqq_zero(
     blocks: Tensor,  # [blocks, b]
     inverse: Tensor, # [blocks, 1]: 1 / step
     zero: Tensor,    # [blocks, 1]: where to start
-    p: float = 0.7, beta: float = 10., growth: float = 1.01, rounds: int = 20,  # as HQQ has them
+    p: float = 0.7, beta: float = 10., growth: float = 1.01, rounds: int = 20,
 ) -> Tensor:         # [blocks, 1]
-    "HQQ's zero points (Badri and Shaji 2023); it stops, as there, when the mean error of the whole tensor grows."
+    "HQQ's zero points (Badri and Shaji 2023); it stops when the mean error of the whole tensor grows."
     least = torch.inf
     for _ in range(rounds):
         codes = (blocks * inverse + zero).round().clamp(0, 15)
