@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .cell_folders import CellFolder
+from .cell_folders import measures_in
 from qlora_lab.estimates import (
     Estimate,
     difference,
@@ -35,7 +35,7 @@ from qlora_lab.estimates import (
     estimate,
     estimate_of_numbers,
 )
-from .grids import ASIDE, DEFAULTS, names, varying
+from .grids import ASIDE, method_names, names, varying
 from .records import LabError
 from .results import LOSS, UNIT, run_folders, settings_of
 from .runs import Run
@@ -51,7 +51,7 @@ def metrics_in(run: Run) -> dict[str, Score | float]:
     gained = Score(tuple(b - a for b, a in zip(before.sums, after.sums)), before.tokens, before.groups)
     last = run.losses[-max(1, len(run.losses) // 10):]
     made = {LOSS: after, f"{LOSS} before": before, "gain": gained, "training loss": sum(last) / len(last)}
-    return made | CellFolder(run.folder, dict(DEFAULTS)).measures
+    return made | measures_in(run.folder)
 
 def metric_of(run: Run, metric: str) -> Score | float:
     "One of them; raises LabError."
@@ -71,10 +71,6 @@ def taken(side, metric: str) -> list[tuple[Run | None, Score | float]]:
     return [one for each in side for one in taken(each, metric)]
 
 # %% ../nbs/reference/comparison.ipynb #4f58d0c7
-def _told(run: Run) -> dict:
-    "What makes a run comparable: hashes of its data, and its settings."
-    return {**run.record.get("identity", {}), "settings": settings_of(run.folder)}
-
 def _alike(runs: list[Run], other_data: bool) -> None:
     "Raise LabError for runs on other data."
     first = runs[0]
@@ -111,8 +107,9 @@ def labels(sides: list[list]) -> list[str]:
     if any(side[0][0] is None for side in sides): return [chr(ord("a") + i) for i in range(len(sides))]
     told = [settings_of(side[0][0].folder) for side in sides]
     alone = all(len(side) == 1 for side in sides)
-    found = names([t if alone else {**t, "seed": None} for t in told])
-    return found if len(set(found)) == len(sides) else [Path(side[0][0].folder).name for side in sides]
+    folders = [Path(side[0][0].folder) for side in sides]
+    ways = names(told) if alone else method_names(told), [f.name for f in folders], [str(f) for f in folders]
+    return next((found for found in ways if len(set(found)) == len(sides)), ways[-1])
 
 # %% ../nbs/reference/comparison.ipynb #85596fc0
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ from typing import TYPE_CHECKING, Literal
 
 from .comparison import contrast, direction, settled_sides, stands_on, taken, value_of
 from .estimates import Estimate
-from .grids import ASIDE, SETTINGS, names
+from .grids import ASIDE, SETTINGS, method_names, sized
 from .intervals import holm
 from .records import LabError
-from .results import LOSS, results
+from .results import LOSS, results, settings_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -45,20 +45,21 @@ def methods(
 ) -> dict[str, list[str]]:           # name to the folders of its runs
     "Runs that differ in the seed alone are one method; those that are not done are left out."
     table = runs if hasattr(runs, "columns") else results(runs)
-    done = table[table["state"] == "done"]
-    if not len(done): raise LabError("no run of these is done; a verdict needs finished ones")
-    kept = [n for n in SETTINGS if n in done and n not in {"seed", *ASIDE}]
-    rows = done[kept].to_dict("records")
-    keys = [tuple(repr(_plain(row[n])) for n in kept) for row in rows]
-    first = {key: i for i, key in reversed(list(enumerate(keys)))}
-    order = sorted(first.values())
-    called = names([{k: _plain(v) for k, v in rows[i].items()} for i in order])
-    return {name: [f for f, key in zip(done["folder"], keys) if key == keys[i]] for name, i in zip(called, order)}
+    folders, done = list(table["folder"]), [state == "done" for state in table["state"]]
+    if not any(done): raise LabError("no run of these is done; a verdict needs finished ones")
+    told, found = sized([settings_of(Path(f)) for f in folders]), {}
+    called = method_names(told)  # of all runs: those that failed change no name
+    first = {name: i for i, name in reversed(list(enumerate(called)))}
+    for i, name in enumerate(called):
+        odd = _odd(told[i], told[first[name]])
+        if odd: raise LabError(f"{folders[i]} and {folders[first[name]]}: one of them does not tell its {odd}, so nobody "
+                               "knows whether they are one method; compare them as sides of their own")
+        if done[i]: found.setdefault(name, []).append(folders[i])
+    return found
 
-def _plain(value):
-    "A cell of a table as a setting: pandas writes a missing one as nan, and numbers beside it as floats."
-    if value is None or isinstance(value, float) and math.isnan(value): return None
-    return value.item() if hasattr(value, "item") else value
+def _odd(a: dict, b: dict) -> str | None:
+    "A setting in which two runs differ, the seed and what changes no result aside."
+    return next((n for n in SETTINGS if n not in {"seed", *ASIDE} and a.get(n) != b.get(n)), None)
 
 # %% ../nbs/reference/ranking.ipynb #da41c0e1
 @dataclass(frozen=True)

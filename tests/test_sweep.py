@@ -225,6 +225,20 @@ def test_what_the_table_cannot_have_is_said_first(grid, tmp_path, capsys):
     assert "was not written" in capsys.readouterr().err and not (tmp_path / "t.md").exists()
 
 
+def test_what_failed_is_told_with_the_table(grid, tmp_path, capsys):
+    "A method has the name that was checked before, though a cell failed; a reference that failed costs no more."
+    from qlora_lab.cli import main
+    text = "\n".join(f"{k} = {json.dumps(v)}" for k, v in (grid | {"lr": [1e-3, 1e30], "max_grad_norm": 0}).items())
+    (tmp_path / "grid.toml").write_text(text)
+    asked = "sweep", str(tmp_path / "grid.toml"), "--folder", str(tmp_path / "s"), "--device", "cpu"
+    for name in ("lr=0.001", "lr=1e+30"):
+        assert main([*asked, "--reference", name]) == 1
+        out = " ".join(capsys.readouterr().out.split())
+        assert "No table of methods" in out and "Failed (1)" in out and "is nan" in out
+    assert main([*asked, "--reference", "lr=0.001", "--json"]) == 1
+    assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["done", "failed"]
+
+
 def test_the_table_of_a_sweep(grid, tmp_path):
     "In a notebook it is shown in its place while cells are at work, and says at the end what is so."
     from qlora_lab.sweep_table import SweepTable

@@ -28,7 +28,7 @@ from tyro.conf import Positional, arg
 
 from ..cell_work import Work, prepare
 from ..comparison import UNITS
-from ..grids import names, varying
+from ..grids import method_names, varying
 from ..published import check_ending, publish, shown, summary
 from ..records import LabError
 from ..results import LOSS
@@ -89,8 +89,7 @@ def check_table(work: Work, metric: str, reference: str | None) -> None:
     "Raise LabError, before anything runs, for a metric or a method that the table at the end cannot have."
     known = [LOSS, f"{LOSS} before", "gain", "training loss", *work.measure]
     if metric not in known: raise LabError(f"--metric {metric}: expected one of {', '.join(map(repr, known))}")
-    seedless = [{**place.cell, "seed": None} for place in work.places]
-    called = list(dict.fromkeys(names(seedless)))
+    called = list(dict.fromkeys(method_names([place.cell for place in work.places])))
     if reference is not None and reference not in called:
         raise LabError(f"--reference {reference}: no method of this grid; there are {', '.join(called)}")
 
@@ -98,9 +97,7 @@ def check_table(work: Work, metric: str, reference: str | None) -> None:
 def methods_table(found: "DataFrame", metric: str, reference: str | None) -> tuple[list, "DataFrame | None"]:
     "What is printed of a sweep's methods, and the table; None where there are none to compare."
     try: made = summary(found, metric, reference)
-    except LabError as e:
-        if reference or metric != LOSS: raise
-        return [Text(f"\nNo table of methods: {e}")], None
+    except LabError as e: return [Text(f"\nNo table of methods: {e}")], None
     unit = f" in {UNITS[metric]}" if metric in UNITS else ""
     return [heading(f"\nMethods, {metric}{unit}, ± at 95 %"), table(*shown(made))], made
 
