@@ -48,13 +48,13 @@ def methods(
     folders, done = list(table["folder"]), [state == "done" for state in table["state"]]
     if not any(done): raise LabError("no run of these is done; a verdict needs finished ones")
     told, found = sized([settings_of(Path(f)) for f in folders]), {}
-    called = method_names(told)  # of all runs: those that failed change no name
-    first = {name: i for i, name in reversed(list(enumerate(called)))}
-    for i, name in enumerate(called):
-        odd = _odd(told[i], told[first[name]])
-        if odd: raise LabError(f"{folders[i]} and {folders[first[name]]}: one of them does not tell its {odd}, so nobody "
-                               "knows whether they are one method; compare them as sides of their own")
-        if done[i]: found.setdefault(name, []).append(folders[i])
+    first = {}
+    for i, name in enumerate(method_names(told)):  # of all runs: those that failed change no name
+        if not done[i]: continue
+        if odd := _odd(told[i], told[first.setdefault(name, i)]):
+            raise LabError(f"{folders[i]} and {folders[first[name]]}: one of them does not tell its {odd}, so nobody "
+                           "knows whether they are one method; compare them as sides of their own")
+        found.setdefault(name, []).append(folders[i])
     return found
 
 def _odd(a: dict, b: dict) -> str | None:
