@@ -3,12 +3,14 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from conftest import make_llama
 from qlora_lab.comparison import compare
 from qlora_lab.data import Split, load_jsonl, split
 from qlora_lab.estimates import difference, estimate
+from qlora_lab.grids import cells
 from qlora_lab.intervals import holm, interval
 from qlora_lab.published import publish, summary
 from qlora_lab.ranking import against, methods, winner
@@ -145,6 +147,19 @@ def test_tables_are_published(swept, tmp_path):
 
 def test_methods_are_named_by_what_differs(swept):
     assert {name: len(runs) for name, runs in methods(swept).items()} == {BEST: 3, OTHER: 3}
+
+
+def test_no_method_takes_another_s_place(tmp_path):
+    "A format's own block size beside another is a method; runs of which one does not tell a setting are refused."
+    def table(some):
+        for i, one in enumerate(some):
+            (tmp_path / f"{i}").mkdir(exist_ok=True)
+            (tmp_path / f"{i}/cell.json").write_text(json.dumps({"settings": one}))
+        return pd.DataFrame({"folder": [str(tmp_path / f"{i}") for i in range(len(some))], "state": "done"})
+    made = cells([{"quant_type": "int4_affine"}, {"quant_type": "int4_affine", "blocksize": 128}])
+    assert list(methods(table(made))) == ["blocksize=64", "blocksize=128"]
+    with pytest.raises(LabError, match="does not tell its double_quant"):
+        methods(table([{"seed": 0, "double_quant": None}, {"seed": 1, "double_quant": True}]))
 
 
 def test_nothing_is_known_of_one_group():
