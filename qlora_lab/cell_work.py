@@ -34,6 +34,7 @@ from pathlib import Path
 
 import torch
 
+# %% ../nbs/reference/cell_work.ipynb #f9cfff3d
 from .assets import SMOLLM2
 from .cell_folders import FAILED, MEASURES, Busy, CellFolder, at_work, set_up
 from .cell_inputs import Bases, clear, device_of, hashes, splits
@@ -84,6 +85,7 @@ def fresh_peak() -> None:
         try: Path("/proc/self/clear_refs").write_text("5")
         except OSError: return  # another system: the peak is that of the process so far
 
+# %% ../nbs/reference/cell_work.ipynb #a04f46fd
 def _opened(place: CellFolder, work: Work, config: TrainConfig) -> tuple:
     "The model of a cell that was trained earlier, on a copy of its base; raises LabError where it was not kept."
     trained = place.folder / kept_name(config.method)
@@ -196,6 +198,7 @@ def _check_given(base, places: list[CellFolder], data: Mapping[str, Split]) -> N
         if odd: raise LabError(f"{place.folder}: made on another base: {odd} was {was.get(odd)!r}, and is "
                                f"{now.get(odd)!r} of the one handed over; name another folder for the sweep")
 
+# %% ../nbs/reference/cell_work.ipynb #7b48ea76
 def _checked(measure) -> Mapping[str, Callable]:
     "Measures by name; raises LabError."
     if measure is not None and not isinstance(measure, Mapping):

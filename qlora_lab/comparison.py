@@ -23,6 +23,7 @@ __all__ = ['LOWER', 'UNITS', 'metrics_in', 'metric_of', 'taken', 'settled_sides'
 # as if it had not been. Used by ranking and the compare command. Built in nbs/reference/comparison.ipynb.
 
 # %% ../nbs/reference/comparison.ipynb #eedb5ad5
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -79,7 +80,7 @@ def _alike(runs: list[Run], other_data: bool) -> None:
             if key == "data" and other_data: continue
             was, now = (r.record.get("identity", {}).get(key) for r in (first, run))
             if was == now: continue
-            hint = "; say so (other_data=True) if that is what you compare" if key == "data" else ""
+            hint = "; say so (other_data=True, --other-data) if that is what you compare" if key == "data" else ""
             raise LabError(f"{run.folder} was {what} than {first.folder} (hash {now}, {was}); nothing can be said of "
                            f"their difference{hint}")
 
@@ -154,19 +155,23 @@ class Comparison(_Sides):
         return sentence(self)
 
 # %% ../nbs/reference/comparison.ipynb #6d8977d3
-def stands_on(e: Estimate) -> str:
+def stands_on(e: Estimate, seeds: Iterable[int] = ()) -> str:  # of the sides, where they may be of unequal number
     "What an estimate stands on, in words."
+    counts = sorted({*seeds} or {e.seeds})
     parts = [f"{e.examples} examples in {e.groups} group{'s' * (e.groups != 1)}"] if e.examples else []
-    return ", ".join([*parts, f"{e.seeds} seeds" if e.seeds > 1 else "one run each"])
+    parts.append("one run each" if counts == [1] else f"{' and '.join(map(str, counts))} seeds")
+    if counts[0] == 2 and e.df <= 1: parts.append("1 degree of freedom: a third seed helps most")
+    return ", ".join(parts)
 
 def sentence(c: Comparison) -> str:
     "A comparison in words."
     unit = f" {UNITS[c.metric]}" if c.metric in UNITS else ""
     low, high = c.interval
+    stands = stands_on(c.estimate, (c.value_a.seeds, c.value_b.seeds))
     head = (f"{c.metric}: {c.a} {c.value_a.value:.4g}, {c.b} {c.value_b.value:.4g}; difference {c.difference:+.4g}"
             f"{unit}")
-    if low != low: return f"{head} ({stands_on(c.estimate)}), of which nothing says how certain it is"
-    head += f" ({100 * c.level:g} %: {low:+.4g} to {high:+.4g}; {stands_on(c.estimate)})"
+    if low != low: return f"{head} ({stands}), of which nothing says how certain it is"
+    head += f" ({100 * c.level:g} %: {low:+.4g} to {high:+.4g}; {stands})"
     if not c.is_told: return head + "; no difference can be told"
     if not c.better: return head + f"; {c.a} is {'higher' if c.difference > 0 else 'lower'}"
     return head + f"; {c.winner} is better"

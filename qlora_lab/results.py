@@ -65,6 +65,7 @@ def settings_of(folder: Path) -> dict:
         own |= _base_told(record) | {"data": record.get("identity", {}).get("data")}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
 
+# %% ../nbs/reference/results.ipynb #5ad01bc5
 def run_folders(
     folder: str | Path | Iterable,  # of a sweep, of several runs, or of one; or a list of such
 ) -> list[Path]:
@@ -132,6 +133,7 @@ def row_of(folder: Path, measure: Iterable[str] = ()) -> dict:
         row |= metrics_of(run, place.measures) | cost_of(run, place.told(MEASURES).get("cost", {})) | origin_of(run)
     return row | {"folder": str(folder)}
 
+# %% ../nbs/reference/results.ipynb #0f192fcb
 def results(
     folder: str | Path | Iterable,  # of a sweep, of several runs, or of one; or a list of such
     measure: Iterable[str] = (),    # names of measures without which a cell of a sweep is not done

@@ -293,9 +293,14 @@ def test_what_the_table_cannot_have_is_said_first(grid, tmp_path, capsys):
     (tmp_path / "grid.toml").write_text(text)
     asked = "sweep", str(tmp_path / "grid.toml"), "--folder", str(tmp_path / "s"), "--device", "cpu"
     for more, said in ((("--metric", "acuracy"), "expected one of 'held-out loss'"),
-                       (("--reference", "lr=1e-3"), "there are lr=0.001, lr=0.002")):
+                       (("--reference", "lr=7e-3"), "there are lr=0.001, lr=0.002")):
         assert main([*asked, "--dry-run", *more]) == 2 and said in " ".join(capsys.readouterr().err.split())
     assert main([*asked, "--dry-run"]) == 0 and "lr is never reached" in " ".join(capsys.readouterr().out.split())
+    assert main([*asked, "--dry-run", "--reference", "lr=2e-3"]) == 0
+    capsys.readouterr()
+    (tmp_path / "three.toml").write_text(f"{text}\nwarmup = 3\n")  # the third of three steps has the whole rate
+    assert main(["sweep", str(tmp_path / "three.toml"), *asked[2:], "--dry-run"]) == 0
+    assert "never reached" not in " ".join(capsys.readouterr().out.split())
     (tmp_path / "one.toml").write_text(text.replace("[0.001, 0.002]", "0.001"))
     one = "sweep", str(tmp_path / "one.toml"), "--folder", str(tmp_path / "o"), "--device", "cpu"
     assert main([*one, "--table", str(tmp_path / "t.md")]) == 1
@@ -314,6 +319,11 @@ def test_what_failed_is_told_with_the_table(grid, tmp_path, capsys):
         assert "No table of methods" in out and "Failed (1)" in out and "is nan" in out
     assert main([*asked, "--reference", "lr=0.001", "--json"]) == 1
     assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["done", "failed"]
+    (tmp_path / "two.toml").write_text(text.replace("1e+30", "0.002"))
+    asked = "sweep", str(tmp_path / "two.toml"), *asked[2:], "--json", "--table", str(tmp_path / "t.md")
+    assert main(asked) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)) == 2 and "written" in err
 
 
 def test_the_table_of_a_sweep(grid, tmp_path):
