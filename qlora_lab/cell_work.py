@@ -16,7 +16,7 @@ __all__ = ['KEEPS', 'Work', 'fresh_peak', 'carry_out', 'serve', 'prepare']
 # another process has is passed over and looked at again at the end.
 #
 # A cell that fails, since its loss is not finite or memory ran out, is noted and ends nothing. What no further cell can
-# survive ends the sweep: Ctrl-C, a full disk, a card that no longer answers.
+# survive ends the sweep: Ctrl-C, a disk that is full or fails, a card that no longer answers.
 #
 # The peak of memory is counted anew for each cell. What the original of the base takes beside the copy is noted, and
 # how many cells other processes were at: speeds are comparable where there were none.
@@ -24,14 +24,17 @@ __all__ = ['KEEPS', 'Work', 'fresh_peak', 'carry_out', 'serve', 'prepare']
 # Used by sweeping and workers. Built in nbs/reference/cell_work.ipynb.
 
 # %% ../nbs/reference/cell_work.ipynb #eea9e2bc
+import errno
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+# %% ../nbs/reference/cell_work.ipynb #f9cfff3d
 from .assets import SMOLLM2
 from .cell_folders import FAILED, MEASURES, Busy, CellFolder, at_work, set_up
 from .cell_inputs import Bases, clear, device_of, hashes, splits
@@ -43,6 +46,8 @@ from .manifest_file import MANIFEST, read_manifest, write_manifest
 from .methods import CHANGED_BASE, kept_name
 from .open_run import attach_saved, open_run, to_answer
 from .records import LabError
+from .runs import fingerprint
+from .settings import TrainConfig
 from .starting_point import adapter_folder
 from .train import train
 from .watching import Watcher
@@ -59,13 +64,14 @@ class Work:
     watchers: tuple[Watcher, ...] = ()
     retry: bool = False              # cells that failed before this began
     keep: str = "adapter"
-    begun: float = field(default_factory=time.time)
+    begun: float = field(default_factory=time.time)  # of all processes that share the work
 
     def is_open(self, place: CellFolder) -> bool:
         "Whether a cell is to be done."
         if place.is_done(self.measure): return False
-        failed = place.folder / FAILED
-        return not failed.exists() or self.retry and failed.stat().st_mtime < self.begun
+        try: failed = (place.folder / FAILED).stat()
+        except FileNotFoundError: return True
+        return self.retry and failed.st_mtime < self.begun
 
     def left(self) -> list[CellFolder]:
         "Cells that are still to be done."
@@ -79,21 +85,23 @@ def fresh_peak() -> None:
         try: Path("/proc/self/clear_refs").write_text("5")
         except OSError: return  # another system: the peak is that of the process so far
 
-def _opened(place: CellFolder, model, tokenizer, config) -> tuple:
+# %% ../nbs/reference/cell_work.ipynb #a04f46fd
+def _opened(place: CellFolder, work: Work, config: TrainConfig) -> tuple:
     "The model of a cell that was trained earlier, on a copy of its base; raises LabError where it was not kept."
     trained = place.folder / kept_name(config.method)
     if not trained.is_dir():
         raise LabError(f"{place.folder}: a measure was not taken when it was trained, and {trained.name} was not kept "
                        "(keep='numbers'); delete the folder to train it anew")
     own = config.method == "full" or (place.folder / CHANGED_BASE).is_dir()
-    if own: return open_run(place.folder, device=next(model.parameters()).device)[:2]
+    if own: return open_run(place.folder, device=work.bases.device)[:2]
+    model, tokenizer = work.bases.copy(place.cell)
     return attach_saved(model, trained, getattr(torch, config.adapter_dtype)), tokenizer
 
 def _trained(place: CellFolder, work: Work, data: Split) -> tuple:
     "The model of a cell after training, ready to answer; trained now, or opened where only measures are missing."
-    model, tokenizer = work.bases.copy(place.cell)
     config = config_of(place.cell, place.folder)
-    if place.run_state() == "done": return _opened(place, model, tokenizer, config)
+    if place.run_state() == "done": return _opened(place, work, config)
+    model, tokenizer = work.bases.copy(place.cell)
     fresh_peak()
     train(model, tokenizer, data, config, False, work.watchers)
     return to_answer(model).requires_grad_(False), tokenizer
@@ -104,17 +112,20 @@ def carry_out(place: CellFolder, work: Work) -> None:
     data, start, others = work.data[place.cell["data"]], time.perf_counter(), at_work(work.root) - 1
     (place.folder / FAILED).unlink(missing_ok=True)
     cost = place.told(MEASURES).get("cost")
+    def took():
+        now = time.perf_counter() - start
+        return cost or {"seconds": now, "others_at_work": others, "kept_gib": work.bases.kept_gib}
     had = place.measures if place.run_state() == "done" else {}
     missing = {name: f for name, f in work.measure.items() if name not in had}
     model = None
     if missing or place.run_state() != "done":
         try:
             model, tokenizer = _trained(place, work, data)
+            place.keep(had, took())  # what training took is known, whatever becomes of the measures
             had |= {name: f(model, tokenizer, data) for name, f in missing.items()}
         finally:
             if model is not None: faster("forget", work.bases.device, model)
-    made = {"seconds": time.perf_counter() - start, "others_at_work": others, "kept_gib": work.bases.kept_gib}
-    place.keep(had, cost or made)
+    place.keep(had, took())
     _tidy(place.folder, work.keep)
 
 # %% ../nbs/reference/cell_work.ipynb #0896cddf
@@ -130,14 +141,16 @@ def _tidy(folder: Path, keep: str) -> None:
     for name in gone: shutil.rmtree(folder / name, ignore_errors=True)
 
 # %% ../nbs/reference/cell_work.ipynb #bc4d88d4
+_FATAL = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO  # no further cell can be written
+
 def _try(place: CellFolder, work: Work) -> str | None:
     "Carry a cell out if it is open: what became of it; None for one that is done already. Raises Busy."
     if not work.is_open(place): return None
     with place.held():
         if not work.is_open(place): return None  # another process was faster
         try: carry_out(place, work)
-        except (KeyboardInterrupt, OSError): raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _FATAL: raise
             place.fail(error)
             if work.bases.device.type == "cuda": torch.cuda.synchronize()  # a card that is lost ends the sweep here
             return "failed"
@@ -157,11 +170,12 @@ def _round(places: list[CellFolder], work: Work, told: Callable[[CellFolder, str
 # %% ../nbs/reference/cell_work.ipynb #9a5dd817
 def serve(work: Work, told: Callable[[CellFolder, str], None]) -> None:
     "Take cells until none is open; those of others are looked at again at the end."
-    left = sorted(work.places, key=lambda p: [str(p.cell[name]) for name in BASE])
+    left, device = sorted(work.places, key=lambda p: [str(p.cell[name]) for name in BASE]), work.bases.device
     try:
-        while left:
-            before, left = left, _round(left, work, told)
-            if len(left) == len(before): time.sleep(0.5)  # all of them are others'
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # whose peak is measured
+            while left:
+                before, left = left, _round(left, work, told)
+                if len(left) == len(before): time.sleep(0.5)  # all of them are others'
     finally: work.bases.close()
 
 # %% ../nbs/reference/cell_work.ipynb #05de04c8
@@ -172,6 +186,19 @@ def _given(base, made: list[dict]) -> list[dict]:
     if odd: raise LabError(f"{odd}: the base was handed over, and is held as it is; leave the setting out of the grid")
     return [c | dict.fromkeys(BASE) | {"model": getattr(base[0], "lab_source", "given")} for c in made]
 
+_HELD = "model", "backend", "quantization", "dtype", "compute_dtype", "rounded", "scales"  # a base, in run.json
+
+def _check_given(base, places: list[CellFolder], data: Mapping[str, Split]) -> None:
+    "Raise LabError where a cell was made on another base than the one that is handed over."
+    if not isinstance(base, tuple): return
+    now = fingerprint(base[0], next(iter(data.values())), config_of(places[0].cell, places[0].folder))
+    for place in places:
+        was = place.told("run.json").get("identity", now)
+        odd = next((name for name in _HELD if was.get(name) != now.get(name)), None)
+        if odd: raise LabError(f"{place.folder}: made on another base: {odd} was {was.get(odd)!r}, and is "
+                               f"{now.get(odd)!r} of the one handed over; name another folder for the sweep")
+
+# %% ../nbs/reference/cell_work.ipynb #7b48ea76
 def _checked(measure) -> Mapping[str, Callable]:
     "Measures by name; raises LabError."
     if measure is not None and not isinstance(measure, Mapping):
@@ -192,16 +219,21 @@ KEEPS = "all", "adapter", "numbers"
 def prepare(
     grid, folder, data=None, base=None, device=None, measure=None, watchers=(), retry=False, keep="adapter",  # of sweep
     dry: bool = False,  # make no folders
+    begun: float | None = None,  # when the sweep began, in seconds since 1970; None: now
 ) -> Work:
     "Everything that can be wrong before the first cell, looked at; the folders made."
     if keep not in KEEPS: raise LabError(f"keep={keep!r}: expected {', '.join(map(repr, KEEPS[:2]))} or 'numbers'")
     device, measure = device_of(device), _checked(measure)
     made = _given(base, cells(read_grid(grid) if isinstance(grid, (str, Path)) else grid))
     if isinstance(data, Split):
+        if any(c["data"] != DEFAULTS["data"] for c in made):
+            raise LabError("data: handed over, and named in the grid too; leave it out of one of them")
         name = "given-" + hashes(data)[0][:8]
         made, data = [c | {"data": name} for c in made], {name: data}
     if base is None: _check_places(made)
     found = splits([c["data"] for c in made], data)
     marks = {name: hashes(one) for name, one in found.items()}
     places = set_up(folder, made, [marks[c["data"]] for c in made], dry)
-    return Work(Path(folder), places, found, Bases(base, device), measure, tuple(watchers), retry, keep)
+    _check_given(base, places, found)
+    return Work(Path(folder), places, found, Bases(base, device), measure, tuple(watchers), retry, keep,
+                begun or time.time())

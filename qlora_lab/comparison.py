@@ -23,11 +23,12 @@ __all__ = ['LOWER', 'UNITS', 'metrics_in', 'metric_of', 'taken', 'settled_sides'
 # as if it had not been. Used by ranking and the compare command. Built in nbs/reference/comparison.ipynb.
 
 # %% ../nbs/reference/comparison.ipynb #eedb5ad5
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .cell_folders import CellFolder
+from .cell_folders import measures_in
 from qlora_lab.estimates import (
     Estimate,
     difference,
@@ -35,7 +36,7 @@ from qlora_lab.estimates import (
     estimate,
     estimate_of_numbers,
 )
-from .grids import ASIDE, DEFAULTS, names, varying
+from .grids import ASIDE, method_names, names, varying
 from .records import LabError
 from .results import LOSS, UNIT, run_folders, settings_of
 from .runs import Run
@@ -51,7 +52,7 @@ def metrics_in(run: Run) -> dict[str, Score | float]:
     gained = Score(tuple(b - a for b, a in zip(before.sums, after.sums)), before.tokens, before.groups)
     last = run.losses[-max(1, len(run.losses) // 10):]
     made = {LOSS: after, f"{LOSS} before": before, "gain": gained, "training loss": sum(last) / len(last)}
-    return made | CellFolder(run.folder, dict(DEFAULTS)).measures
+    return made | measures_in(run.folder)
 
 def metric_of(run: Run, metric: str) -> Score | float:
     "One of them; raises LabError."
@@ -71,10 +72,6 @@ def taken(side, metric: str) -> list[tuple[Run | None, Score | float]]:
     return [one for each in side for one in taken(each, metric)]
 
 # %% ../nbs/reference/comparison.ipynb #4f58d0c7
-def _told(run: Run) -> dict:
-    "What makes a run comparable: hashes of its data, and its settings."
-    return {**run.record.get("identity", {}), "settings": settings_of(run.folder)}
-
 def _alike(runs: list[Run], other_data: bool) -> None:
     "Raise LabError for runs on other data."
     first = runs[0]
@@ -83,7 +80,7 @@ def _alike(runs: list[Run], other_data: bool) -> None:
             if key == "data" and other_data: continue
             was, now = (r.record.get("identity", {}).get(key) for r in (first, run))
             if was == now: continue
-            hint = "; say so (other_data=True) if that is what you compare" if key == "data" else ""
+            hint = "; say so (other_data=True, --other-data) if that is what you compare" if key == "data" else ""
             raise LabError(f"{run.folder} was {what} than {first.folder} (hash {now}, {was}); nothing can be said of "
                            f"their difference{hint}")
 
@@ -111,8 +108,9 @@ def labels(sides: list[list]) -> list[str]:
     if any(side[0][0] is None for side in sides): return [chr(ord("a") + i) for i in range(len(sides))]
     told = [settings_of(side[0][0].folder) for side in sides]
     alone = all(len(side) == 1 for side in sides)
-    found = names([t if alone else {**t, "seed": None} for t in told])
-    return found if len(set(found)) == len(sides) else [Path(side[0][0].folder).name for side in sides]
+    folders = [Path(side[0][0].folder) for side in sides]
+    ways = names(told) if alone else method_names(told), [f.name for f in folders], [str(f) for f in folders]
+    return next((found for found in ways if len(set(found)) == len(sides)), ways[-1])
 
 # %% ../nbs/reference/comparison.ipynb #85596fc0
 @dataclass(frozen=True)
@@ -157,19 +155,23 @@ class Comparison(_Sides):
         return sentence(self)
 
 # %% ../nbs/reference/comparison.ipynb #6d8977d3
-def stands_on(e: Estimate) -> str:
+def stands_on(e: Estimate, seeds: Iterable[int] = ()) -> str:  # of the sides, where they may be of unequal number
     "What an estimate stands on, in words."
+    counts = sorted({*seeds} or {e.seeds})
     parts = [f"{e.examples} examples in {e.groups} group{'s' * (e.groups != 1)}"] if e.examples else []
-    return ", ".join([*parts, f"{e.seeds} seeds" if e.seeds > 1 else "one run each"])
+    parts.append("one run each" if counts == [1] else f"{' and '.join(map(str, counts))} seeds")
+    if counts[0] == 2 and e.df <= 1: parts.append("1 degree of freedom: a third seed helps most")
+    return ", ".join(parts)
 
 def sentence(c: Comparison) -> str:
     "A comparison in words."
     unit = f" {UNITS[c.metric]}" if c.metric in UNITS else ""
     low, high = c.interval
+    stands = stands_on(c.estimate, (c.value_a.seeds, c.value_b.seeds))
     head = (f"{c.metric}: {c.a} {c.value_a.value:.4g}, {c.b} {c.value_b.value:.4g}; difference {c.difference:+.4g}"
             f"{unit}")
-    if low != low: return f"{head} ({stands_on(c.estimate)}), of which nothing says how certain it is"
-    head += f" ({100 * c.level:g} %: {low:+.4g} to {high:+.4g}; {stands_on(c.estimate)})"
+    if low != low: return f"{head} ({stands}), of which nothing says how certain it is"
+    head += f" ({100 * c.level:g} %: {low:+.4g} to {high:+.4g}; {stands})"
     if not c.is_told: return head + "; no difference can be told"
     if not c.better: return head + f"; {c.a} is {'higher' if c.difference > 0 else 'lower'}"
     return head + f"; {c.winner} is better"

@@ -124,7 +124,9 @@ def difference_of_numbers(
     "By how much two methods differ in a number without examples: over seeds alone."
     one, other = np.array(a, dtype=float), np.array(b, dtype=float)
     parts = [over_seeds(one - other)] if paired else [over_seeds(one), over_seeds(other)]
-    return Estimate(float(one.mean() - other.mean()), *joined(parts), 0, 0, min(len(a), len(b)))
+    value, (error, df) = float(one.mean() - other.mean()), joined(parts)
+    if value and np.ptp(one) > 0 and error <= 1e-12 * abs(one).max(): error = nan  # of coarse numbers, equal by chance
+    return Estimate(value, error, df, 0, 0, min(len(a), len(b)))
 
 # %% ../nbs/reference/estimates.ipynb #08b4b544
 def estimate_of_numbers(values: list[float]) -> Estimate:

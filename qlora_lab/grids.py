@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT_SWEPT', 'SPARING', 'SETTINGS', 'DEFAULTS', 'BASE', 'ASIDE', 'ELSEWHERE', 'Base', 'check_name', 'settled',
-           'is_packed', 'config_of', 'cells', 'cell_id', 'varying', 'shown', 'names', 'read_grid']
+           'own_size', 'is_packed', 'config_of', 'cells', 'cell_id', 'sized', 'varying', 'shown', 'names',
+           'method_names', 'read_grid']
 
 # %% ../nbs/reference/grids.ipynb #b380f1b8
 # A grid, and the cells that it stands for.
@@ -66,13 +67,16 @@ ASIDE = "tensorboard", "checkpoint_every"  # make no other cell
 ELSEWHERE = {"learning_rate": "lr", "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "max_steps": "steps",
              "target_modules": "targets", "lr_scheduler_type": "schedule", "num_train_epochs": "epochs",
              "quantize": "quant_type", "block_size": "blocksize", "warmup_ratio": "warmup", "warmup_steps": "warmup",
-             "init_lora_weights": "init", "use_rslora": "rslora", "use_dora": "method", "dataset": "data"}
+             "init_lora_weights": "init", "use_rslora": "rslora", "use_dora": "method", "dataset": "data",
+             "lora_r": "rank", "compute_dtype": "dtype", "bnb_4bit_compute_dtype": "dtype",
+             "bnb_4bit_quant_type": "quant_type", "held_out": "eval_examples"}
 
 def check_name(name) -> None:
     "Raise LabError for what is no setting of a cell."
     if name in SETTINGS: return
     if name in NOT_SWEPT: raise LabError(f"{name}: {NOT_SWEPT[name]}")
-    near = ELSEWHERE.get(name) or next(iter(get_close_matches(str(name), SETTINGS, 1, 0.5)), None)
+    said = str(name).replace("-", "_")
+    near = ELSEWHERE.get(said) or next(iter(get_close_matches(said, SETTINGS, 1, 0.5)), None)
     meant = f"did you mean {near!r}?" if near in SETTINGS else f"known are {', '.join(SETTINGS)}"
     raise LabError(f"{name!r} is no setting of a cell; {meant}")
 
@@ -102,6 +106,11 @@ def _format(kind: str, blocksize: int | None = None):
     "A number format by its name; None where the engine knows none. Raises LabError."
     named = twin("format_named", "cpu")
     return named(kind, blocksize) if named else None
+
+def own_size(kind: str | None) -> int | None:
+    "The block size that a number format has where none is named; None for what is no format."
+    try: return getattr(_format(kind), "blocksize", None)
+    except LabError: return None
 
 def is_packed(quant_type: str) -> bool:
     "Whether a type is a code book of at most 16 levels, for 4-bit layers; raises LabError for one nobody knows."
@@ -182,7 +191,8 @@ def cells(
         for values in product(*axes.values()):
             cell = _check_base(DEFAULTS | dict(zip(axes, values)), set(axes))
             config_of(cell, "runs/sweep")  # says what makes no sense
-            named, own = ", ".join(f"{k}={v!r}" for k, v in zip(axes, values)), cell_id(cell)
+            named = ", ".join(f"{k}={v!r}" for k, v in zip(axes, values))
+            own = cell_id(cell | {"blocksize": cell["blocksize"] or own_size(cell["quant_type"])})
             if own in seen: raise LabError(f"a cell is in the grid twice: ({seen[own]}) and ({named})")
             seen[own] = named
             made.append(cell)
@@ -196,13 +206,24 @@ def cell_id(
     own = {k: v for k, v in cell.items() if k not in ASIDE and v is not None and v != DEFAULTS.get(k)}
     return hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
+# %% ../nbs/reference/grids.ipynb #b5467e43
+def sized(
+    some: list[Mapping],  # cells
+) -> list[dict]:
+    "Cells in which a number format's own block size is named, where others of that format name one."
+    named = {cell.get("quant_type") for cell in some if cell.get("blocksize") is not None}
+    def size(cell): return own_size(cell.get("quant_type")) if cell.get("quant_type") in named else None
+    return [dict(c) if c.get("blocksize") is not None else {**c, "blocksize": size(c)} for c in some]
+
 def varying(
     some: list[Mapping],  # cells
 ) -> list[str]:           # in the order of the settings
     "The settings in which cells differ; what a base has not makes no difference of its own."
-    def values(name): return {repr(cell[name]) for cell in some if cell.get(name) is not None}
+    whole = sized(some)
+    def values(name): return {repr(cell[name]) for cell in whole if cell.get(name) is not None}
     return [name for name in SETTINGS if len(values(name)) > 1]
 
+# %% ../nbs/reference/grids.ipynb #e3bba496
 def shown(value) -> str:
     "A value in a few characters."
     if isinstance(value, bool): return "yes" if value else "no"
@@ -215,7 +236,13 @@ def names(
 ) -> list[str]:           # one each: "quant_type=nf4,seed=0"; "run" for one alone
     "Short names of cells, made of what varies among them."
     differ = varying(some)
-    return [",".join(f"{k}={shown(c[k])}" for k in differ if c.get(k) is not None) or "run" for c in some]
+    return [",".join(f"{k}={shown(c[k])}" for k in differ if c.get(k) is not None) or "run" for c in sized(some)]
+
+def method_names(
+    some: list[Mapping],  # cells
+) -> list[str]:           # one each, the same for cells of one method
+    "Names of the methods that cells belong to: without the seed, and without what changes no result."
+    return names([{k: v for k, v in c.items() if k not in {"seed", *ASIDE}} for c in some])
 
 # %% ../nbs/reference/grids.ipynb #94fbab1d
 def read_grid(

@@ -35,16 +35,18 @@ except ImportError:  # not a POSIX system
     fcntl = None
 
 # %% ../nbs/reference/locks.ipynb #65e39071
-def _held(file: int, path: Path) -> bool:
+def _held(file: int, path: Path, look: bool = False) -> bool:
     "Take the lock of an open file; whether the file still has its name. Raises LabError where another has the lock."
-    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    how = fcntl.LOCK_SH if look else fcntl.LOCK_EX  # those who only look are not in each other's way
+    try: fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
         who = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
         raise LabError(f"{path.parent}: {who} is at work in this folder; wait for it, end it, "
                        "or name another folder") from None
     except OSError as e: warnings.warn(f"{path.parent}: not locked ({e}); see that no other process works in it",
                                        stacklevel=5)
-    return path.exists() and os.path.samestat(os.fstat(file), path.stat())
+    try: return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError: return False
 
 @contextmanager
 def _taken(path: Path):
@@ -83,5 +85,7 @@ def _without(folder: Path, why: str):
 def check_free(folder: str | Path) -> None:
     "Raise LabError where a process is at work in a folder; nothing is made."
     path = Path(folder) / ".lock"
-    if not (fcntl and path.exists()): return
-    with open(path, "rb+") as f: _held(f.fileno(), path)
+    if not fcntl: return
+    try: file = open(path, "rb")
+    except (FileNotFoundError, NotADirectoryError): return  # it may go while we look
+    with file: _held(file.fileno(), path, look=True)

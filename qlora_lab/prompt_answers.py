@@ -9,7 +9,8 @@ __all__ = ['Prompts', 'read_prompts', 'trained_hash', 'AnswerSheet', 'read_sheet
 # Answers of several runs, versioned with them.
 #
 #     FILE.json    prompts: name of their file, its SHA-256, the prompts themselves
-#                  columns: for each name the run's folder, the SHA-256 of what it trained, its answers
+#                  columns: for each name the run's folder, the SHA-256 of what it trained, its answers; for a base
+#                  the SHA-256 of how it was held
 #                  asked: how many tokens at most; provenance
 #
 # A prompt file is text, a prompt a line, or JSONL with a "prompt" a line. It belongs to the comparison: asking again
@@ -36,7 +37,7 @@ from .adapter_sets import adapter_set, compare_answers
 from .comparison import labels
 from .examples import lines_of_json
 from .file_hashes import hash_file
-from .methods import CHANGED_BASE, kept_name
+from .methods import CHANGED_BASE
 from .model import answer
 from .open_run import open_run
 from .records import LabError, provenance, read_json, write_whole
@@ -76,7 +77,7 @@ def _prompt(row, where) -> str:
 # %% ../nbs/reference/prompt_answers.ipynb #415bad0f
 def trained_hash(run: Run) -> str:
     "SHA-256 over what a run trained: its adapter's files, or its model's weights."
-    place = run.folder / kept_name("full" if run.whole else "lora")
+    place = run.kept
     files = sorted(p for p in place.glob("*") if p.suffix in (".safetensors", ".json")) if place.is_dir() else []
     if not files: raise LabError(f"{place}: not there; this run's answers cannot be asked any more")
     told = "".join(f"{hash_file(p)[0]}  {p.name}\n" for p in files)
@@ -107,7 +108,7 @@ def _asked(
     adapters = adapter_set(model)
     own = {f"a{i}": name for i, name in enumerate(new)} | ({"base": alone} if alone else {})
     for short, name in own.items():
-        if short != "base": adapters.load_adapter(some[name].folder / "adapter", short)
+        if short != "base": adapters.load_adapter(some[name].kept, short)
     made = compare_answers(adapters, tokenizer, texts, list(own), ask, **how)
     return {name: made[short].tolist() for short, name in own.items()}
 
@@ -126,7 +127,7 @@ class _Sheet:
 
     def __str__(self):
         prompts, columns = self.record["prompts"], self.record["columns"]
-        own = ", ".join(f"{n} {c['sha256'][:8] if c['sha256'] else 'alone'}" for n, c in columns.items())
+        own = ", ".join(f"{n} {c['sha256'][:8] if 'folder' in c else 'alone'}" for n, c in columns.items())
         return f"{len(prompts['texts'])} prompts of {prompts['name']} ({prompts['sha256'][:8]}); {own}"
 
 # %% ../nbs/reference/prompt_answers.ipynb #7e8ee0bb
@@ -173,10 +174,15 @@ def _begun(file: Path, prompts: Prompts, asked: dict) -> dict:
                        "file")
     return record
 
-def _shelved(columns: dict, name: str, sha: str | None) -> dict:
+def _base_hashes(bases: dict) -> dict[str, str]:
+    "Of each base that can be asked alone (a model that was trained whole has none), the SHA-256 of how it was held."
+    firsts = {own: next(iter(some.values())) for own, some in bases.items()}
+    return {own: hashlib.sha256(_base_of(run).encode()).hexdigest() for own, run in firsts.items() if not run.whole}
+
+def _shelved(columns: dict, name: str, sha: str) -> dict:
     "Columns in which a name that had other bytes is kept under these bytes' hash."
     if name not in columns or columns[name]["sha256"] == sha: return columns
-    old = f"{name} ({(columns[name]['sha256'] or 'base')[:8]})"
+    old = f"{name} ({(columns[name]['sha256'] or 'untold')[:8]})"
     return {old if n == name else n: c for n, c in columns.items()}
 
 # %% ../nbs/reference/prompt_answers.ipynb #2ddb109c
@@ -213,19 +219,19 @@ def ask_runs(
     ask: Callable = answer,     # (model, tokenizer, prompts, max_new_tokens=) to answers
 ) -> AnswerSheet:
     "Answers of several runs to the same prompts, kept in a file; raises LabError where the prompt file changed."
-    asked, found = read_prompts(prompts), _named(runs)
+    asked, bases = read_prompts(prompts), _by_base(found := _named(runs))
     file = Path(file or next(iter(found.values())).folder.parent / f"answers-{Path(prompts).stem}.json")
     record = _begun(file, asked, {"max_new_tokens": max_new_tokens})
-    hashes = {name: trained_hash(run) for name, run in found.items()}
+    hashes = {name: trained_hash(run) for name, run in found.items()} | (_base_hashes(bases) if base else {})
     for name, sha in hashes.items(): record["columns"] = _shelved(record["columns"], name, sha)
-    for own, some in _by_base(found).items():
-        new, whole = [n for n in some if n not in record["columns"]], next(iter(some.values())).whole
-        alone = own if base and own not in record["columns"] and not whole else None
+    for own, some in bases.items():
+        new = [n for n in some if n not in record["columns"]]
+        alone = own if own in hashes and own not in record["columns"] else None
         if not new and not alone: continue
         made = _asked(some, new, alone, list(asked.texts), device, ask, max_new_tokens=max_new_tokens)
         for name, answers in made.items():
-            told = {"folder": str(some[name].folder), "sha256": hashes[name]} if name in some else {"sha256": None}
-            record["columns"][name] = {**told, "answers": answers}
+            told = {"folder": str(some[name].folder)} if name in some else {}
+            record["columns"][name] = {**told, "sha256": hashes[name], "answers": answers}
         write_whole(file, json.dumps(record, indent=1, ensure_ascii=False))
     return AnswerSheet(record)
 

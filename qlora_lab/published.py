@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .comparison import UNITS
+from .grids import ASIDE, DEFAULTS, SETTINGS
+from .grids import shown as in_few
 from .ranking import against, methods, winner
 from .records import LabError, write_whole
 from .results import LOSS, results
@@ -40,20 +42,37 @@ def summary(
     level: float = 0.95,
     better: str | None = None,     # of a measure: "lower" or "higher"
     named: dict | None = None,     # the methods, if not those that differ in the seed alone
+    other_data: bool = False,      # whether what they learned from may differ
 ) -> "DataFrame":        # a row a method
     "Methods with their values, intervals and differences; raises LabError for what cannot be compared."
     table = runs if hasattr(runs, "columns") else results(runs)
     named = named or methods(table)
-    if reference: made = against(reference, named, metric, level)
+    if reference: made = against(reference, named, metric, level, other_data)
     else:
-        all_pairs = winner(named, metric, level, better)  # the best was found by looking: every pair counts
-        made = against(all_pairs.best, named, metric, level)
+        # the best was found by looking: every pair counts
+        all_pairs = winner(named, metric, level, better, other_data)
+        made = against(all_pairs.best, named, metric, level, other_data)
         for name in made.index.drop(all_pairs.best):
             made.loc[name, "p (Holm)"] = all_pairs.corrected[(all_pairs.best, name)]
-    made.attrs = {"metric": metric, "level": level, "left out": int((table["state"] != "done").sum())}
+    made.attrs |= {"metric": metric, "level": level, "left out": int((table["state"] != "done").sum())}
+    made.attrs["all runs"] = _shared(table[table["state"] == "done"])
     for name in ("device", "torch", "transformers", "data hash"):
         made.attrs[name] = ", ".join(map(str, table[name].dropna().unique())) if name in table else ""
     return made
+
+# %% ../nbs/reference/published.ipynb #04a8aa5a
+_TOLD = "model", "quant_type", "method", "rank", "lr", "epochs", "steps", "batch_size", "accumulation"  # in any case
+
+def _shared(done: "DataFrame") -> str:
+    "What the runs of a table have in common: the settings that a reader asks for, and those that are no default."
+    found = {}
+    for name in (*_TOLD, *(n for n in SETTINGS if n not in _TOLD and n not in {"data", "seed", *ASIDE})):
+        values = list(done[name].dropna()) if name in done else []
+        if len(values) < len(done) or len({repr(v) for v in values}) > 1: continue
+        if name in _TOLD or values[0] != DEFAULTS[name]: found[name] = values[0]
+    found.pop("steps" if found.get("epochs") else "epochs", None)
+    if Path(str(found.get("model", "."))).is_absolute(): found["model"] = Path(found["model"]).name  # nobody's folders
+    return ", ".join(f"{name} {in_few(value)}" for name, value in found.items())
 
 # %% ../nbs/reference/published.ipynb #10cee569
 def _with_error(value: float, low: float, high: float, sign: str = "") -> str:
@@ -80,7 +99,7 @@ def _p(p: float) -> str: return "?" if isnan(p) else "< 0.001" if p < 0.001 else
 
 # %% ../nbs/reference/published.ipynb #a62ec878
 def note(made: "DataFrame") -> str:
-    "What a table stands on, in two sentences or three."
+    "What a table stands on, in a few sentences."
     told = made.attrs
     left = told.get("left out", 0)
     metric, level = told.get("metric", LOSS), 100 * told.get("level", 0.95)
@@ -88,6 +107,8 @@ def note(made: "DataFrame") -> str:
     parts = [f"{unit[:1].upper()}{unit[1:]}± is half the {level:g} % interval: Student's t, over groups of held-out "
              "examples and over seeds where there are several. Differences are taken in pairs, their p-values "
              "corrected by Holm for the number of comparisons."]
+    if told.get("examples"): parts.append(f"Scored on {told['examples']} examples in {told['groups']} groups.")
+    if told.get("all runs"): parts.append(f"All runs: {told['all runs']}.")
     if left: parts.append(f"{left} run{'s' * (left != 1)} that failed or {'are' if left != 1 else 'is'} not done "
                           f"{'are' if left != 1 else 'is'} not in the table.")
     where = [f"{name} {told[name]}" for name in ("torch", "transformers") if told.get(name)]
@@ -116,6 +137,7 @@ def as_csv(made: "DataFrame") -> str:
         if name != "metric": whole[name] = value
     return whole.to_csv()
 
+# %% ../nbs/reference/published.ipynb #b130424b
 WAYS = {".md": as_markdown, ".html": as_html, ".csv": as_csv}
 
 def check_ending(path: str | Path) -> None:

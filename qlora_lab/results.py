@@ -41,20 +41,31 @@ if TYPE_CHECKING:
 # %% ../nbs/reference/results.ipynb #b59246e8
 LOSS, UNIT = "held-out loss", "nats/token"
 
+def _base_told(record: dict) -> dict:
+    "How the base of a run was held, as far as its run.json tells."
+    identity = record.get("identity", {})
+    held = held_as_told(record) if {"backend", "quantization", "dtype"} <= identity.keys() else {}
+    rounded, packed = identity.get("rounded") or {}, held.get("quantize")
+    dtype = str(held.get("compute_dtype") or held.get("dtype") or "?").removeprefix("torch.")
+    return {"model": identity.get("model"), "quant_type": rounded.get("format") or packed or "none",
+            "blocksize": rounded.get("blocksize") or held.get("blocksize"), "double_quant": held.get("double_quant"),
+            "scales": identity.get("scales") or ("absmax" if packed else None), "backend": identity.get("backend"),
+            "dtype": dtype}
+
 def settings_of(folder: Path) -> dict:
     "The settings of a run: as its sweep wrote them, or as far as its run.json tells."
-    if (folder / CELL).exists():
-        told = read_json(folder / CELL)["settings"]
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in (DEFAULTS | told).items()}
-    record = read_json(folder / "run.json")
-    config, identity = record.get("config", {}), record.get("identity", {})
-    held = held_as_told(record) if {"backend", "quantization", "dtype"} <= identity.keys() else {}
-    own = {k: v for k, v in config.items() if k in SETTINGS}
-    base = {"model": identity.get("model"), "quant_type": held.get("quantize") or "none", "scales": None,
-            "blocksize": held.get("blocksize"), "double_quant": held.get("double_quant"), "data": identity.get("data"),
-            "backend": identity.get("backend"), "dtype": str(held.get("compute_dtype") or "?").removeprefix("torch.")}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in {**own, **base}.items()}
+    swept, done = (folder / CELL).exists(), (folder / "run.json").exists()
+    record = read_json(folder / "run.json") if done or not swept else {}
+    if swept:
+        own = DEFAULTS | read_json(folder / CELL)["settings"]
+        if own["quant_type"] is None and done:  # the base was handed over
+            own |= {k: v for k, v in _base_told(record).items() if own[k] is None}
+    else:
+        own = {k: v for k, v in record.get("config", {}).items() if k in SETTINGS}
+        own |= _base_told(record) | {"data": record.get("identity", {}).get("data")}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
 
+# %% ../nbs/reference/results.ipynb #5ad01bc5
 def run_folders(
     folder: str | Path | Iterable,  # of a sweep, of several runs, or of one; or a list of such
 ) -> list[Path]:
@@ -109,11 +120,11 @@ def origin_of(run: Run) -> dict:
             "data hash": identity.get("data"), "held-out hash": identity.get("held_out")}
 
 # %% ../nbs/reference/results.ipynb #8b07642e
-def row_of(folder: Path) -> dict:
+def row_of(folder: Path, measure: Iterable[str] = ()) -> dict:
     "A run as a row."
     settings = settings_of(folder)
     place = CellFolder(folder, settings)
-    row = {"state": place.state() if (folder / CELL).exists() else place.run_state(), **settings}
+    row = {"state": place.state(measure) if (folder / CELL).exists() else place.run_state(), **settings}
     if "running" == row["state"] and not (folder / CELL).exists(): row["state"] = "unfinished"
     failed = place.told(FAILED)
     if failed: row["message"] = failed["message"]
@@ -122,12 +133,14 @@ def row_of(folder: Path) -> dict:
         row |= metrics_of(run, place.measures) | cost_of(run, place.told(MEASURES).get("cost", {})) | origin_of(run)
     return row | {"folder": str(folder)}
 
+# %% ../nbs/reference/results.ipynb #0f192fcb
 def results(
     folder: str | Path | Iterable,  # of a sweep, of several runs, or of one; or a list of such
+    measure: Iterable[str] = (),    # names of measures without which a cell of a sweep is not done
 ) -> "DataFrame":                   # a row a run
     "What was asked of each run, what came out, what it took, and on what machine."
     import pandas as pd
-    rows = [row_of(p) for p in run_folders(folder)]
+    rows = [row_of(p, measure) for p in run_folders(folder)]
     settings = [{k: r[k] for k in SETTINGS if k in r} for r in rows]
     table = pd.DataFrame(rows)
     table.insert(0, "cell", names(settings))

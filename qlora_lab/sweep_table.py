@@ -9,7 +9,7 @@ __all__ = ['HEADER', 'STATES', 'Line', 'line_of', 'chosen', 'as_html', 'as_rich'
 # The table of a sweep that goes on.
 #
 # It is read from the cells' folders (`cell_folders`), so it shows what all processes do, and a notebook that only looks
-# on shows the same as the one that began the sweep. A cell that is done or waiting is not read again before it changes.
+# on shows the same as the one that began the sweep. A cell that is done is not read again.
 #
 # In a notebook it is HTML that later versions replace in its place; after the last one it stays, a plain table in the
 # notebook's file: no widget, nothing that needs a kernel to be read. In a terminal rich draws it in its place. Where

@@ -22,6 +22,7 @@ __all__ = ['sweep']
 # Used by the sweep command. Built in nbs/reference/sweeping.ipynb.
 
 # %% ../nbs/reference/sweeping.ipynb #48ce9fb2
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -54,11 +55,11 @@ def sweep(
 ) -> "DataFrame":                                # `results` of these cells
     "Carry out every cell of a grid; raises LabError, before anything runs, for what makes no sense."
     asked = {"grid": grid, "folder": folder, "data": data, "base": base, "device": device, "measure": measure,
-             "watchers": tuple(watchers), "retry": retry, "keep": keep}
-    work = prepare(**asked)
+             "watchers": tuple(watchers), "retry": retry, "keep": keep, "begun": time.time()}
     if workers < 1: raise LabError(f"workers={workers}: expected at least 1")
     if workers > 1: check_portable(asked)
+    work = prepare(**asked)
     with SweepTable(work.places, work.measure) if progress else Unseen() as table:
         if workers == 1: serve(replace(work, watchers=(*work.watchers, table)), table.told)
         elif work.left(): share(workers, asked, table.look, work.left)
-    return results([p.folder for p in work.places])
+    return results([p.folder for p in work.places], work.measure)

@@ -38,13 +38,15 @@ if TYPE_CHECKING:
 # %% ../nbs/reference/tracking.ipynb #77c7ca18
 class Tracker(Watcher):
     "Three methods to be given: begin, log, end."
+    begun = False  # a run that fails before its first step has no end of its own
+
     def begin(self, name: str, settings: dict[str, object]) -> None: "A run begins, or goes on."
     def log(self, step: int, numbers: dict[str, float]) -> None: "A step is done; step 0 has what was before the first."
     def end(self, results: dict[str, float] | None) -> None: "The run is done, or None: it was cut short."
 
     def on_start(self, outset: Outset) -> None:
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(outset.config).items()}
-        folder = Path(outset.folder)
+        folder, self.begun = Path(outset.folder), True
         self.begin(folder.name, settings | {"folder": str(folder)})
         self.log(0, {"held_out/loss": outset.before})
         for row in outset.rows: self.on_step(row)
@@ -52,6 +54,8 @@ class Tracker(Watcher):
     def on_step(self, row: dict) -> None: self.log(row["step"], scalars(row))
 
     def on_end(self, run: "Run | None") -> None:
+        if not self.begun: return None
+        self.begun = False
         if run is None: return self.end(None)
         gain, error = improvement(run.before, run.after)
         return self.end({"held_out/after": run.after.loss, "held_out/stderr": run.after.stderr, "held_out/gain": gain,

@@ -40,7 +40,9 @@ def check_portable(asked: Mapping) -> None:
         raise LabError("workers: a model that was handed over stays in this process; give `base` a function that opens "
                        "it")
     alone = not hasattr(sys.modules["__main__"], "__file__")  # a notebook, or a prompt
-    named = [asked.get("base"), *(asked.get("measure") or {}).values(), *(type(w) for w in asked.get("watchers", ()))]
+    measure = asked.get("measure")
+    measures = measure.values() if isinstance(measure, Mapping) else ()  # what is none is told by `prepare`
+    named = [asked.get("base"), *measures, *(type(w) for w in asked.get("watchers", ()))]
     for one in named:
         if alone and getattr(one, "__module__", None) == "__main__":
             raise LabError(f"workers: {one.__qualname__} is defined in this notebook, where other processes do not "
@@ -63,7 +65,6 @@ def at_cells(index: int, threads: int, asked: dict) -> None:
     "What a process does."
     torch.set_num_threads(threads)
     device = card_of(asked.get("device"), index)
-    if str(device).startswith("cuda:"): torch.cuda.set_device(device)
     try: serve(prepare(**asked | {"device": device}), _nobody)
     except KeyboardInterrupt: raise SystemExit(130) from None
     except LabError as e: raise SystemExit(f"qlora-lab: {e}") from None

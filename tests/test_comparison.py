@@ -1,24 +1,30 @@
 "What may be said of a difference: in pairs, over groups and seeds, corrected; and what may not be compared at all."
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from conftest import make_llama
-from qlora_lab.comparison import compare
+from qlora_lab.comparison import compare, labels
 from qlora_lab.data import Split, load_jsonl, split
-from qlora_lab.estimates import difference, estimate
+from qlora_lab.estimates import difference, difference_of_numbers, estimate
+from qlora_lab.grids import cells
 from qlora_lab.intervals import holm, interval
 from qlora_lab.published import publish, summary
 from qlora_lab.ranking import against, methods, winner
 from qlora_lab.records import LabError
 from qlora_lab.results import results
+from qlora_lab.runs import Run
 from qlora_lab.scoring import Score, improvement
 from qlora_lab.sweeping import sweep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = dict(steps=3, batch_size=4, accumulation=1, rank=2, eval_examples=12, dtype="float32")
+BEST, OTHER = "lr=0.01,max_grad_norm=0.3", "lr=0.0001,max_grad_norm=0.3"  # named beside the one that failed
 
 
 def answer_length(model, tokenizer, data): return 1. + model.config.hidden_size
@@ -62,7 +68,6 @@ def test_a_comparison_of_seeds(sides):
 
 def test_one_run_each_is_the_paired_improvement(sides):
     "With one run a side the difference is that of `scoring`, and the error that of leaving out a group."
-    from qlora_lab.runs import Run
     a, b = (Run.load(side["folder"].iloc[0]) for side in sides)
     found = compare(a, b)
     assert math.isclose(found.difference, improvement(a.after, b.after)[0], rel_tol=1e-9)
@@ -82,10 +87,37 @@ def test_order_of_seeds_does_not_matter(sides):
 
 
 def test_other_seeds_are_compared_as_groups(sides):
-    "Seeds that are not the same are no pairs: their variances add, and the interval is not that of pairs."
+    "Seeds that are not the same are no pairs: the variances over groups and over each side's seeds add."
     a, b = sides
-    some, others = compare(a[:2], b[1:]), compare(a[:2], b[:2])
-    assert some.estimate.seeds == others.estimate.seeds == 2 and some.estimate.stderr != others.estimate.stderr
+    found = compare(a[:2], b[1:])
+    left, right = ([Run.load(p).after for p in side] for side in (a["folder"][:2], b["folder"][1:]))
+    paired = difference([left[0]], [right[0]], True)  # of one run each: over groups alone
+    assert found.estimate.seeds == 2 and paired.df > 1
+    sums = [np.mean([s.sums for s in side], 0) for side in (left, right)]
+    means = [Score(tuple(s.tolist()), left[0].tokens, left[0].groups) for s in sums]
+    over_groups = difference([means[0]], [means[1]], True).stderr ** 2
+    over_seeds = sum(np.var([s.loss for s in side], ddof=1) / 2 for side in (left, right))
+    assert math.isclose(found.estimate.stderr ** 2, over_groups + over_seeds, rel_tol=1e-9)
+
+
+def test_what_is_said_of_seeds(sides):
+    "Of two the sentence says what helps most; of unequal numbers it gives both."
+    a, b = sides
+    assert "2 seeds, 1 degree of freedom: a third seed helps most" in str(compare(a[:2], b[:2]))
+    told = str(compare(a[:2], b))
+    assert "2 and 3 seeds" in told and "a third seed" in told and "third" not in str(compare(a, b))
+    both = str(winner({"a": a, "b": b}))
+    assert "is better than the other" in both and both.endswith("3 seeds; 1 comparison")
+
+
+def test_equal_differences_of_a_coarse_score_are_no_certainty():
+    "Nor is what one seed alone says; a number that no seed moves is as it is."
+    found = difference_of_numbers([.5, .6], [.25, .35], True)
+    assert math.isnan(found.p) and not found.interval()[0] > 0
+    assert math.isnan(difference_of_numbers([.1, .2], [.4, .5], True).p)  # equal but for rounding
+    counted = difference_of_numbers([100, 100], [200, 200], True)
+    assert counted.p == 0 and counted.interval() == (-100, -100)
+    assert difference_of_numbers([.5, .6], [.5, .6], True).p == 1
 
 
 def test_measures_are_compared(sides):
@@ -126,16 +158,19 @@ def test_other_data_is_refused(sides, swept, tmp_path, jsonl):
 def test_a_winner_of_a_sweep(swept):
     "Runs that differ in the seed are one method; what failed is left out, and told in the table that is published."
     found = winner(swept)
-    assert list(found.values) == ["lr=0.01", "lr=0.0001"] and found.winner == "lr=0.01"
+    assert list(found.values) == [BEST, OTHER] and found.winner == BEST
     assert "is better than" in str(found)
-    table = summary(swept, reference="lr=0.0001")
+    table = summary(swept, reference=OTHER)
     assert list(table["runs"]) == [3, 3] and table["difference"].notna().sum() == 1 and table.attrs["left out"] == 1
     with pytest.raises(LabError, match="no such method"): against("lr=3", swept)
+    for said in ("lr=1e-4,max_grad_norm=0.30", "max_grad_norm=0.3,lr=0.0001"):
+        assert against(said, swept).equals(against(OTHER, swept))
 
 
 def test_tables_are_published(swept, tmp_path):
     table = summary(swept)
     text = publish(table, tmp_path / "t.md").read_text()
+    assert "12 examples in" in text and "All runs: model small, quant_type nf4, method lora, rank 2, steps 3" in text
     assert text.count("\n|") == 3 and "1 run that failed" in text and "in nats/token" in text and "±" in text
     assert "<table>" in publish(table, tmp_path / "t.html").read_text()
     assert publish(table, tmp_path / "t.csv").read_text().startswith("method,runs,held-out loss,low,high,difference")
@@ -143,7 +178,20 @@ def test_tables_are_published(swept, tmp_path):
 
 
 def test_methods_are_named_by_what_differs(swept):
-    assert {name: len(runs) for name, runs in methods(swept).items()} == {"lr=0.01": 3, "lr=0.0001": 3}
+    assert {name: len(runs) for name, runs in methods(swept).items()} == {BEST: 3, OTHER: 3}
+
+
+def test_no_method_takes_another_s_place(tmp_path):
+    "A format's own block size beside another is a method; runs of which one does not tell a setting are refused."
+    def table(some):
+        for i, one in enumerate(some):
+            (tmp_path / f"{i}").mkdir(exist_ok=True)
+            (tmp_path / f"{i}/cell.json").write_text(json.dumps({"settings": one}))
+        return pd.DataFrame({"folder": [str(tmp_path / f"{i}") for i in range(len(some))], "state": "done"})
+    made = cells([{"quant_type": "int4_affine"}, {"quant_type": "int4_affine", "blocksize": 128}])
+    assert list(methods(table(made))) == ["blocksize=64", "blocksize=128"]
+    with pytest.raises(LabError, match="does not tell its double_quant"):
+        methods(table([{"seed": 0, "double_quant": None}, {"seed": 1, "double_quant": True}]))
 
 
 def test_nothing_is_known_of_one_group():
@@ -177,7 +225,7 @@ def said(capsys, *words):
 def test_the_compare_command(swept, sides, tmp_path, capsys):
     "A folder by its methods, two runs as two sides, two seeds of one method too; the same as JSON, and as a file."
     code, out, _ = said(capsys, "compare", swept, "--out", tmp_path / "t.md")
-    assert code == 0 and "lr=0.01 is better" in out and (tmp_path / "t.md").exists()
+    assert code == 0 and "max_grad_norm=0.3 is better" in " ".join(out.split()) and (tmp_path / "t.md").exists()
     one, other = sides[0]["folder"].iloc[0], sides[1]["folder"].iloc[0]
     code, out, _ = said(capsys, "compare", one, other, "--json")
     told = json.loads(out)
@@ -195,6 +243,40 @@ def test_the_compare_command(swept, sides, tmp_path, capsys):
 def test_mistakes_of_the_compare_command(swept, capsys, words, told):
     code, _, err = said(capsys, "compare", swept, *words)
     assert code == 2 and told in err and err.count("\n") == 1
+
+
+def test_the_same_cell_of_two_sweeps(swept, sides, tmp_path, capsys):
+    "Each place is a side with all its seeds, however it is written; unfinished ones are told, or left out and counted."
+    for name, count in (("one", 3), ("two", 3)):
+        for folder in sides[0]["folder"][:count]: shutil.copytree(folder, tmp_path / name / Path(folder).name)
+    code, out, _ = said(capsys, "compare", tmp_path / "one", f"{tmp_path}/two/", "--json")
+    told = json.loads(out)
+    assert code == 0 and [row["runs"] for row in told["methods"]] == [3, 3] and told["difference"] == 0
+    same = [next((tmp_path / name).glob("*seed=0*")) for name in ("one", "two")]
+    assert {str(p) for p in same} == set(labels([[(Run.load(p), None)] for p in same]))
+    assert said(capsys, "compare", *same)[0] == 0
+    failed = next(swept.glob("*1e+30*"))
+    code, _, err = said(capsys, "compare", f"{failed}/", sides[0]["folder"].iloc[0])
+    assert code == 2 and "not done" in err
+    said(capsys, "compare", swept, "--out", tmp_path / "t.md")
+    assert "1 run that failed" in (tmp_path / "t.md").read_text()
+
+
+def test_json_is_json(swept, tmp_path, capsys):
+    "What else is said goes to the other stream; a reference may be written with other digits."
+    code, out, err = said(capsys, "compare", swept, "--json", "--out", tmp_path / "t.md", "--reference",
+                          "lr=1e-4,max_grad_norm=0.3")
+    assert code == 0 and json.loads(out)["b"] == OTHER and "written" in err and (tmp_path / "t.md").exists()
+
+
+def test_other_data_may_be_said(swept, sides, tmp_path, jsonl, capsys):
+    data = split(load_jsonl(jsonl), 0.3)
+    grid = SHORT | {"model": str(swept.parent / "small"), "lr": 5e-3}
+    sweep(grid, tmp_path / "a", Split(data.train[:-8], data.held_out), progress=False)
+    one = sides[0]["folder"].iloc[0]
+    code, _, err = said(capsys, "compare", one, tmp_path / "a")
+    assert code == 2 and "--other-data" in err
+    assert said(capsys, "compare", one, tmp_path / "a", "--other-data")[0] == 0
 
 
 def test_a_run_that_is_not_there(swept, tmp_path, capsys):

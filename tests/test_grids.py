@@ -1,5 +1,7 @@
 "A grid is read, checked and made into cells before anything runs; each mistake is one message with what is meant."
 import json
+import threading
+from contextlib import suppress
 from dataclasses import fields
 
 import numpy as np
@@ -8,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_lab.cell_folders import CellFolder, set_up
-from qlora_lab.grids import ASIDE, DEFAULTS, SETTINGS, cell_id, cells, config_of, names, read_grid
+from qlora_lab.grids import ASIDE, DEFAULTS, SETTINGS, cell_id, cells, config_of, method_names, names, read_grid
+from qlora_lab.locks import check_free, locked
 from qlora_lab.records import LabError
 from qlora_lab.settings import TrainConfig
 
@@ -28,12 +31,16 @@ def test_every_field_of_a_run_can_be_swept():
     ("lr", "a grid is a dict"), ([1], "a grid is a dict"), (None, "a grid is a dict"),
     ({"lr": []}, r"lr=\[\]"), ({"lr": {1e-3}}, "expected a value"), ({"lr": {"from": 1}}, "expected a value"),
     ({"learning_rate": 1e-3}, "did you mean 'lr'"), ({"lora_alpha": 8}, "did you mean 'alpha'"),
-    ({"seeds": [1]}, "did you mean 'seed'"), ({"Rank": 2}, "did you mean 'rank'"), ({3: 2}, "3 is no setting"),
+    ({"lora_r": 8}, "did you mean 'rank'"),
+    ({"compute_dtype": "float32"}, "did you mean 'dtype'"), ({"learning-rate": 1e-3}, "did you mean 'lr'"),
+    ({"held_out": 9}, "did you mean 'eval_examples'"), ({"seeds": [1]}, "did you mean 'seed'"),
+    ({"Rank": 2}, "did you mean 'rank'"), ({3: 2}, "3 is no setting"),
     ({"folder": "x"}, "each cell has its own"), ({"lr": "fast"}, "lr='fast': expected a finite number"),
     ({"lr": float("nan")}, "finite"), ({"lr": None}, "lr=None"), ({"rank": 2.5}, "a whole number"),
     ({"rank": True}, "a whole number"), ({"rslora": 1}, "true or false"), ({"double_quant": "no"}, "true or false"),
     ({"schedule": "cosin"}, "constant, linear or cosine"), ({"targets": [[]]}, "targets"), ({"data": 3}, "text"),
     ({"targets": [["q_proj", 3]]}, "targets"), ({"seed": [0, 0]}, "twice"), ({"lr": [1, 1.0]}, "twice"),
+    ([{"quant_type": "mxfp4"}, {"quant_type": "mxfp4", "blocksize": 32}], "twice"),
     ([{"rank": 4}, {"rank": [2, 4]}], r"twice: \(rank=4\) and \(rank=4\)"), ({"tensorboard": [True, False]}, "twice"),
     ({"quant_type": "nf5"}, "did you mean 'nf4'"), ({"quant_type": "dynamic8"}, "no such type"),
     ({"quant_type": "none", "double_quant": True}, "double_quant=True and quant_type='none'"),
@@ -60,6 +67,19 @@ def test_what_a_base_has_not_is_none():
     made = cells([{"quant_type": "nf4", "double_quant": [True, False]}, {"quant_type": ["none", "mxfp4", "int8"]}])
     assert [c["double_quant"] for c in made] == [True, False, None, None, None] and made[3]["blocksize"] is None
     assert len({cell_id(c) for c in made}) == len(set(names(made))) == 5
+
+
+def test_a_format_s_own_block_size_is_one_of_its_sizes():
+    "It is named beside another, and alone it is not; ids are as they were."
+    made = cells([{"quant_type": "int4_affine"}, {"quant_type": "int4_affine", "blocksize": 128}])
+    assert names(made) == ["blocksize=64", "blocksize=128"] and cell_id(made[0]) == "e03a805a0e"
+    assert names(cells({"quant_type": ["nf4", "mxfp4"]})) == ["quant_type=nf4", "quant_type=mxfp4"]
+
+
+def test_methods_are_named_without_seeds():
+    "And without what changes no result."
+    made = [*cells({"lr": [1e-3, 1e-4], "seed": [0, 1]}), *cells({"lr": 1e-2, "checkpoint_every": 3})]
+    assert list(dict.fromkeys(method_names(made))) == ["lr=0.001", "lr=0.0001", "lr=0.01"]
 
 
 @given(st.permutations(["rank", "lr", "seed", "quant_type"]))
@@ -110,3 +130,36 @@ def test_folders_are_found_by_settings(tmp_path):
 def test_a_dry_run_makes_nothing(tmp_path):
     places = set_up(tmp_path / "s", cells({"rank": [2, 4]}), [["a", "b"]] * 2, dry=True)
     assert not (tmp_path / "s").exists() and isinstance(places[0], CellFolder) and places[0].state() == "waiting"
+
+
+def test_a_folder_is_looked_at_while_its_lock_comes_and_goes(tmp_path):
+    "No look finds half of it, and those who look are not in each other's way."
+    place = CellFolder(tmp_path / "cell", DEFAULTS)
+    lock, stop, odd = tmp_path / "x", threading.Event(), []
+    def hold():
+        while not stop.is_set():
+            with suppress(LabError), locked(lock): pass
+            place.fail(LabError("no"))
+            (place.folder / "failed.json").unlink()
+    def look():
+        for _ in range(3000):
+            try: check_free(lock)
+            except LabError: pass
+            except OSError as e: odd.append(e)
+            try: place.told("failed.json")
+            except (OSError, LabError) as e: odd.append(e)
+    holder, lookers = threading.Thread(target=hold), [threading.Thread(target=look) for _ in range(2)]
+    for t in (holder, *lookers): t.start()
+    for t in lookers: t.join()
+    stop.set()
+    holder.join()
+    assert not odd, odd[0]
+
+
+def test_one_who_looks_holds_nothing(tmp_path):
+    "Another sees a free folder as free."
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / ".lock").touch()
+    with open(tmp_path / ".lock") as f:
+        fcntl.flock(f, fcntl.LOCK_SH)
+        check_free(tmp_path)

@@ -84,6 +84,17 @@ def test_an_adapter_that_changed_is_asked_anew(swept, prompts, tmp_path):
     assert second.record["columns"][old] == first.record["columns"]["mine"]
 
 
+def test_another_base_is_asked_for_itself(swept, prompts, tmp_path):
+    "In the same file too: answers of the base that was there first stay, under the hash of how it was held."
+    file, asked = tmp_path / "answers.json", []
+    first = ask_runs([swept["folder"][0]], prompts, file, max_new_tokens=4, ask=count(asked))
+    second = ask_runs([swept["folder"][2]], prompts, file, max_new_tokens=4, ask=count(asked))
+    old = first.record["columns"]["base"]
+    kept = f"base ({old['sha256'][:8]})"
+    assert second.record["columns"][kept] == old and second.record["columns"]["base"]["sha256"] != old["sha256"]
+    assert len(asked) == 4 and "base alone" in str(second) and f"{kept} alone" in str(second)
+
+
 def test_runs_on_several_bases(swept, prompts, tmp_path):
     "Each base is asked for itself."
     sheet = ask_runs(swept["folder"], prompts, tmp_path / "a.json", max_new_tokens=3)

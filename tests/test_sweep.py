@@ -1,10 +1,12 @@
 "A grid becomes runs: each once, through kills, several processes and failures, and a table that says what is so."
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +15,12 @@ import torch
 
 from conftest import make_llama
 from qlora_lab.cell_folders import CellFolder
+from qlora_lab.cell_inputs import Bases
 from qlora_lab.cell_work import prepare, serve
 from qlora_lab.comparison import compare
 from qlora_lab.manifest import verify
 from qlora_lab.records import LabError
-from qlora_lab.results import results
+from qlora_lab.results import results, settings_of
 from qlora_lab.runs import Run
 from qlora_lab.settings import TrainConfig
 from qlora_lab.sweeping import sweep
@@ -93,6 +96,76 @@ def test_a_cell_that_fails_is_told_and_ends_nothing(grid, tmp_path):
     assert list(sweep(**ask)["state"]) == ["failed", "done"] and len(calls) == 2
     again = sweep(**ask, retry=True)
     assert list(again["state"]) == ["done"] * 2 and "message" not in again and len(calls) == 3
+    assert table["cell [s]"][0] == again["cell [s]"][0] > 0  # what training took, not the measuring anew
+
+
+def test_a_measure_s_own_errors_end_nothing(grid, tmp_path):
+    "A file it does not find fails its cell; a disk that is full ends the sweep."
+    def lost(model, tokenizer, data): return len((tmp_path / "none.txt").read_text())
+    def full(model, tokenizer, data): raise OSError(errno.ENOSPC, "No space left on device")
+    table = sweep(grid | {"seed": [0, 1]}, tmp_path / "s", progress=False, measure={"lost": lost})
+    assert list(table["state"]) == ["failed"] * 2 and table["message"][0].startswith("FileNotFoundError")
+    with pytest.raises(OSError, match="No space"): sweep(grid, tmp_path / "f", progress=False, measure={"full": full})
+
+
+def test_a_cell_is_tried_again_once_for_all_workers(grid, tmp_path):
+    "What failed after the call began is not open again to a worker that started later."
+    work = prepare(grid, tmp_path / "s", retry=True)
+    work.places[0].fail(LabError("no"))
+    assert not work.left()
+    assert not prepare(grid, tmp_path / "s", retry=True, begun=work.begun).left()
+    os.utime(work.places[0].folder / "failed.json", (1, 1))
+    assert prepare(grid, tmp_path / "s", retry=True).left()
+
+
+def test_models_that_are_handed_over(grid, small, jsonl, tmp_path):
+    "Their cells say how the base was held; another base, or data named twice, is refused."
+    from qlora_lab.data import load_jsonl, split
+    from qlora_lab.model import load_model
+    own = {k: v for k, v in grid.items() if k not in ("model", "data", "dtype")}
+    data = split(load_jsonl(jsonl), 0.1)
+    four, plain = (load_model(small, kind, compute_dtype=torch.float32) for kind in ("nf4", None))
+    ask = dict(grid=own, data=data, progress=False)
+    first, second = (sweep(**ask, folder=tmp_path / name, base=base) for name, base in (("4", four), ("16", plain)))
+    assert list(first["quant_type"]) == ["nf4"] and list(second["quant_type"]) == ["none"]
+    assert first["held-out loss [nats/token]"][0] != second["held-out loss [nats/token]"][0]
+    with pytest.raises(LabError, match="made on another base: quantization was"):
+        sweep(**ask, folder=tmp_path / "4", base=plain)
+    assert len(sweep(**ask, folder=tmp_path / "4", base=four)) == 1
+    with pytest.raises(LabError, match="named in the grid too"):
+        sweep(own | {"data": ["docstrings", "support"]}, tmp_path / "d", data, progress=False)
+    assert not (tmp_path / "d").exists()
+
+
+def test_the_card_of_a_sweep_is_the_current_one(grid, tmp_path, monkeypatch):
+    "The peak that is measured is that of the card at work; on the processor's no card's peak is less the original."
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda d: entered.append(d) or nullcontext())
+    work = prepare(grid, tmp_path / "s")
+    work.bases.device = torch.device("cuda:1")
+    serve(replace(work, places=[]), print)
+    assert entered == [torch.device("cuda:1")]
+    bases = Bases((torch.nn.Linear(256, 1024), None), torch.device("cpu"))
+    bases.copy(work.places[0].cell)
+    assert bases.kept_gib > 0 or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert bases.kept_gib == 0
+
+
+def test_a_run_that_no_sweep_made_tells_how_its_base_was_held(tmp_path):
+    "A number format, chosen scales, and the dtype of a base as it was."
+    identity = {"model": "m", "backend": "lab", "quantization": None, "dtype": "torch.bfloat16",
+                "compute_dtype": "None"}
+    nf4 = {"quantization": "Linear4bit(8, 8, nf4, blocksize=64, double_quant)", "compute_dtype": "torch.float32"}
+    wanted = {"none": ({}, ("none", None, None, "bfloat16")),
+              "mxfp4": ({"rounded": {"format": "mxfp4", "blocksize": 32}}, ("mxfp4", 32, None, "bfloat16")),
+              "nf4": (nf4, ("nf4", 64, "absmax", "float32")),
+              "chosen": (nf4 | {"scales": "chosen"}, ("nf4", 64, "chosen", "float32"))}
+    for name, (more, told) in wanted.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"identity": identity | more, "config": {"rank": 2}}))
+        made = settings_of(tmp_path / name)
+        assert tuple(made[k] for k in ("quant_type", "blocksize", "scales", "dtype")) == told, name
 
 
 def test_a_loss_that_is_not_finite_is_told(grid, tmp_path):
@@ -160,7 +233,10 @@ def test_workers_are_started(grid, tmp_path):
     table = sweep(grid | {"seed": [0, 1]}, tmp_path / "s", progress=False, workers=2)
     assert list(table["state"]) == ["done"] * 2
     with pytest.raises(LabError, match="cannot be handed to another process"):
-        sweep(grid | {"seed": [4, 5]}, tmp_path / "s", progress=False, workers=2, measure={"m": lambda *a: 1.})
+        sweep(grid | {"seed": [4, 5]}, tmp_path / "n", progress=False, workers=2, measure={"m": lambda *a: 1.})
+    with pytest.raises(LabError, match="workers=0"): sweep(grid, tmp_path / "n", workers=0)
+    with pytest.raises(LabError, match="measure=3"): sweep(grid, tmp_path / "n", workers=2, measure=3)
+    assert not (tmp_path / "n").exists()  # refused before anything is made
 
 
 def test_a_base_in_a_number_format(grid, tmp_path):
@@ -181,13 +257,14 @@ def test_all_weights_and_what_is_kept(grid, tmp_path):
     "A cell of method 'full' is measured later from its model; with keep='numbers' only the numbers are left, whole."
     grid = {k: v for k, v in grid.items() if k != "rank"} | {"method": "full", "quant_type": "none", "lr": 1e-4}
     sweep(grid, tmp_path / "s", progress=False)
-    table = sweep(grid, tmp_path / "s", progress=False, measure={"numbers": sizes})
+    def never(cell, device): raise AssertionError("its own model is opened; nobody needs the base")
+    table = sweep(grid, tmp_path / "s", progress=False, measure={"numbers": sizes}, base=never)
     assert table["numbers"][0] > 0 and verify(table["folder"][0]).ok
     bare = sweep(grid | {"method": ["full", "lora"]}, tmp_path / "bare", progress=False, keep="numbers")
     for folder in map(Path, bare["folder"]):
         assert not {"model", "adapter", "checkpoint"} & {p.name for p in folder.iterdir()} and verify(folder).ok
     again = sweep(grid, tmp_path / "bare", progress=False, measure={"numbers": sizes})
-    assert "was not kept" in again["message"][0]
+    assert "was not kept" in again["message"][0] and list(again["state"]) == ["failed"]
 
 
 def test_the_sweep_command(grid, tmp_path, capsys):
@@ -216,13 +293,37 @@ def test_what_the_table_cannot_have_is_said_first(grid, tmp_path, capsys):
     (tmp_path / "grid.toml").write_text(text)
     asked = "sweep", str(tmp_path / "grid.toml"), "--folder", str(tmp_path / "s"), "--device", "cpu"
     for more, said in ((("--metric", "acuracy"), "expected one of 'held-out loss'"),
-                       (("--reference", "lr=1e-3"), "there are lr=0.001, lr=0.002")):
+                       (("--reference", "lr=7e-3"), "there are lr=0.001, lr=0.002")):
         assert main([*asked, "--dry-run", *more]) == 2 and said in " ".join(capsys.readouterr().err.split())
     assert main([*asked, "--dry-run"]) == 0 and "lr is never reached" in " ".join(capsys.readouterr().out.split())
+    assert main([*asked, "--dry-run", "--reference", "lr=2e-3"]) == 0
+    capsys.readouterr()
+    (tmp_path / "three.toml").write_text(f"{text}\nwarmup = 3\n")  # the third of three steps has the whole rate
+    assert main(["sweep", str(tmp_path / "three.toml"), *asked[2:], "--dry-run"]) == 0
+    assert "never reached" not in " ".join(capsys.readouterr().out.split())
     (tmp_path / "one.toml").write_text(text.replace("[0.001, 0.002]", "0.001"))
     one = "sweep", str(tmp_path / "one.toml"), "--folder", str(tmp_path / "o"), "--device", "cpu"
     assert main([*one, "--table", str(tmp_path / "t.md")]) == 1
     assert "was not written" in capsys.readouterr().err and not (tmp_path / "t.md").exists()
+
+
+def test_what_failed_is_told_with_the_table(grid, tmp_path, capsys):
+    "A method has the name that was checked before, though a cell failed; a reference that failed costs no more."
+    from qlora_lab.cli import main
+    text = "\n".join(f"{k} = {json.dumps(v)}" for k, v in (grid | {"lr": [1e-3, 1e30], "max_grad_norm": 0}).items())
+    (tmp_path / "grid.toml").write_text(text)
+    asked = "sweep", str(tmp_path / "grid.toml"), "--folder", str(tmp_path / "s"), "--device", "cpu"
+    for name in ("lr=0.001", "lr=1e+30"):
+        assert main([*asked, "--reference", name]) == 1
+        out = " ".join(capsys.readouterr().out.split())
+        assert "No table of methods" in out and "Failed (1)" in out and "is nan" in out
+    assert main([*asked, "--reference", "lr=0.001", "--json"]) == 1
+    assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["done", "failed"]
+    (tmp_path / "two.toml").write_text(text.replace("1e+30", "0.002"))
+    asked = "sweep", str(tmp_path / "two.toml"), *asked[2:], "--json", "--table", str(tmp_path / "t.md")
+    assert main(asked) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)) == 2 and "written" in err
 
 
 def test_the_table_of_a_sweep(grid, tmp_path):

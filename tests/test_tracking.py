@@ -41,6 +41,15 @@ def test_three_methods_hear_all(grid, tmp_path):
     assert whole.heard[0] == ("begin", Path(table["folder"][0]).name, 2) and "held_out/after" in whole.heard[-1][1]
 
 
+def test_a_run_without_a_start_has_no_end(grid, tmp_path):
+    "A cell that fails before its first step is not heard of, and ends no other's run."
+    diary = Diary()
+    asked = grid | {"targets": ["all-linear", ("no_such_layer",)]}
+    table = sweep(asked, tmp_path / "s", watchers=[diary], progress=False)
+    assert list(table["state"]) == ["done", "failed"]
+    assert [h[0] for h in diary.heard] == ["begin", 0, 1, 2, 3, 4, "end"] and diary.heard[-1][1]
+
+
 def test_mlflow_in_ten_lines(grid, tmp_path, monkeypatch):
     "The class of the page, as it stands there, over MLflow's local store."
     mlflow = pytest.importorskip("mlflow")

@@ -10,7 +10,8 @@ __all__ = ['Compare', 'sides_named', 'verdict', 'start', 'table_of']
 #
 # `Compare` takes runs, or folders of runs. Runs that differ in the seed alone are one method; two methods are compared
 # in pairs (`comparison`), more of them all with each other, corrected (`ranking`). Where all that was named would be
-# one method, each name is a side of its own: two seeds may be held against each other.
+# one method, each place that was named is a side of its own, with all its seeds: two seeds may be held against each
+# other, or the same cell of two sweeps.
 #
 # It prints the table of methods and the sentence. With --out the table goes into a file (`published`), with --prompts
 # the methods' first runs answer side by side (`prompt_answers`), with --json everything is one JSON object.
@@ -20,8 +21,10 @@ __all__ = ['Compare', 'sides_named', 'verdict', 'start', 'table_of']
 
 # %% ../../nbs/commands/comparing.ipynb #20162951
 import json
-from dataclasses import dataclass
-from typing import Annotated, Literal
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from rich.text import Text
 from tyro.conf import Positional, arg
@@ -29,13 +32,16 @@ from tyro.conf import Positional, arg
 from ..comparison import UNITS, compare, direction, labels, sentence
 from ..prompt_answers import ask_runs
 from ..published import check_ending, publish, shown, summary
-from ..ranking import methods, winner
+from ..ranking import known_as, methods, winner
 from ..records import LabError
 from ..results import LOSS, results, run_folders
 from ..runs import Run
 
 # isort: split
 from .report import heading, show, table, waiting
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # %% ../../nbs/commands/comparing.ipynb #2279a587
 _Runs = Annotated[tuple[str, ...], arg(metavar="RUN ...", help="runs, or folders of runs such as a sweep's")]
@@ -56,6 +62,7 @@ class Compare:
     metric: str = LOSS         # or gain, training loss, or what a sweep measured
     better: _Better = None     # of a measure that a sweep took
     level: float = 0.95        # of the intervals
+    other_data: bool = False   # they may have learned from other data
     reference: _Method = None  # the method that the others are held against
     out: _Out = None           # write the table: .md, .csv or .html
     prompts: _Prompts = None   # prompts that each method answers, one a line, or JSONL
@@ -67,36 +74,39 @@ class Compare:
         return start(self)
 
 # %% ../../nbs/commands/comparing.ipynb #a8e74446
-def sides_named(places: tuple[str, ...]) -> dict[str, list[str]]:
-    "What is compared, by name: methods, or each run that was named."
+def sides_named(places: tuple[str, ...]) -> tuple[dict[str, list[str]], "DataFrame"]:
+    "What is compared, by name: methods, or each place that was named; and all runs that were looked at."
     if not places: raise LabError("expected runs, or a folder of runs; found none")
-    if len(places) == 1: return methods(results(places[0]))
-    found = results(run_folders(places))
-    states = zip(found["folder"], found["state"])
-    unfinished = next((f for f, s in states if s != "done" and f in places), None)
+    if len(places) == 1: return methods(found := results(places[0])), found
+    found, named = results(run_folders(places)), {Path(place) for place in places}
+    states = dict(zip(map(Path, found["folder"]), found["state"]))
+    unfinished = next((f for f in named if states.get(f, "done") != "done"), None)
     if unfinished: raise LabError(f"{unfinished}: this run is not done; compare finished ones")
     made = methods(found)
-    if len(made) > 1: return made
-    each = [[(Run.load(run_folders(place)[0]), None)] for place in places]
-    return {name: [str(side[0][0].folder)] for name, side in zip(labels(each), each)}
+    if len(made) > 1: return made, found
+    each = [[(Run.load(p), None) for p in run_folders(place) if states[p] == "done"] for place in places]
+    empty = next((place for place, side in zip(places, each) if not side), None)
+    if empty: raise LabError(f"{empty}: no run in it is done; compare finished ones")
+    return {name: [str(run.folder) for run, _ in side] for name, side in zip(labels(each), each)}, found
 
 def verdict(sides: dict, asked: Compare) -> tuple[str, dict]:
     "The sentence, and the same for a program."
     if len(sides) == 2:
         order = sorted(sides, key=lambda name: name == asked.reference)
-        c = compare(*(sides[n] for n in order), asked.metric, asked.level, asked.better, names=tuple(order))
+        c = compare(*(sides[n] for n in order), asked.metric, asked.level, asked.better, tuple(order), asked.other_data)
         return sentence(c), {"a": c.a, "b": c.b, "difference": c.difference, "interval": c.interval, "p": c.estimate.p,
                              "told": c.is_told}
-    ranking = winner(sides, asked.metric, asked.level, asked.better)
+    ranking = winner(sides, asked.metric, asked.level, asked.better, asked.other_data)
     return str(ranking), {"best": ranking.best, "winner": ranking.winner, "not told from the best": ranking.tied}
 
 # %% ../../nbs/commands/comparing.ipynb #450be7cf
 def start(asked: Compare) -> int:
     "Compare, and print what came out; the exit code."
     if asked.out: check_ending(asked.out)
-    sides = sides_named(asked.runs)
+    sides, found = sides_named(asked.runs)
+    if asked.reference is not None: asked = replace(asked, reference=known_as(asked.reference, sides))
     said, told = verdict(sides, asked)
-    made, sheet = table_of(sides, asked), None
+    made, sheet = table_of(sides, found, asked), None
     if asked.prompts:
         with waiting("asking each run"):
             sheet = ask_runs({name: runs[0] for name, runs in sides.items()}, asked.prompts, asked.answers)
@@ -109,13 +119,12 @@ def start(asked: Compare) -> int:
         head = heading(f"Methods, {asked.metric}{unit}, ± at {100 * asked.level:g} %")
         show(head, table(*shown(made)), Text(f"\n{said}"))
         if sheet: show(Text(), sheet.rich())
-    if asked.out: show(Text(f"\nwritten: {publish(made, asked.out)}"))
+    if asked.out: print(f"\nwritten: {publish(made, asked.out)}", file=sys.stderr if asked.json else sys.stdout)
     return 0
 
 # %% ../../nbs/commands/comparing.ipynb #b43c087a
-def table_of(sides: dict, asked: Compare):
+def table_of(sides: dict, found: "DataFrame", asked: Compare) -> "DataFrame":
     "The table of methods; of a measure whose better side nobody told the first method is the reference."
-    found = results([folder for runs in sides.values() for folder in runs])
     known = asked.reference or direction(asked.metric, asked.better)
     reference = asked.reference if known else next(iter(sides))
-    return summary(found, asked.metric, reference, asked.level, asked.better, sides)
+    return summary(found, asked.metric, reference, asked.level, asked.better, sides, asked.other_data)
