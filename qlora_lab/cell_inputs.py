@@ -98,7 +98,8 @@ class Bases:
 
     @property
     def kept_gib(self) -> float:
-        "What the original takes beside the copies."
+        "What the original takes beside the copies, in the memory whose peak is measured."
+        if self.device.type == "cpu" and torch.cuda.is_available(): return 0.  # the peak is a card's
         return sum(t.nbytes for _, t, _ in held_tensors(self.held[0])) / 2 ** 30 if self.held else 0.
 
 # %% ../nbs/reference/cell_inputs.ipynb #b810948f
@@ -123,7 +124,7 @@ def splits(
     for name in dict.fromkeys(wanted):
         if name in (given or {}): found[name] = given[name]
         elif name in DATA: found[name] = DATA[name]()
-        elif Path(name).is_file(): found[name] = split(load_examples(name), 0.1)
+        elif Path(name).is_file(): found[name] = split(load_examples(name))
         else: raise LabError(f"data={name!r}: neither one of {', '.join([*DATA, *(given or {})])} nor a file")
     return found
 
