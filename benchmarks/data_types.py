@@ -172,15 +172,16 @@ def main() -> None:
     command = [sys.executable, "-m", "benchmarks.data_types", "--device", asked.device, "--folder", asked.folder]
     command += ["--quick"] * asked.quick
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    running = []
-    for name in MODELS:
+    running, files = [], {name: Path(asked.folder) / f"{name}.json" for name in MODELS}
+    todo = [name for name, file in files.items() if not (file.exists() and read_json(file).get("done"))]
+    for name in todo:
         running.append(subprocess.Popen([*command, "--model", name], env=environment))
         if asked.device == "cpu": running[-1].wait()
     while waiting := [process for process in running if process.poll() is None]:  # a record at every cut
         with suppress(subprocess.TimeoutExpired): waiting[0].wait(20)
         if any(Path(asked.folder).glob("*.json")): save_result(asked.name, whole(asked, start))
     print(save_result(asked.name, found := whole(asked, start)))
-    failed = [name for name, process in zip(MODELS, running) if process.returncode]
+    failed = [name for name, process in zip(todo, running) if process.returncode]
     if failed: raise SystemExit(f"broken off: {', '.join(failed)}; what is done is kept, start again to go on")
     if found["missing"]: raise SystemExit(f"missing: {found['missing']}")
 

@@ -10,7 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lab.claims import VERDICTS, Claim, Number, Rule, about, at_least, at_most, claims_table, exactly, near, over
+from qlora_lab.claims import (
+    VERDICTS,
+    Claim,
+    Number,
+    Rule,
+    about,
+    at_least,
+    at_most,
+    claims_table,
+    exactly,
+    left_by,
+    near,
+    over,
+)
 from qlora_lab.deciding import READERS, from_records
 from qlora_lab.records import LabError
 from qlora_lab.statements import CLAIMS, TOPICS
@@ -50,6 +63,14 @@ def test_the_ranges_of_a_rule_decide_in_their_order(limit, second, third, x):
     expected = VERDICTS[(x > limit) + (x > limits) + (x > misleading)]
     assert at_most(limit, limits, misleading).verdict(exactly(x)) == expected
     assert at_least(-limit, -limits, -misleading).verdict(exactly(-x)) == expected
+
+
+def test_an_open_claim_says_what_is_left():
+    rule = at_most(0.01, limits=0.03)
+    def left(least, most): return left_by(Number(least, most, estimated=True), rule)
+    assert left(0.018, 0.037) == ["holds with limits", "wrong"] and left(0.0, 0.02) == ["holds", "holds with limits"]
+    assert left(0.0, 0.1) == ["holds", "holds with limits", "wrong"] and left(0.02, 0.025) == ["holds with limits"]
+    assert left_by(Number(0, 20, estimated=True), near(10, 1)) == ["holds", "wrong"]
 
 
 def test_an_interval_around_a_small_range_is_open_and_circumstances_around_it_are_limits():
@@ -102,7 +123,8 @@ def test_a_table_needs_a_number_for_each_claim_and_none_is_open():
     assert "| **open** |" in second and "no record yet" in second
     assert "](../reference/bibliography.ipynb#qlora)" in second
     wide = Number(7, 9, "{:.0f}", estimated=True)
-    assert "| **open** |" in claims[0].row(wide) and "**7 to 9**, on both sides of a limit" in claims[0].row(wide)
+    row = claims[0].row(wide)
+    assert "| **open** |" in row and "**7 to 9**, which leaves *holds* or *holds with limits*" in row
 
 
 # ---- the lesson
@@ -236,8 +258,9 @@ GROUPS = 8
 
 def side(by: float, seeds: int = 6, rate: float = 1e-3, right: float = 0.6) -> dict:
     "A row whose loss is 2.5 nats a token, times 1 + by, with what a seed and a group do to it."
-    one = {str(s): {"nats": [(250 + s + 3 * g) * (1 + by) for g in range(GROUPS)], "right answers": right + s / 1000,
-                    "before": 4., "loss": 2.5 * (1 + by)} for s in range(seeds)}
+    luck = 1 if right == 0.6 else 2  # of each method its own
+    one = {str(s): {"nats": [(250 + s + 3 * g) * (1 + by) for g in range(GROUPS)], "before": 4.,
+                    "right answers": right + luck * s % 5 / 1000, "loss": 2.5 * (1 + by)} for s in range(seeds)}
     return {"rate": rate, "seeds": one}
 
 

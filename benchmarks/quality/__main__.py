@@ -29,7 +29,9 @@ def noted(bench: Bench, name: str, data: str, found: dict[str, dict]) -> None:
     "A ladder's rates and losses, into the record of rates."
     record = kept("quality_rates", bench.quick)
     every = record.get("data", {})
-    every[data] = every.get(data, {}) | found
+    had = every.get(data, {})
+    surer = {row for row in found if row in had and len(had[row]["losses"][0]) > len(found[row]["losses"][0])}
+    every[data] = had | {row: one for row, one in found.items() if row not in surer}  # of more seeds it stays
     result = {"common": COMMON, "settings": {row: settings_of(row) for row in EVERY}, "data": every}
     keep("quality_rates", result, bench.quick)
 

@@ -22,7 +22,7 @@ from qlora_lab.engine.number_formats import round_model
 from qlora_lab.model import load_model
 from qlora_lab.support_desk import desk
 
-COMMON = {"steps": 100, "batch_size": 8, "accumulation": 1, "dtype": "float32", "eval_examples": 500}
+COMMON = {"steps": 100, "batch_size": 8, "accumulation": 1, "dtype": "float32", "eval_examples": 500, "eval_prompts": 0}
 PLAIN = {"quant_type": "none"}
 NF4 = {"quant_type": "nf4", "double_quant": True}
 AS = " as "  # "smollm2-135m-instruct as mxfp4": a dense model whose weights are rounded to a format

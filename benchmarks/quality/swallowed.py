@@ -8,7 +8,7 @@ each layer's update would arrive. A cell lies in a file of its own, so that the 
 import json
 import os
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -91,6 +91,14 @@ class Rig:
                 "held_out": round(held, 5), "held_out_in_float32": round(self.judged(model), 5), "arrivals": arrivals}
 
 
+@contextmanager
+def in_float32():
+    "A block whose processes, and whose record, have products of float32: the control is in float32, products too."
+    with patch.dict(os.environ):
+        os.environ.pop(TF32, None)
+        yield
+
+
 def key(way: str, plan: tuple[float, int], seed: int) -> str: return f"{way}, {plan[0]:g}, {plan[1]}, {seed}"
 
 
@@ -112,8 +120,9 @@ def study(bench) -> None:
     if todo: _share(todo, folder, bench)
     paths = {key(*one): folder / f"{key(*one)}.json" for one in cells}
     made = {name: read_json(path) for name, path in paths.items() if path.exists()}
-    keep("quality_swallowed", {"steps": STEPS, "held_out_examples": HELD, "probe_examples": PROBE, "key":
-         "sum, rate, steps of warm-up, seed", "arrivals": "unchanged, kept, size", "cells": made}, bench.quick)
+    result = {"steps": STEPS, "held_out_examples": HELD, "probe_examples": PROBE, "key":
+         "sum, rate, steps of warm-up, seed", "arrivals": "unchanged, kept, size", "cells": made}
+    with in_float32(): keep("quality_swallowed", result, bench.quick)
     if len(made) < len(cells): raise KeyboardInterrupt
 
 
@@ -125,8 +134,7 @@ def _share(todo: list, folder: Path, bench) -> None:
     args = queue, folder, str(bench.model or SMOLLM2), bench.quick, max(1, torch.get_num_threads() // count)
     processes = [spawn.Process(target=at_work, args=args, daemon=True) for _ in range(count)]
     try:
-        with patch.dict(os.environ):
-            os.environ.pop(TF32, None)  # the control is in float32, products too
+        with in_float32():
             for p in processes: p.start()
         for p in processes: p.join()
     except KeyboardInterrupt: print("swallowed: cut short", flush=True)
