@@ -79,20 +79,21 @@ def locked(
     folder = Path(folder)
     made = not folder.exists()
     make_folder(folder)
+    found = os.stat(folder)
     try:
         with _taken(folder / ".lock") if fcntl else _without(folder, "this system has no flock"):
-            with _noted(folder): yield
+            with _noted(folder, found): yield
     finally:
-        if made:
-            with suppress(OSError): folder.rmdir()
+        with suppress(OSError):
+            if made and os.path.samestat(found, os.stat(folder)): folder.rmdir()
 
 _HELD: dict[str, os.stat_result] = {}  # folders that this process holds, as they were found
 
 @contextmanager
-def _noted(folder: Path):
+def _noted(folder: Path, found: os.stat_result):
     "A block in which `check_standing` knows the folder."
     name = os.path.abspath(folder)
-    _HELD[name] = os.stat(folder)
+    _HELD[name] = found
     try: yield
     finally: _HELD.pop(name, None)
 
