@@ -20,7 +20,7 @@ POISON = 17  # line of the example that spoils a step
 
 
 def rows(n=24):
-    return [pair(f"sort the list {i}", "read the file" if i != POISON else "read the file ~", f"g{i}", f"mine.jsonl:{i}")
+    return [pair(f"sort the list {i}", "read the file" + " ~" * (i == POISON), f"g{i}", f"mine.jsonl:{i}")
             for i in range(n)]
 
 
