@@ -174,7 +174,13 @@ class _Plan(_Rows):
 
 # %% ../nbs/reference/checkpoints.ipynb #a5a70bb6
 class _Back(_Plan):
-    "The way back."
+    "What is not needed any more, and the way back."
+    def tidy(self) -> None:
+        "Remove adapters that were better once; a kill may have come before this."
+        best = self.best and best_path(self.folder, self.best["step"])
+        for path in (self.folder / "checkpoint").glob("best-*.safetensors"):
+            if path != best: path.unlink()
+
     def note(self) -> None:
         "Keep what adapters begin with, where a step cannot be looked at before it is made."
         alone = self.done or is_full(self.model) or next(self.model.parameters()).device.type == "cpu"
@@ -209,6 +215,7 @@ class Log(_Back):
         if self.best and not best_path(folder, self.best["step"]).exists(): load_best(folder, model, self.best["step"])
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         self.file = open(folder / "metrics.jsonl", "a")
+        self.tidy()
         self.note()
 
     def __enter__(self): return self
@@ -234,9 +241,8 @@ class Log(_Back):
     def _save(self) -> None:
         os.fsync(self.file.fileno())
         save_checkpoint(self.folder, self.model, self.optimizer, self.done)
-        self.saved, best = self.done, self.best and best_path(self.folder, self.best["step"])
-        for path in (self.folder / "checkpoint").glob("best-*.safetensors"):
-            if path != best: path.unlink()
+        self.saved = self.done
+        self.tidy()
 
 # %% ../nbs/reference/checkpoints.ipynb #7a21b8f2
 def _ended(step: int, what: str, found: str, saved: int, config: "TrainConfig") -> NotFinite:

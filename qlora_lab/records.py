@@ -92,10 +92,9 @@ def _named(path: Path, hidden: Path):
     "A block in which an error of the disk is one of the file that was to be."
     try: yield
     except OSError as e:
-        if e.errno is not None and str(e.filename or hidden).startswith(str(hidden)):
-            e.filename = str(path) + str(e.filename or hidden).removeprefix(str(hidden))
-            e.filename2 = None
-        raise
+        meant = str(e.filename or hidden)
+        if e.errno is None or not meant.startswith(str(hidden)): raise
+        raise OSError(e.errno, e.strerror, str(path) + meant.removeprefix(str(hidden))) from None
 
 # %% ../nbs/reference/records.ipynb #2d720b5a
 def write_whole(
@@ -171,8 +170,8 @@ def _begun(folder: Path):
         with nullcontext() if free else _lock(folder.parent, fcntl.LOCK_EX):  # a moment: one looks and begins
             _check_place(folder)
             made = _hidden(folder)
-            made.mkdir()
             held.callback(shutil.rmtree, made, ignore_errors=True)
+            made.mkdir()
             held.enter_context(_lock(made, fcntl.LOCK_EX | fcntl.LOCK_NB if fcntl else 0))
         _OURS.add(made)
         held.callback(_OURS.discard, made)
@@ -203,8 +202,9 @@ def scratch(
     "A hidden folder for the length of a block; what a killed process left of one goes with the next."
     make_folder(path.parent)
     made = _hidden(path)
-    made.mkdir()
-    try: yield made
+    try:
+        made.mkdir()
+        yield made
     finally: shutil.rmtree(made, ignore_errors=True)
 
 @contextmanager

@@ -67,8 +67,8 @@ def _fill(folder: Path, files: dict[str, bytes]) -> None:
 def _exchanged(folder: Path, files: dict[str, bytes]) -> bool:
     "Write a second folder and let it take the first one's name; False where that cannot be."
     made = _hidden(folder)
-    made.mkdir()
     try:
+        made.mkdir()
         made.chmod(folder.stat().st_mode)
         try:
             for other in [p for p in folder.iterdir() if p.name not in files and not p.name.startswith(".")]:
