@@ -47,7 +47,8 @@ def write_together(
 ) -> Path:                    # the folder
     "Write files of a folder so that a reader, or a kill, finds all of them new or all of them as they were."
     folder = Path(folder)
-    there = [p for p in folder.iterdir()] if folder.is_dir() else []
+    _hidden(folder)  # what a killed process left beside it goes
+    there = list(folder.iterdir()) if folder.is_dir() else []
     if not there:
         with whole_folder(folder) as made: _fill(made, files)
         return folder

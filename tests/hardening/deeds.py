@@ -46,6 +46,12 @@ def config(folder, **other):
                               eval_every=2, checkpoint_every=3, warmup=0, dropout=0.1) | other)
 
 
+def contents_of(folder):
+    "Files by name, without what says when they were written or where."
+    found = [p for p in folder.rglob("*") if p.is_file() and p.name not in DATED and not p.name.startswith(".")]
+    return {p.relative_to(folder): p.read_bytes().replace(str(folder.parent).encode(), b"") for p in found}
+
+
 class Deed:
     "Writes `out` below a place where a model lies in tiny/."
     def prepare(self, place): "What is there before."
@@ -57,9 +63,7 @@ class Deed:
 
     def half_is_named(self, out): return not out.exists()  # whether nothing can be taken for what it is not
     def same(self, out, reference):
-        def files(f): return {p.relative_to(f): p.read_bytes().replace(str(f.parent).encode(), b"") for p in f.rglob("*")
-                              if p.is_file() and p.name not in DATED and not p.name.startswith(".")}
-        return files(out) == files(reference)
+        return contents_of(out) == contents_of(reference)
 
 
 class Training(Deed):

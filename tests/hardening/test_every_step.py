@@ -11,9 +11,9 @@ import time
 import pytest
 from deeds import DEEDS, EXPECTED, tiny
 from layer import WAYS, faults
+from noted import LONG, note
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EVERY = os.environ.get("QLORA_LAB_HARDEN") == "1"
 SOME = {"train": 5, "gguf": 3}  # steps of a deed that `make test` takes, a way; others 4
 
 
@@ -51,7 +51,7 @@ def test_each_step_fails_in_turn(name, how, done, tmp_path):
     (reference, steps), deed = done(name), DEEDS[name]
     assert steps > 4
     chosen = range(1, steps + 1)
-    if not EVERY: chosen = sorted(random.Random(f"{name} {how}").sample(chosen, min(steps, SOME.get(name, 4))))
+    if not LONG: chosen = sorted(random.Random(f"{name} {how}").sample(chosen, min(steps, SOME.get(name, 4))))
     for at in chosen:
         place = prepared(name, tmp_path / str(at))
         beside, out = others(place), place / "out"
@@ -68,6 +68,7 @@ def test_each_step_fails_in_turn(name, how, done, tmp_path):
         if not out.exists() or name in ("train", "adapter"): deed.do(place)
         deed.whole(out)
         assert deed.same(out, reference / "out"), where
+    note("steps", deed=name, way=how, steps=steps, tried=len(chosen))
 
 
 def killed(name, place, at):
@@ -90,7 +91,7 @@ def test_a_process_is_gone_at_each_step(name, done, tmp_path):
     "With half of a write done, or before a rename; what it left goes with the next call."
     (reference, steps), deed = done(name), DEEDS[name]
     chosen = range(1, steps + 1)
-    if not EVERY: chosen = sorted(random.Random(name).sample(chosen, min(steps, SOME.get(name, 4))))
+    if not LONG: chosen = sorted(random.Random(name).sample(chosen, min(steps, SOME.get(name, 4))))
     for at in chosen:
         place = prepared(name, tmp_path / str(at))
         beside, out = others(place), place / "out"
@@ -101,6 +102,7 @@ def test_a_process_is_gone_at_each_step(name, done, tmp_path):
         if not out.exists() or name in ("train", "adapter"): deed.do(place)
         deed.whole(out)
         assert deed.same(out, reference / "out") and not hidden(place), (name, at, hidden(place))
+    note("steps", deed=name, way="kill", steps=steps, tried=len(chosen))
 
 
 def hidden_part(path, place): return any(part.startswith(".") for part in path.relative_to(place).parts)

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 from layer import faults
+from noted import LONG, note
 from safetensors import safe_open
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["qlora_lab.cli", "qlora_lab.train", "qlora_lab.model", "peft",
                                 "transformers.models.llama.modeling_llama"])
-KILLS = int(os.environ.get("QLORA_LAB_KILLS") or (100 if os.environ.get("QLORA_LAB_HARDEN") == "1" else 3))
+KILLED = int(os.environ.get("QLORA_LAB_KILLS") or (100 if LONG else 3))  # runs
 SIGNALS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 STEPS = 12
 
@@ -97,7 +98,7 @@ def kill_once(r, argv, folder, log, seconds, steps):
     return f"{signal.Signals(sig).name} {f'at step {at} on the disk' if by_step else 'at a moment'}", p.exitcode
 
 
-@pytest.mark.parametrize("seed", range(KILLS))
+@pytest.mark.parametrize("seed", range(KILLED))
 def test_a_run_that_is_killed_ends_with_the_same_bytes(seed, undisturbed, tiny, jsonl, tmp_path):
     "Killed once to three times; each time no file is half."
     wanted, seconds, steps = undisturbed
@@ -115,5 +116,4 @@ def test_a_run_that_is_killed_ends_with_the_same_bytes(seed, undisturbed, tiny, 
     assert p.exitcode == 0 and "Traceback" not in said, (met, said)
     assert result(folder) == wanted, met
     assert not [path for path in folder.rglob(".*") if path.name != ".lock"], met  # Ctrl-C may come as it is removed
-    if os.environ.get("QLORA_LAB_HARDENING"):
-        with open(os.environ["QLORA_LAB_HARDENING"], "a") as f: f.write(json.dumps({"seed": seed, "kills": met}) + "\n")
+    note("kills", seed=seed, kills=met)
