@@ -53,7 +53,8 @@ def carried_out(part: str, workers: int) -> dict:
         if done.returncode: sys.exit(f"{part}: {done.stdout[-6000:]}{done.stderr[-2000:]}")
         found = [json.loads(line) for line in lines.read_text().splitlines()]
         return counted([line for line in found if line["part"] == part]) | {
-            "date": provenance()["date"], "seconds": round(time.perf_counter() - start), "tests": done.stdout.strip().splitlines()[-1]}
+            "tests": done.stdout.strip().splitlines()[-1], "seconds": round(time.perf_counter() - start),
+            "date": provenance()["date"]}
 
 
 def main() -> None:
