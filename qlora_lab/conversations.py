@@ -69,6 +69,7 @@ def text_of(value: Any, name: str, where: str) -> str:
                        "write this text again") from None
     return str(value)
 
+# %% ../nbs/reference/conversations.ipynb #47050dee
 DEEPEST = 200  # levels in a tool or its arguments; of an object two, its key and its value
 
 def check_words(value: Any, name: str, where: str, levels: int = DEEPEST) -> None:

@@ -55,6 +55,7 @@ def _same(file: int, path: Path) -> bool:
     try: return os.path.samestat(os.fstat(file), path.stat())
     except (FileNotFoundError, NotADirectoryError): return False
 
+# %% ../nbs/reference/locks.ipynb #d3e2ec71
 @contextmanager
 def _taken(path: Path):
     "Hold the lock of a file for the length of a block; the file is there no longer."
@@ -70,7 +71,7 @@ def _taken(path: Path):
             return
         finally: os.close(file)
 
-# %% ../nbs/reference/locks.ipynb #d3e2ec71
+# %% ../nbs/reference/locks.ipynb #949eb57a
 @contextmanager
 def locked(
     folder: str | Path,  # made where there is none, and removed again if it stays empty
@@ -87,6 +88,7 @@ def locked(
         with suppress(OSError):
             if made and os.path.samestat(found, os.stat(folder)): folder.rmdir()
 
+# %% ../nbs/reference/locks.ipynb #ec536710
 _HELD: dict[str, os.stat_result] = {}  # folders that this process holds, as they were found
 
 @contextmanager
@@ -107,6 +109,7 @@ def check_standing(folder: str | Path) -> None:
         raise LabError(f"{folder}: renamed or removed while a process was at work in it, which ended here; give it its "
                        "name back, and the same command or call goes on")
 
+# %% ../nbs/reference/locks.ipynb #a0ef0629
 @contextmanager
 def claimed(
     file: str | Path,  # that is read, changed and written again
@@ -116,6 +119,7 @@ def claimed(
     make_folder(file.parent)
     with _taken(file.parent / f".{file.name}.lock") if fcntl else _without(file, "this system has no flock"): yield
 
+# %% ../nbs/reference/locks.ipynb #50744e0e
 @contextmanager
 def _without(folder: Path, why: str):
     warnings.warn(f"{folder}: not locked ({why}); see that no other process works in it", stacklevel=4)

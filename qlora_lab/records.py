@@ -87,6 +87,7 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
 
+# %% ../nbs/reference/records.ipynb #65463eb9
 @contextmanager
 def _named(path: Path, hidden: Path):
     "A block in which an error of the disk is one of the file that was to be."
@@ -136,6 +137,7 @@ def _lock(folder: Path, how: int):
         yield got
     finally: os.close(at)
 
+# %% ../nbs/reference/records.ipynb #adf2a956
 def _check_place(folder: Path) -> None:
     "Raise LabError where something has the name of a folder to be, Busy where another process makes it."
     there = os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
@@ -148,7 +150,7 @@ def _check_place(folder: Path) -> None:
             pid = other.name.removeprefix(start).partition("-")[2].partition(".")[0]
             raise Busy(f"{folder}: process {pid} is making this folder; wait for it, or name another")
 
-# %% ../nbs/reference/records.ipynb #adf2a956
+# %% ../nbs/reference/records.ipynb #5933df48
 def _finished(made: Path) -> None:
     "Give a folder's files the permissions that the user's umask gives, and force all of it to the disk."
     usual = made.stat().st_mode & 0o666
@@ -160,6 +162,7 @@ def _finished(made: Path) -> None:
             if mode & 0o666 != usual: path.chmod(stat.S_IMODE(mode) | usual)
         sync_folder(Path(place))
 
+# %% ../nbs/reference/records.ipynb #b569393f
 _OURS: set[Path] = set()  # hidden folders that this process holds
 
 @contextmanager
@@ -177,6 +180,7 @@ def _begun(folder: Path):
         held.callback(_OURS.discard, made)
         yield made
 
+# %% ../nbs/reference/records.ipynb #b07a5322
 @contextmanager
 def whole_folder(
     folder: str | Path,  # the folder to make; it must not exist, or be empty
@@ -195,6 +199,7 @@ def whole_folder(
             raise LabError(f"{folder}: already holds something; name a new folder, or empty this one first") from e
     sync_folder(folder.parent)
 
+# %% ../nbs/reference/records.ipynb #ff1f70e8
 @contextmanager
 def scratch(
     path: Path,  # of what is being made; beside it there is room

@@ -8,13 +8,13 @@ __all__ = ['AT_FDCWD', 'RENAME_EXCHANGE', 'exchange', 'write_together']
 # %% ../nbs/reference/together.ipynb #0a2d7e1e
 # Several files of one folder, changed in one step.
 #
-# Where nothing is there yet, the folder takes its name when it is full (`whole_folder`). Where only one file differs from
-# what is there, that file is replaced, which is one step anyway. Else a second folder is made beside the first, with the
-# new files and hard links to what else is there, and the two exchange their names: Linux has one system call for that
-# (renameat2 with RENAME_EXCHANGE), with no moment in between, whatever happens.
+# Where nothing is there yet, the folder takes its name when it is full (`whole_folder`). Where only one file differs
+# from what is there, that file is replaced, which is one step anyway. Else a second folder is made beside the first,
+# with the new files and hard links to what else is there, and the two exchange their names: Linux has one system call
+# for that (renameat2 with RENAME_EXCHANGE), with no moment in between, whatever happens.
 #
-# Where the system or the file system has no such call, or folders lie inside, the files are replaced one after the other,
-# and put back if one of them fails; a power cut between two of them is then not covered.
+# Where the system or the file system has no such call, or folders lie inside, the files are replaced one after the
+# other, and put back if one of them fails; a power cut between two of them is then not covered.
 #
 # PEFT writes its two files one after the other, in place. Built in nbs/reference/together.ipynb.
 
