@@ -41,7 +41,7 @@ class NotFinite(LabError):
     "A run that cannot go on; `at` says where: what, and as far as known step, examples, alone, layer, way."
     def __init__(self, message: str, **at):
         super().__init__(message)
-        self.at = {k: v for k, v in at.items() if v is not None}
+        self.at = at
 
 def all_finite(
     tensors: list[Tensor],
@@ -125,10 +125,10 @@ def located(
     e: NotFinite,
     model: nn.Module,      # with the parameters that it had then
     tokens: list,
-    losses: Callable[[list], Tensor],
+    losses: Callable[[list], Tensor] | None = None,  # None: the layer is known, or cannot be looked for any more
 ) -> NotFinite:
     "The same error with the examples and the layer at fault in its message."
-    found, names = search(model, tokens, losses), [named(t) for t in tokens]
+    found, names = search(model, tokens, losses) if losses else Found([], None, None), [named(t) for t in tokens]
     alone = f" (enough alone: {told(found.alone)})" if found.alone and len(found.alone) < len(names) else ""
     fault = f"first at fault is {found.layer}, in the {found.way} pass; " if found.layer else ""
     head, _, advice = str(e).partition("; ")

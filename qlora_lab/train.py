@@ -237,10 +237,10 @@ def _explained(e: NotFinite, log: Log, learn: list, held: list) -> NotFinite:
     device, batches = next(model.parameters()).device, step_batches([len(t.ids) for t in learn], log.config, step)
     faster("forget", device, model)
     if what == "held_out": return located(e, model, held, _surprise(model))
-    if what not in ("loss", "grad_norm"): return e  # a weight, which has its name
-    if device.type != "cpu" and not log.again(step, lambda k: one_step(model, log.optimizer, learn, log.config, k)):
-        return e
-    return located(e, model, [learn[i] for some in batches for i in some], _surprise(model))
+    looks = what in ("loss", "grad_norm")  # else a weight, which has its name
+    if looks and device.type != "cpu":
+        looks = log.again(step, lambda k: one_step(model, log.optimizer, learn, log.config, k))
+    return located(e, model, [learn[i] for some in batches for i in some], _surprise(model) if looks else None)
 
 # %% ../nbs/10_train.ipynb #2d6faf72
 def train(

@@ -80,6 +80,22 @@ def test_it_stops_there_again_and_ends_where_the_cause_is_gone(tiny, tokenizer, 
     assert run.record["state"] == "done" and "stopped" not in run.record and len(run.metrics) == 12
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("every", [3, 100])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_on_a_gpu_the_way_back_is_taken(every, method, tiny, tokenizer, tmp_path):
+    """The update has been made when the loss is known; the search begins from the checkpoint, or from what the adapters
+    began with. All weights without a checkpoint are no more to be had: the examples are named, and no layer."""
+    model, _ = load_model(tiny, device="cuda", quantize="nf4" if method == "lora" else None)
+    spoil_token(model, tokenizer)
+    how = {} if method == "lora" else {"method": "full", "rank": TrainConfig.rank}
+    e = stopped(model, tokenizer, config(tmp_path / "run", checkpoint_every=every, **how))
+    assert f"mine.jsonl:{POISON}" in e.at["examples"] and len(e.at["examples"]) == 4
+    if method == "full" and not saved_step(tmp_path / "run"): assert e.at["layer"] is None
+    else: assert e.at["layer"] == "model.embed_tokens" and e.at["alone"] == [f"mine.jsonl:{POISON}"]
+    sound(tmp_path / "run")
+
+
 class Spoiled(torch.autograd.Function):
     "Forward as it is; backward nan from the third pass on."
     passes = 0
@@ -124,7 +140,7 @@ def test_a_weight_that_an_update_spoils(at, tiny, tokenizer, tmp_path, monkeypat
     monkeypatch.setattr(PagedAdamW, "step", step)
     e = stopped(*opened(tiny), config(tmp_path / "run"))
     assert e.at["step"] == at and "lora_" in e.at["what"] and e.at["what"] in str(e)
-    assert saved_step(tmp_path / "run") == at - 1
+    assert saved_step(tmp_path / "run") == at - 1 and len(e.at["examples"]) == 4 and e.at["examples"][0] in str(e)
     sound(tmp_path / "run")
 
 
