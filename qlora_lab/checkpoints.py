@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_checkpoint', 'load_checkpoint', 'saved_step', 'best_path', 'load_best', 'best_row', 'without_gain', 'measured',
-           'through_quantizer', 'Log', 'check_finite']
+           'through_quantizer', 'Log', 'check_finite', 'check_weights']
 
 # %% ../nbs/reference/checkpoints.ipynb #c8bcd992
 # A run on its way, in files from which it goes on to the byte.
@@ -19,7 +19,8 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'saved_step', 'best_path', 'loa
 # from an earlier checkpoint finds the best adapter that its lines speak of. Lines beyond the checkpoint are dropped:
 # their steps are taken again.
 #
-# A loss that is not finite ends the run before it is written down. transformers' Trainer keeps its best checkpoint by
+# A loss, a gradient or a weight that is not finite ends the run before anything is written down (`nonfinite`), so a
+# checkpoint never holds one. transformers' Trainer keeps its best checkpoint by
 # a path in trainer_state.json, and goes on training with a loss of nan.
 #
 # Used by lesson 10. Built in nbs/reference/checkpoints.ipynb.
@@ -27,6 +28,7 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'saved_step', 'best_path', 'loa
 # %% ../nbs/reference/checkpoints.ipynb #29dc71e7
 import json
 import os
+from collections.abc import Callable
 from math import isfinite, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +39,9 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from .engine.dispatch import faster, twin
+from .locks import check_standing
 from .methods import is_full, trained_state, trained_tensors
+from .nonfinite import NotFinite, all_finite, first_odd
 from .records import LabError, write_whole
 from .settings import count_of
 
@@ -69,6 +73,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
             step, saved = int(f.metadata()["step"]), {k: f.get_tensor(k) for k in f.keys()}
         halves = [(p, saved[name]) for name, p in learns.items()]  # all are there before one is changed
         whole["state"] = {i: {k: saved[f"optimizer.{i}.{k}"] for k in state} for i, state in whole["state"].items()}
+        odd = first_odd(saved.items())
+        if odd: raise ValueError(f"{odd} has numbers that are not finite")
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
         raise LabError(f"{path}: not a whole checkpoint ({e}); delete it to start the run anew") from None
     for p, half in halves: p.data.copy_(half)
@@ -166,8 +172,36 @@ class _Plan(_Rows):
         if self.best is None: return said
         return said | {"adapter_step": self.best["step"], "best": told(self.best), "last": told(self.rows[-1])}
 
+# %% ../nbs/reference/checkpoints.ipynb #a5a70bb6
+class _Back(_Plan):
+    "The way back."
+    def note(self) -> None:
+        "Keep what adapters begin with, where a step cannot be looked at before it is made."
+        alone = self.done or is_full(self.model) or next(self.model.parameters()).device.type == "cpu"
+        self.first = None if alone else trained_state(self.model)
+
+    def rewind(self) -> int | None:
+        "Parameters and optimizer as the checkpoint has them, or as they were at first; steps behind, None: no way."
+        if self.saved: return load_checkpoint(self.folder, self.model, self.optimizer)
+        if self.first is None: return None
+        for name, p in trained_tensors(self.model).items(): p.data.copy_(self.first[name])
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": {}})
+        return 0
+
+    def again(
+        self,
+        step: int,       # counted from 0
+        take: Callable,  # takes the step of a number
+        patience: float = 120,  # seconds that the way may take; else the search begins where the checkpoint is
+    ) -> bool:
+        "Bring the model to where it was before a step; False where there is no way."
+        if (start := self.rewind()) is None: return False
+        if sum(row["seconds"] for row in self.rows[start:step]) < patience:
+            for k in range(start, step): take(k)
+        return True
+
 # %% ../nbs/reference/checkpoints.ipynb #4bc4d645
-class Log(_Plan):
+class Log(_Back):
     "A run on its way: opened where its checkpoint ends, written step by step."
     def __init__(self, folder: Path, config: "TrainConfig", model: nn.Module, optimizer: torch.optim.Optimizer):
         self.model, self.optimizer = model, optimizer
@@ -175,19 +209,27 @@ class Log(_Plan):
         if self.best and not best_path(folder, self.best["step"]).exists(): load_best(folder, model, self.best["step"])
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         self.file = open(folder / "metrics.jsonl", "a")
+        self.note()
 
     def __enter__(self): return self
     def __exit__(self, *_): self.file.close()
 
     def add(self, row: dict) -> None:
-        "Write the line of a step, and what is to be kept of it; raises LabError for a loss that is not finite."
+        "Write the line of a step, and what is to be kept of it; raises LabError for what is not finite."
         check_finite(row, self.saved, self.config)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        check_weights(self.model, row, self.saved, self.config)
+        check_standing(self.folder)
+        self._write(json.dumps(row) + "\n")
         self.rows.append(row)
         self.done = row["step"]
         if self.best is row: write_whole(best_path(self.folder, self.done), to_bytes(trained_state(self.model)))
         if self.done % self.config.checkpoint_every == 0 or self.ended: self._save()
+
+    def _write(self, line: str) -> None:
+        try:
+            self.file.write(line)
+            self.file.flush()
+        except OSError as e: raise OSError(e.errno, e.strerror, self.file.name) from None  # half a line may be there
 
     def _save(self) -> None:
         os.fsync(self.file.fileno())
@@ -197,10 +239,20 @@ class Log(_Plan):
             if path != best: path.unlink()
 
 # %% ../nbs/reference/checkpoints.ipynb #7a21b8f2
-def check_finite(row: dict, saved: int, config: "TrainConfig") -> None:
-    "Raise LabError for a step from which no training can go on."
-    odd = next((k for k in ("loss", "grad_norm", "held_out") if not isfinite(row.get(k, 0.))), None)
-    if odd is None: return
+def _ended(step: int, what: str, found: str, saved: int, config: "TrainConfig") -> NotFinite:
     kept = f"its checkpoint of step {saved} is whole" if saved else "there was no checkpoint yet"
-    raise LabError(f"step {row['step']}: {odd} is {row[odd]}, so the run ended here ({kept}); in another folder, try a "
-                   f"lower lr than {config.lr:g}, or bfloat16 or float32 where products are in float16")
+    return NotFinite(f"step {step}: {found}, so the run ended here ({kept}); in another folder, try a lower lr than "
+                     f"{config.lr:g}, or bfloat16 or float32 where products are in float16", step=step, what=what)
+
+def check_finite(row: dict, saved: int, config: "TrainConfig") -> None:
+    "Raise NotFinite for a step from which no training can go on."
+    odd = next((k for k in ("loss", "grad_norm", "held_out") if not isfinite(row.get(k, 0.))), None)
+    if odd: raise _ended(row["step"], odd, f"{odd} is {row[odd]}", saved, config)
+
+def check_weights(model: nn.Module, row: dict, saved: int, config: "TrainConfig") -> None:
+    "Raise NotFinite where loss and gradient were finite, and the update has made a weight that is not."
+    learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if all_finite(list(learning.values())): return
+    odd = first_odd(learning.items())
+    raise _ended(row["step"], odd, f"the update has made {odd} not finite, from a loss of {row['loss']:.4g} and a "
+                 f"gradient of length {row.get('grad_norm', float('nan')):.4g}", saved, config)

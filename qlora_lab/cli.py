@@ -15,8 +15,8 @@ __all__ = ['FLOOR', 'COMMANDS', 'Command', 'options_of', 'read', 'overview', 'hu
 #
 # Exit codes: 0 done; 1 the doctor misses something or a plan does not fit; 2 a mistake; 130 interrupted. A mistake
 # is one line, "qlora-lab: ...", on the error stream: tyro's frames are opened (`_sentence`) and the user's own
-# errors (values, files, packages, memory) caught in `main`, one place. Any other exception is a defect and keeps
-# its traceback; QLORA_LAB_DEBUG=1 shows all of them.
+# errors (values, files, packages, memory) caught in `main`, one place. Any other exception is a defect: its line says
+# so, and where it arose. QLORA_LAB_DEBUG=1 shows every traceback. What tyro has read is checked by `settings`.
 #
 # Output is plain wherever it is not a terminal. Built in nbs/howto/command_line.ipynb.
 
@@ -26,10 +26,12 @@ import logging
 import os
 import re
 import sys
+import traceback
 import types
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from difflib import get_close_matches
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from unittest.mock import patch
 
@@ -39,6 +41,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from .commands.report import console, heading, show, table
 from .records import LabError
+from .settings import check_fields
 
 # %% ../nbs/howto/command_line.ipynb #9cf2552a
 FLOOR = "qlora_lab.commands"  # the package of the commands' modules
@@ -137,7 +140,9 @@ def read(
     framed = nullcontext() if asks and sys.stdout.isatty() else redirect_stdout(out)
     try:
         with framed, redirect_stderr(err), patch.dict(os.environ, width):
-            return tyro.cli(options_of(name), prog=prog, args=words, registry=_RULES)
+            asked = tyro.cli(options_of(name), prog=prog, args=words, registry=_RULES)
+        check_fields(asked)
+        return asked
     except SystemExit as e:
         if e.code: raise LabError(_sentence(err.getvalue(), prog)) from None
     if out.getvalue(): print(_inside(out.getvalue()))
@@ -159,8 +164,18 @@ def hush() -> None:
 
 def _fail(message: str, code: int = 2) -> int:
     if os.environ.get("QLORA_LAB_DEBUG") and sys.exc_info()[0]: raise
-    console(sys.stderr).print(Text.assemble(("qlora-lab:", "bold red"), " ", message))
+    with suppress(OSError, ValueError):  # nobody may read the error stream any more
+        console(sys.stderr).print(Text.assemble(("qlora-lab:", "bold red"), " ", message))
     return code
+
+def _defect(e: BaseException) -> str:
+    "An exception that nobody expected, in one line."
+    if "allocate memory" in str(e) or "out of memory" in str(e) or isinstance(e, MemoryError):
+        return "out of memory; try a smaller --batch-size with more --accumulation, or a shorter --max-length"
+    frames = [f for f in traceback.extract_tb(e.__traceback__) if "qlora_lab" in f.filename] or [None]
+    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames[-1] else ""
+    said = " ".join(str(e).split())[:300]
+    return f"a defect{where}: {type(e).__name__}{f': {said}' if said else ''}; QLORA_LAB_DEBUG=1 shows the whole traceback"
 
 # %% ../nbs/howto/command_line.ipynb #6ea621fd
 def _run(argv: list[str]) -> int:
@@ -181,6 +196,8 @@ def main(
 ) -> int:  # exit code: 0 done, 1 the doctor misses something or a plan does not fit, 2 a mistake, 130 interrupted
     "The console script."
     hush()
+    for name in ("stdout", "stderr"):  # None where they were closed before the start
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")  # a model may answer in any script
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
@@ -188,11 +205,10 @@ def main(
         return code
     except KeyboardInterrupt: return _fail("stopped", 130)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError, ValueError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as e: return _fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
     except ImportError as e: return _fail(f"{e}; `qlora-lab doctor` says what is missing")
     except ValueError as e: return _fail(str(e))
-    except (RuntimeError, MemoryError) as e:
-        if isinstance(e, RuntimeError) and "out of memory" not in str(e): raise
-        return _fail("out of memory; try a smaller --batch-size with more --accumulation, or a shorter --max-length")
+    except SystemExit: raise
+    except BaseException as e: return _fail(_defect(e))  # a panic of Rust's is no Exception

@@ -26,7 +26,7 @@ __all__ = ['Score', 'improvement', 'recorded', 'spread']
 from dataclasses import asdict, dataclass
 from math import isfinite, sqrt
 
-from .records import LabError
+from .nonfinite import NotFinite
 
 # %% ../nbs/reference/scoring.ipynb #9a168d53
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ def recorded(
     score: Score,
     when: str,     # for the message
 ) -> dict:
-    "A score as run.json has it; raises LabError for one that is not finite."
+    "A score as run.json has it; raises NotFinite for one that is not finite."
     if isfinite(score.loss): return {"score": asdict(score)}
-    raise LabError(f"the held-out loss {when} is {score.loss}; a lower lr may help, or float32 or bfloat16 in place of "
-                   "float16, whose numbers end at 65,504")
+    raise NotFinite(f"the held-out loss {when} is {score.loss}; a lower lr may help, or float32 or bfloat16 in place "
+                    "of float16, whose numbers end at 65,504", what="held_out")
 
 # %% ../nbs/reference/scoring.ipynb #3ba549f4
 def spread(

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/10_train.ipynb #7c1e50aa
-from .batches import batch_indices, longest_batch, regrouped
+from .batches import longest_batch, regrouped, step_batches
 from .checkpointing import checkpoint_layers
 from .checkpoints import Log, load_best, measured, through_quantizer
 from .data import Example, Split, collate, encode
@@ -40,10 +40,12 @@ from .engine.dispatch import faster
 from .head_loss import place_losses
 from .linear4bit import saved_for_backward
 from .lora import add_lora, trainable
+from .locks import check_standing
 from .manifest import keep_record
 from .methods import base_of, begin_from_weight, by_peft, lora_config, save_trained, train_all
 from .model import answer
-from .open_run import base_as_held
+from .nonfinite import NotFinite, located, noting_a_stop
+from .open_run import base_as_held, hold_mark
 from .packing import check_packing, kept_apart, pack, packed_batches
 from .rates import as_decided, make_optimizer, rates_at
 from .records import peak_memory_gib, provenance, release_memory, write_whole
@@ -159,7 +161,7 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(trainable(model), max_grad_norm or float("inf"))
     groups = optimizer.param_groups
     for group, rate in zip(groups, lr if isinstance(lr, list) else [lr] * len(groups)): group["lr"] = rate
-    optimizer.step()
+    if device.type != "cpu" or norm.isfinite(): optimizer.step()  # what it would spoil stays; a GPU is not waited for
     optimizer.zero_grad(set_to_none=True)
     return sum(part.item() for part in parts), norm.item()  # only now does Python wait for a GPU
 
@@ -167,8 +169,8 @@ def train_step(
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, learn: list, config: TrainConfig, step: int) -> dict:
     "One optimizer step, counted from 0, on the batches that are its own; returns what metrics.jsonl says of it."
     torch.manual_seed(config.seed * 1_000_003 + step)  # dropout depends on the step alone, not on what ran before
-    lengths, n = [len(t.ids) for t in learn], config.accumulation
-    chosen = [batch_indices(lengths, config.batch_size, k, config.seed) for k in range(step * n, step * n + n)]
+    lengths = [len(t.ids) for t in learn]
+    chosen = step_batches(lengths, config, step)
     if config.packing: batches = packed_batches(model, learn, chosen, config.pass_size or config.batch_size)
     else: batches = [collate([learn[i] for i in some]) for some in regrouped(chosen, lengths, config.pass_size)]
     rates, start = rates_at(config, step, optimizer), time.perf_counter()
@@ -185,7 +187,8 @@ def run_steps(log: Log, learn: list, held: list, watchers: Watchers) -> None:
         if aware and step == log.turn: through_quantizer(model)
         row = one_step(model, log.optimizer, learn, config, step)
         if log.is_due(step + 1): row |= measured(score(model, held))
-        log.add(row)
+        try: log.add(row)
+        except NotFinite as e: raise _explained(e, log, learn, held) from None
         watchers.told_of(row)
     faster("forget", next(model.parameters()).device, model)
 
@@ -195,11 +198,19 @@ def begin(
 ) -> dict:
     "What is known before the first step: settings, machine, the untrained model's held-out loss and its answers."
     record = {"state": "running", "identity": identity, "config": as_json(config), "provenance": provenance(),
-              "base": base_as_held(model), "before": recorded(score(model, held), "before the first step")}
+              "base": base_as_held(model), "before": _sound(model, held, "before the first step")}
     answers = _answers(model, tokenizer, [e.prompt for e in asked])
     record["answers"] = [{"prompt": e.prompt, "reference": e.answer, "before": a} for e, a in zip(asked, answers)]
+    check_standing(folder)
     write_whole(folder / "run.json", json.dumps(record, indent=1))
     return record
+
+def _sound(model: nn.Module, held: list, when: str) -> dict:
+    "The held-out loss as run.json has it; raises NotFinite with the examples and the layer at fault."
+    try: return recorded(score(model, held), when)
+    except NotFinite as e: raise located(e, model, held, _surprise(model)) from None
+
+def _surprise(model: nn.Module): return lambda some: answer_losses(model, collate(some))[0]
 
 def _answers(model: nn.Module, tokenizer, prompts: list[str]) -> list[str]:
     with _dropout_off(model): return answer(model, tokenizer, prompts) if prompts else []
@@ -211,13 +222,25 @@ def finish(folder: Path, record: dict, log: Log, tokenizer, held: list, memory: 
     if kept["adapter_step"] != log.done:
         save_trained(model, tokenizer, folder, last=True)
         load_best(folder, model, kept["adapter_step"])
-    record |= kept | {"after": recorded(score(model, held), "after training")}
+    record |= kept | {"after": _sound(model, held, "after training")}
     answers = _answers(model, tokenizer, [r["prompt"] for r in record["answers"]])
     for row, text in zip(record["answers"], answers): row["after"] = text
     seconds = sum(row["seconds"] for row in log.rows)
     record |= {"memory": memory, "peak_memory_gib": peak_memory_gib(), "seconds": seconds}
+    check_standing(folder)
     save_trained(model, tokenizer, folder)
     write_whole(folder / "run.json", json.dumps(record | {"state": "done"}, indent=1))
+
+def _explained(e: NotFinite, log: Log, learn: list, held: list) -> NotFinite:
+    "The same error with the examples and the layer at fault, where those are not known yet."
+    model, what, step = log.model, e.at["what"], e.at["step"] - 1
+    device, batches = next(model.parameters()).device, step_batches([len(t.ids) for t in learn], log.config, step)
+    faster("forget", device, model)
+    if what == "held_out": return located(e, model, held, _surprise(model))
+    if what not in ("loss", "grad_norm"): return e  # a weight, which has its name
+    if device.type != "cpu" and not log.again(step, lambda k: one_step(model, log.optimizer, learn, log.config, k)):
+        return e
+    return located(e, model, [learn[i] for some in batches for i in some], _surprise(model))
 
 # %% ../nbs/10_train.ipynb #2d6faf72
 def train(
@@ -232,9 +255,11 @@ def train(
     goes on from its last checkpoint and ends with the same bytes."""
     folder, identity = Path(config.folder), fingerprint(model, data, config)
     with held_open(folder, identity) as record:
+        hold_mark(folder, record, identity["model"])
         if record is None or record["state"] != "done":
             with watched(config, progress, watchers) as lookers:
-                _carry_out(folder, identity, record, model, tokenizer, data, config, lookers)
+                with noting_a_stop(folder):
+                    _carry_out(folder, identity, record, model, tokenizer, data, config, lookers)
                 lookers.tell("on_end", Run.load(folder))
         keep_record(folder)
     return Run.load(folder)
@@ -253,7 +278,7 @@ def _carry_out(folder, identity, record, model, tokenizer, data, asked_for, look
     if config.merge_aware: through_quantizer(model, check=True)
     optimizer = make_optimizer(model, config)
     if record is None: record = begin(folder, identity, asked_for, model, tokenizer, held, prompts)
-    record |= said
+    record = {k: v for k, v in record.items() if k != "stopped"} | said
     largest = longest_batch(learn, config.pass_size or config.batch_size)
     activations = activation_bytes(model, pack(largest) if config.packing else collate(largest))
     with Log(folder, config, model, optimizer) as log:

@@ -36,6 +36,7 @@ from ..data import Split, default_split, docstring_pairs, load_examples, split
 from ..loading import best_device
 from ..locks import check_free
 from ..model import load_model
+from ..open_run import hold_mark
 from ..rates import steps_of
 from ..records import LabError
 from ..runs import fingerprint, open_folder
@@ -188,7 +189,8 @@ def start(asked: Train) -> int:
         with waiting("planning the memory"): line = foresee(asked, config, data, device)
         print(line, flush=True)
         with waiting("loading the model"): model, tokenizer = _open_model(asked, device)
-        begun = open_folder(folder, fingerprint(model, data, config))
+        begun = open_folder(folder, identity := fingerprint(model, data, config))
+        hold_mark(folder, begun, identity["model"])
         print("\n" + outset(begun, saved_step(folder), config) + "\n", flush=True)
         run = train(model, tokenizer, data, config)
     except KeyboardInterrupt:

@@ -223,7 +223,8 @@ class PagedAdamW(PagedSteps):
         page_bytes: int | None = None,     # bytes of state a page; by default a quarter of the budget, 64 MiB at most
     ):
         if bits not in FORMATS: raise LabError(f"bits={bits!r}: expected 32 or 8")
-        if min(lr, eps, weight_decay) < 0 or not all(0 <= b < 1 for b in betas):
+        sound = all(0 <= v < float("inf") for v in (lr, eps, weight_decay))
+        if not sound or not all(0 <= b < 1 for b in betas):
             raise LabError(f"{lr=}, {eps=}, {weight_decay=}, {betas=}: "
                            "expected numbers that are not negative, and betas below 1")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
