@@ -32,7 +32,6 @@ from .records import LabError, read_json
 
 if TYPE_CHECKING:
     from qlora_lab.against_file import Stored
-from .rates import steps_of
 
 # %% ../nbs/reference/claimed_sizes.ipynb #fe2e3426
 def arose_here(e: BaseException) -> bool:
@@ -47,6 +46,7 @@ def one_line(e: BaseException) -> str:
     name = type(e).__name__
     return f"{said:.200}" if isinstance(e, (ValueError, OSError)) and said else f"{name}: {said:.200}"
 
+# %% ../nbs/reference/claimed_sizes.ipynb #39321ddb
 @contextmanager
 def told_of(
     place: str | Path,  # the file that is read, and what is wrong with it if this fails
@@ -76,9 +76,9 @@ def check_sizes(
 ) -> None:
     "Raise LabError for a config that describes more than its files can hold; nothing is built that takes memory."
     numbers = sum(stored.numel(name) for name in stored.place)
-    most = {"a count of layers": (_COUNT, len(stored.place)), "a size": (_SIZE, 2 * numbers)}
+    limits = (_COUNT, len(stored.place)), (_SIZE, 2 * numbers)
     for name, value in config.get_text_config(decoder=True).to_dict().items():
-        for pattern, limit in most.values():
+        for pattern, limit in limits:
             if not isinstance(value, int) or not pattern.search(name) or _ANY.search(name) or value <= limit: continue
             raise LabError(f"{source}/config.json: {name} is {value}; its files hold {len(stored.place)} tensors with "
                            f"{numbers:,} numbers")
@@ -86,6 +86,7 @@ def check_sizes(
     if described > 4 * numbers + 2**20:
         raise LabError(f"{source}/config.json: describes a model of {described:,} numbers; its files hold {numbers:,}")
 
+# %% ../nbs/reference/claimed_sizes.ipynb #7344f1b9
 def _described(config, source: str) -> int:
     "Numbers of the model that a config describes, built without memory."
     from transformers import AutoModelForCausalLM

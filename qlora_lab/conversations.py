@@ -87,7 +87,7 @@ def _parsed(value: str, name: str, where: str) -> Any:
 DEEPEST = 100  # lists and objects, one in the other
 
 def sound(value: Any, name: str, where: str) -> Any:
-    "A value that is kept as it is, all text in it whole, nothing nested too deep; raises LabError that names the place."
+    "A value that is kept as it is: all text in it whole, nothing nested too deep; raises LabError with the place."
     todo = [(value, name, 0)]
     while todo:
         inner, place, depth = todo.pop()
@@ -110,6 +110,7 @@ class Said(NamedTuple):
     name: str             # of its text: "completion", "messages[1].content"
     learned: bool = True  # if it is by the assistant
 
+# %% ../nbs/reference/conversations.ipynb #2a58932c
 def checked_turn(said: Said, where: str) -> dict:
     "A turn with the keys that templates read; raises LabError."
     turn, place = said.turn, said.name.rpartition(".")[0]

@@ -125,12 +125,21 @@ def open_model(
     except (LabError, MemoryError): raise
     except Exception as e:
         if not isinstance(e, (OSError, SafetensorError, ValueError, RuntimeError)) and arose_here(e): raise
-        raise LabError(f"cannot load the model {str(name)!r} from {source}: {_conversions(heard) or one_line(e)}") from e
+        told = _conversions(heard) or one_line(e)
+        raise LabError(f"cannot load the model {str(name)!r} from {source}: {told}") from e
 
 def _conversions(heard) -> str | None:
     "Names of tensors that transformers could not convert, from its report."
     names = re.findall(r"^(\S+)\s*\|\s*\S*CONVERSION", "\n".join(heard), re.M)
     return f"transformers could not convert {', '.join(names[:3])}" if names else None
+
+
+def _check_claims(source: str, config) -> None:
+    "Raise LabError for a config that claims more than its files hold, or a generation config that is none."
+    from transformers import GenerationConfig
+    check_sizes(config, Stored(stored_files(source)), source)
+    if Path(said := f"{source}/generation_config.json").is_file():
+        with told_of(said): GenerationConfig.from_pretrained(source)
 
 # %% ../nbs/reference/loading.ipynb #a92369e0
 def _open_source(
@@ -142,16 +151,13 @@ def _open_source(
     device: torch.device,
 ) -> tuple:                      # model, tokenizer, kind that is still to be made
     "What the config allows, opened by who can."
-    from transformers import GenerationConfig
     config = admit(source)
     compute_dtype = settle_compute(config, wish, compute_dtype, device)
     special = _special(source, config, wish, backend, compute_dtype, dtype)
     if special is not None: return special, open_tokenizer(source), None
     stored = stored_kind(source, config)
     kind, tokenizer = settle_kind(source, wish, stored), open_tokenizer(source)
-    check_sizes(config, Stored(stored_files(source)), source)
-    if Path(said := f"{source}/generation_config.json").is_file():
-        with told_of(said): GenerationConfig.from_pretrained(source)
+    _check_claims(source, config)
     if backend == "bnb" and kind:
         model = _by_bitsandbytes(source, config, stored, kind, compute_dtype, dtype, device)
     elif stored: model = load_quantized(source, config, compute_dtype, dtype)
