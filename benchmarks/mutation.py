@@ -213,8 +213,8 @@ def copied(place: str) -> Path:
     return Path(place)
 
 
-def try_module(module: str, until: float, pages: bool) -> dict:
-    "All changes of a module that the time allows."
+def try_module(module: str, until: float, pages: bool, one_in: int) -> dict:
+    "All changes of a module that the time allows, or one in so many of them, by lot."
     page, names = MODULES[module]
     tests = [f"tests/{file}.py{sign}{name}" for file, sign, name in (n.partition("::") for n in names.split())]
     begun = time.monotonic()
@@ -222,6 +222,7 @@ def try_module(module: str, until: float, pages: bool) -> dict:
     whole = time.monotonic() - begun
     every, said = changes(module), json.loads(SAID.read_text()) if SAID.exists() else {}
     count, alive = {"changes": len(every), "tried": 0, "by tests": 0, "by the page": 0}, []
+    every = [change for change in every if int(change.mark, 16) % one_in == 0]
     with tempfile.TemporaryDirectory(prefix="mutation") as place:
         tree = copied(place) if pages else None
         for change in every:
@@ -229,9 +230,10 @@ def try_module(module: str, until: float, pages: bool) -> dict:
             count["tried"] += 1
             if forked(change, tests, 3 * whole + 30) != "passed": count["by tests"] += 1
             elif pages and by_page(change, page, tree) != "passed": count["by the page"] += 1
-            else: alive.append(change)
+            else:
+                alive.append(change)
+                print(f"  alive  {change.key}", flush=True)
     left = [{"place": c.place, "change": c.what, "mark": c.mark, "said": said.get(c.key)} for c in alive]
-    for c in alive: print(f"  alive  {c.key}", flush=True)
     print(f"{module}: {count}, {len(alive)} alive, {time.monotonic() - begun:.0f} s", flush=True)
     return count | {"alive": left}
 
@@ -241,6 +243,7 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", default=list(MODULES))
     parser.add_argument("--minutes", type=float, default=110, help="after which no further change is tried")
     parser.add_argument("--no-pages", action="store_true", help="show what the tests let pass to no page")
+    parser.add_argument("--one-in", type=int, default=1, help="try one change in so many, by lot")
     parser.add_argument("--list", action="store_true", help="say the changes and try none")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/mutation.json")
     args = parser.parse_args()
@@ -251,7 +254,7 @@ def main() -> None:
     until, old = time.monotonic() + 60 * args.minutes, json.loads(args.out.read_text()) if args.out.exists() else {}
     done = old.get("modules", {})
     for module in args.modules:
-        done[module] = try_module(module, until, not args.no_pages)
+        done[module] = try_module(module, until, not args.no_pages, args.one_in)
         write(args.out, done)
 
 

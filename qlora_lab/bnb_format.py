@@ -24,7 +24,7 @@ __all__ = ['bnb_tensors', 'from_bnb_tensors', 'packed_names', 'take_packed']
 # %% ../nbs/reference/bnb_format.ipynb #be46f666
 import json
 from collections.abc import Iterable
-from math import isfinite
+from math import isfinite, prod
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool) a
 def _size(v): return isinstance(v, int) and not isinstance(v, bool) and 0 < v < 2**48
 
 _META = {
-    "shape": (lambda v: isinstance(v, list) and bool(v) and all(map(_size, v)), "sizes of at least 1"),
+    "shape": (lambda v: isinstance(v, list) and all(map(_size, v)) and _size(prod(v)), "sizes of at least 1"),
     "dtype": (lambda v: v in ("float32", "bfloat16", "float16"), "float32, bfloat16 or float16"),
     "blocksize": (_size, "a number of weights"), "quant_type": (lambda v: isinstance(v, str), "the name of a code"),
     "nested_blocksize": (_size, "a number of statistics"), "nested_offset": (_number, "a finite number")}

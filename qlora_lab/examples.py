@@ -40,9 +40,11 @@ def read_text(
     path: Path,
 ) -> str:
     "A file's text; raises LabError for a file that is not there or no UTF-8."
-    if path.is_dir(): raise LabError(f"{path}: a folder; name the file in it")
-    if path.is_char_device() or path.is_block_device(): raise LabError(f"{path}: a device, which has no end")
-    try: content = path.read_bytes()
+    try:
+        if path.is_dir(): raise LabError(f"{path}: a folder; name the file in it")
+        if path.is_char_device() or path.is_block_device(): raise LabError(f"{path}: a device, which has no end")
+        content = path.read_bytes()
+    except LabError: raise
     except FileNotFoundError: raise LabError(f"{path}: no such file") from None
     except (OSError, ValueError) as e:  # ValueError: a name that no file can have
         raise LabError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None

@@ -102,9 +102,9 @@ def spoiled_bytes(raw: bytes, seed: int, head: int = 4096) -> bytes:
 # values
 
 NESTED = "[" * 100_000 + "]" * 100_000
-ODD = (None, True, -1, 0, 1, 3, 2**31, 2**63, 2**70, 1e308, -0.5, float("nan"), float("inf"), "", "x", "../../etc/passwd",
-       "y" * 5000, "\ud800", "\x00", "/", [], {}, [[]], [None], {"a": {"b": []}}, ["a", 1], {"": ""}, "float32", "1e9",
-       10**400)
+ODD = (None, True, -1, 0, 1, 3, 2**31, 2**63, 2**70, 1e308, -0.5, float("nan"), float("inf"), "", "x",
+       "../../etc/passwd", "y" * 5000, "\ud800", "\x00", "/", [], {}, [[]], [None], {"a": {"b": []}}, ["a", 1],
+       {"": ""}, "float32", "1e9", 10**400)
 
 
 def places(value, path=()):
