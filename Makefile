@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-serve test-compress test-machines fuzz lab docs bench bench-gpu bench-quality clean
+.PHONY: help setup train test test-serve test-compress test-machines fuzz harden lab docs bench bench-gpu bench-quality clean
 
 help:  ## this list
 	@echo "QLoRA Lab"; sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -57,6 +57,9 @@ test-machines: $(STAMP)  ## the same as on other machines: older instruction set
 
 fuzz: $(STAMP)  ## search with new seeds for cases that fail; as long as you like with FUZZ_EXAMPLES=5000
 	@HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -q -m hypothesis $(ARGS) tests
+
+harden: $(STAMP)  ## kill a hundred runs, let every step on the disk fail: about half an hour; ARGS="kills" for one part
+	@$(PY) -m benchmarks.hardening $(ARGS)
 
 lab: $(STAMP)  ## open JupyterLab at the index, on this machine alone
 	@$(PY) -m jupyterlab --ip=127.0.0.1 nbs/index.ipynb $(ARGS)

@@ -36,8 +36,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from .adapter_settings import check_config, check_method, check_unknown
-from .records import LabError, read_json, write_whole
+from .records import LabError, read_json
 from .safe_files import check_folder
+from .together import write_together
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -51,11 +52,11 @@ def write_adapter(
     config: dict,                # the fields of a LoraConfig
     tensors: dict[str, Tensor],  # under PEFT's names
 ) -> Path:                       # the folder
-    "Write PEFT's two files, each whole or not at all."
+    "Write PEFT's two files, both or neither."
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-    write_whole(Path(folder) / ADAPTER_FILES[0], json.dumps(config, indent=2, sort_keys=True, default=str))
-    write_whole(Path(folder) / ADAPTER_FILES[1], to_bytes(tensors, metadata={"format": "pt"}))
-    return Path(folder)
+    text = json.dumps(config, indent=2, sort_keys=True, default=str)
+    contents = text.encode(), to_bytes(tensors, metadata={"format": "pt"})
+    return write_together(folder, dict(zip(ADAPTER_FILES, contents)))
 
 # %% ../nbs/reference/adapter_files.ipynb #6eb3c3a8
 def _check_there(folder: Path) -> None:

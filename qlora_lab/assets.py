@@ -76,6 +76,7 @@ def smollm2_folder() -> Path:
             if not (folder / "model.safetensors").exists(): raise  # else that one has just ended
     return folder
 
+# %% ../nbs/reference/assets.ipynb #68fbf4cd
 def _convert(gguf: Path, made: Path) -> None:
     "A GGUF file's model and tokenizer, saved by transformers as if they had never been quantized."
     from transformers import AutoModelForCausalLM, AutoTokenizer

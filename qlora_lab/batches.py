@@ -55,6 +55,7 @@ def step_batches(
     n = config.accumulation
     return [batch_indices(lengths, config.batch_size, k, config.seed) for k in range(step * n, step * n + n)]
 
+# %% ../nbs/reference/batches.ipynb #4a8e64e4
 def longest_batch(
     tokens: list,      # of `tokenize`
     batch_size: int,

@@ -82,14 +82,14 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         _same_shapes(learns, saved)
         for i, state in whole["state"].items(): _same_shapes({f"optimizer.{i}.{k}": t for k, t in state.items()}, saved)
         whole["state"] = {i: {k: saved[f"optimizer.{i}.{k}"] for k in state} for i, state in whole["state"].items()}
-        odd = first_odd(saved.items())
-        if odd: raise ValueError(f"{odd} has numbers that are not finite")
+        if odd := first_odd(saved.items()): raise ValueError(f"{odd} has numbers that are not finite")
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
         raise LabError(f"{path}: not a whole checkpoint ({e}); delete it to start the run anew") from None
     for p, half in halves: p.data.copy_(half)
     optimizer.load_state_dict(whole)
     return step
 
+# %% ../nbs/reference/checkpoints.ipynb #58ac1ca4
 def saved_step(
     folder: Path,
 ) -> int:       # 0 where there is no checkpoint
@@ -209,8 +209,31 @@ class _Back(_Plan):
             for k in range(start, step): take(k)
         return True
 
+# %% ../nbs/reference/checkpoints.ipynb #af918200
+class _Written(_Back):
+    "What is written, and what is not needed any more."
+    def tidy(self) -> None:
+        "Remove adapters that were better once; a kill may have come before this."
+        best = self.best and best_path(self.folder, self.best["step"])
+        for path in (self.folder / "checkpoint").glob("best-*.safetensors"):
+            if path != best: path.unlink()
+
+    def write(self, line: str) -> None:
+        "Add a line to metrics.jsonl."
+        try:
+            self.file.write(line)
+            self.file.flush()
+        except OSError as e: raise OSError(e.errno, e.strerror, self.file.name) from None  # half a line may be there
+
+    def save(self) -> None:
+        "A checkpoint, after the lines that it counts on."
+        os.fsync(self.file.fileno())
+        save_checkpoint(self.folder, self.model, self.optimizer, self.done)
+        self.saved = self.done
+        self.tidy()
+
 # %% ../nbs/reference/checkpoints.ipynb #4bc4d645
-class Log(_Back):
+class Log(_Written):
     "A run on its way: opened where its checkpoint ends, written step by step."
     def __init__(self, folder: Path, config: "TrainConfig", model: nn.Module, optimizer: torch.optim.Optimizer):
         self.model, self.optimizer = model, optimizer
@@ -218,6 +241,7 @@ class Log(_Back):
         if self.best and not best_path(folder, self.best["step"]).exists(): load_best(folder, model, self.best["step"])
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         self.file = open(folder / "metrics.jsonl", "a")
+        self.tidy()
         self.note()
 
     def __enter__(self): return self
@@ -228,24 +252,13 @@ class Log(_Back):
         check_finite(row, self.saved, self.config)
         check_weights(self.model, row, self.saved, self.config)
         check_standing(self.folder)
-        self._write(json.dumps(row) + "\n")
+        self.write(json.dumps(row) + "\n")
         self.rows.append(row)
         self.done = row["step"]
         if self.best is row: write_whole(best_path(self.folder, self.done), to_bytes(trained_state(self.model)))
-        if self.done % self.config.checkpoint_every == 0 or self.ended: self._save()
+        if self.done % self.config.checkpoint_every == 0 or self.ended: self.save()
 
-    def _write(self, line: str) -> None:
-        try:
-            self.file.write(line)
-            self.file.flush()
-        except OSError as e: raise OSError(e.errno, e.strerror, self.file.name) from None  # half a line may be there
 
-    def _save(self) -> None:
-        os.fsync(self.file.fileno())
-        save_checkpoint(self.folder, self.model, self.optimizer, self.done)
-        self.saved, best = self.done, self.best and best_path(self.folder, self.best["step"])
-        for path in (self.folder / "checkpoint").glob("best-*.safetensors"):
-            if path != best: path.unlink()
 
 # %% ../nbs/reference/checkpoints.ipynb #7a21b8f2
 def _ended(step: int, what: str, found: str, saved: int, config: "TrainConfig") -> NotFinite:

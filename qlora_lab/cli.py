@@ -26,12 +26,10 @@ import logging
 import os
 import re
 import sys
-import traceback
 import types
 from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from difflib import get_close_matches
 from importlib import import_module, metadata
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from unittest.mock import patch
 
@@ -39,7 +37,7 @@ import tyro
 from rich.text import Text
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from .commands.report import console, heading, show, table
+from .commands.report import console, defect, heading, show, table
 from .records import LabError
 from .settings import check_fields
 
@@ -140,9 +138,8 @@ def read(
     framed = nullcontext() if asks and sys.stdout.isatty() else redirect_stdout(out)
     try:
         with framed, redirect_stderr(err), patch.dict(os.environ, width):
-            asked = tyro.cli(options_of(name), prog=prog, args=words, registry=_RULES)
-        check_fields(asked)
-        return asked
+            check_fields(asked := tyro.cli(options_of(name), prog=prog, args=words, registry=_RULES))
+            return asked
     except SystemExit as e:
         if e.code: raise LabError(_sentence(err.getvalue(), prog)) from None
     if out.getvalue(): print(_inside(out.getvalue()))
@@ -168,15 +165,6 @@ def _fail(message: str, code: int = 2) -> int:
         console(sys.stderr).print(Text.assemble(("qlora-lab:", "bold red"), " ", message))
     return code
 
-def _defect(e: BaseException) -> str:
-    "An exception that nobody expected, in one line."
-    if "allocate memory" in str(e) or "out of memory" in str(e) or isinstance(e, MemoryError):
-        return "out of memory; try a smaller --batch-size with more --accumulation, or a shorter --max-length"
-    frames = [f for f in traceback.extract_tb(e.__traceback__) if "qlora_lab" in f.filename] or [None]
-    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames[-1] else ""
-    said = " ".join(str(e).split())[:300]
-    return f"a defect{where}: {type(e).__name__}{f': {said}' if said else ''}; QLORA_LAB_DEBUG=1 shows the whole traceback"
-
 # %% ../nbs/howto/command_line.ipynb #6ea621fd
 def _run(argv: list[str]) -> int:
     "The command that a line names, with its options; the exit code."
@@ -196,8 +184,7 @@ def main(
 ) -> int:  # exit code: 0 done, 1 the doctor misses something or a plan does not fit, 2 a mistake, 130 interrupted
     "The console script."
     hush()
-    for name in ("stdout", "stderr"):  # None where they were closed before the start
-        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, "w"))
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # None: they are closed
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")  # a model may answer in any script
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
@@ -210,5 +197,4 @@ def main(
     except OSError as e: return _fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
     except ImportError as e: return _fail(f"{e}; `qlora-lab doctor` says what is missing")
     except ValueError as e: return _fail(str(e))
-    except SystemExit: raise
-    except BaseException as e: return _fail(_defect(e))  # a panic of Rust's is no Exception
+    except BaseException as e: return _fail(defect(e))  # a panic of Rust's is no Exception

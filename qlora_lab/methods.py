@@ -134,7 +134,8 @@ def save_trained(
         faster("save_base", next(model.parameters()).device, model, tokenizer, folder)
     if hasattr(model, "lora_config"): return save_adapter(model, place)
     if not is_full(model):
-        model.save_pretrained(place)  # PEFT's wrapper, which writes its adapter
+        shutil.rmtree(place, ignore_errors=True)  # as in `save_whole`
+        with whole_folder(place) as made: model.save_pretrained(made)  # PEFT's wrapper, which writes its adapter
         return place
     save_whole(model, tokenizer, place)
     if not last: model.lab_before, model.lab_source = getattr(model, "lab_source", "?"), str(place)

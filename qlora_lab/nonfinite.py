@@ -8,14 +8,14 @@ __all__ = ['NotFinite', 'all_finite', 'first_odd', 'Watch', 'named', 'told', 'Fo
 # %% ../nbs/reference/nonfinite.ipynb #59d1b9e6
 # The search for what made a loss, a gradient or a weight not finite.
 #
-# `NotFinite` is what a run ends with: its message names step, examples and layer, and `at` holds them for programs. A run
-# writes `at` into its run.json, under "stopped"; its state stays "running".
+# `NotFinite` is what a run ends with: its message names step, examples and layer, and `at` holds them for programs. A
+# run writes `at` into its run.json, under "stopped"; its state stays "running".
 #
-# `located` repeats a batch with one pair of eyes on each module. In the forward pass it is the first module whose output
-# is not finite while all before it were: modules end from the inside to the outside, so the innermost is named. Where the
-# forward pass is sound, the gradients of the modules' outputs are watched on their way back, and the first one that is
-# not finite is named, the nearest to the loss. Each example is also tried alone, to tell which of a batch are enough.
-# The plain pieces do this work, not their faster twins, which may hold several modules in one.
+# `located` repeats a batch with eyes on each module. In the forward pass it is the first module whose output is not
+# finite; modules end from the inside to the outside, so the innermost is named. Where the forward pass is sound, the
+# gradients of the modules' outputs are watched on their way back, and the first one that is not finite is named, the
+# nearest to the loss. Each example is also tried alone, to tell which of a batch are enough. The plain pieces do this
+# work, not their faster twins, which may hold several modules in one.
 #
 # The parameters must be those from before the update. On a CPU the update is left out when its gradient is not finite;
 # on a GPU, where that would mean to wait at every step, a run goes back to its checkpoint and takes the steps again.
@@ -26,7 +26,7 @@ __all__ = ['NotFinite', 'all_finite', 'first_odd', 'Watch', 'named', 'told', 'Fo
 # %% ../nbs/reference/nonfinite.ipynb #b4d5fb01
 import json
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,19 +103,14 @@ class Found(NamedTuple):
     layer: str | None   # the first module at fault
     way: str | None     # "forward" or "backward"
 
-def _plain() -> ExitStack:
-    "A block without the faster twins."
-    stack = ExitStack()
-    stack.enter_context(standing_in(dict.fromkeys(FASTER)))
-    return stack
-
+# %% ../nbs/reference/nonfinite.ipynb #ff2dfc46
 def search(
     model: nn.Module,
     tokens: list,                         # of `encode`: examples of a batch, or those that are held out
     losses: Callable[[list], Tensor],     # nats of each learned token of some examples
 ) -> Found:
     "Repeat what failed, and look; gradients are left empty."
-    with _plain(), torch.random.fork_rng():
+    with standing_in(dict.fromkeys(FASTER)), torch.random.fork_rng():
         with torch.no_grad(): bad = [t for t in tokens if not losses([t]).isfinite().all()]
         for one in bad[:1] or tokens:
             with Watch(model) as watch: loss = losses([one]).sum()
@@ -125,7 +120,7 @@ def search(
             if watch.backward: return Found([named(one)], watch.backward, "backward")
     return Found([], None, None)
 
-# %% ../nbs/reference/nonfinite.ipynb #ff2dfc46
+# %% ../nbs/reference/nonfinite.ipynb #3e601944
 def located(
     e: NotFinite,
     model: nn.Module,      # with the parameters that it had then
@@ -138,7 +133,7 @@ def located(
     fault = f"first at fault is {found.layer}, in the {found.way} pass; " if found.layer else ""
     head, _, advice = str(e).partition("; ")
     message = f"{head}; its examples are {told(names)}{alone}; {fault}{advice}"
-    return NotFinite(message, **e.at | {"examples": names, "alone": found.alone, "layer": found.layer, "way": found.way})
+    return NotFinite(message, **e.at | {"examples": names} | found._asdict())
 
 # %% ../nbs/reference/nonfinite.ipynb #27938f8a
 @contextmanager

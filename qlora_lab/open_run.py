@@ -121,8 +121,8 @@ def hold_mark(
     try: now = base_mark(find_model(source))
     except (LabError, OSError): return
     if now == mark: return
-    raise LabError(f"{folder}: holds another run: the weights of {source!r} are not those that it was begun with (their "
-                   f"mark was {mark}, now {now}); put the old ones back, or name another folder")
+    raise LabError(f"{folder}: holds another run: the weights of {source!r} are not those that it was begun with "
+                   f"(their mark was {mark}, now {now}); put the old ones back, or name another folder")
 
 # %% ../nbs/reference/open_run.ipynb #3b081d4f
 def _taken(model: nn.Module, folder: Path, name: str) -> nn.Module:

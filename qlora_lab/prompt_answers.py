@@ -37,6 +37,7 @@ from .adapter_sets import adapter_set, compare_answers
 from .comparison import labels
 from .examples import lines_of_json
 from .file_hashes import hash_file
+from .locks import claimed
 from .methods import CHANGED_BASE
 from .model import answer
 from .open_run import open_run
@@ -203,6 +204,8 @@ def _named(runs) -> dict[str, Run]:
         raise LabError("'base' and 'prompt' are columns of their own; rename a run")
     return found
 
+def _told(run: Run | None) -> dict: return {"folder": str(run.folder)} if run else {}
+
 def _run(one) -> Run:
     run = one if isinstance(one, Run) else Run.load(one)
     if run.record.get("state") == "done": return run
@@ -221,18 +224,18 @@ def ask_runs(
     "Answers of several runs to the same prompts, kept in a file; raises LabError where the prompt file changed."
     asked, bases = read_prompts(prompts), _by_base(found := _named(runs))
     file = Path(file or next(iter(found.values())).folder.parent / f"answers-{Path(prompts).stem}.json")
-    record = _begun(file, asked, {"max_new_tokens": max_new_tokens})
     hashes = {name: trained_hash(run) for name, run in found.items()} | (_base_hashes(bases) if base else {})
-    for name, sha in hashes.items(): record["columns"] = _shelved(record["columns"], name, sha)
-    for own, some in bases.items():
-        new = [n for n in some if n not in record["columns"]]
-        alone = own if own in hashes and own not in record["columns"] else None
-        if not new and not alone: continue
-        made = _asked(some, new, alone, list(asked.texts), device, ask, max_new_tokens=max_new_tokens)
-        for name, answers in made.items():
-            told = {"folder": str(some[name].folder)} if name in some else {}
-            record["columns"][name] = {**told, "sha256": hashes[name], "answers": answers}
-        write_whole(file, json.dumps(record, indent=1, ensure_ascii=False))
+    with claimed(file):
+        record = _begun(file, asked, {"max_new_tokens": max_new_tokens})
+        for name, sha in hashes.items(): record["columns"] = _shelved(record["columns"], name, sha)
+        for own, some in bases.items():
+            new = [n for n in some if n not in record["columns"]]
+            alone = own if own in hashes and own not in record["columns"] else None
+            if not (new or alone): continue
+            made = _asked(some, new, alone, list(asked.texts), device, ask, max_new_tokens=max_new_tokens)
+            for name, answers in made.items():
+                record["columns"][name] = _told(some.get(name)) | {"sha256": hashes[name], "answers": answers}
+            write_whole(file, json.dumps(record, indent=1, ensure_ascii=False))
     return AnswerSheet(record)
 
 # %% ../nbs/reference/prompt_answers.ipynb #63ca7c34

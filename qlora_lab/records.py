@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'PACKAGES', 'LabError', 'printable', 'sync_folder', 'make_folder', 'write_whole', 'Busy', 'whole_folder',
-           'read_json', 'versions', 'cpu_name', 'provenance', 'peak_memory_gib', 'release_memory']
+           'scratch', 'read_json', 'versions', 'cpu_name', 'provenance', 'peak_memory_gib', 'release_memory']
 
 # %% ../nbs/reference/records.ipynb #72a26aac
 # Files that are whole, messages that help, numbers with their circumstances.
@@ -93,15 +93,15 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
 
+# %% ../nbs/reference/records.ipynb #65463eb9
 @contextmanager
 def _named(path: Path, hidden: Path):
     "A block in which an error of the disk is one of the file that was to be."
     try: yield
     except OSError as e:
-        if e.errno is not None and str(e.filename or hidden).startswith(str(hidden)):
-            e.filename = str(path) + str(e.filename or hidden).removeprefix(str(hidden))
-            e.filename2 = None
-        raise
+        meant = str(e.filename or hidden)
+        if e.errno is None or not meant.startswith(str(hidden)): raise
+        raise OSError(e.errno, e.strerror, str(path) + meant.removeprefix(str(hidden))) from None
 
 # %% ../nbs/reference/records.ipynb #2d720b5a
 def write_whole(
@@ -143,6 +143,7 @@ def _lock(folder: Path, how: int):
         yield got
     finally: os.close(at)
 
+# %% ../nbs/reference/records.ipynb #adf2a956
 def _check_place(folder: Path) -> None:
     "Raise LabError where something has the name of a folder to be, Busy where another process makes it."
     there = os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
@@ -155,7 +156,7 @@ def _check_place(folder: Path) -> None:
             pid = other.name.removeprefix(start).partition("-")[2].partition(".")[0]
             raise Busy(f"{folder}: process {pid} is making this folder; wait for it, or name another")
 
-# %% ../nbs/reference/records.ipynb #adf2a956
+# %% ../nbs/reference/records.ipynb #5933df48
 def _finished(made: Path) -> None:
     "Give a folder's files the permissions that the user's umask gives, and force all of it to the disk."
     usual = made.stat().st_mode & 0o666
@@ -167,6 +168,7 @@ def _finished(made: Path) -> None:
             if mode & 0o666 != usual: path.chmod(stat.S_IMODE(mode) | usual)
         sync_folder(Path(place))
 
+# %% ../nbs/reference/records.ipynb #b569393f
 _OURS: set[Path] = set()  # hidden folders that this process holds
 
 @contextmanager
@@ -177,13 +179,14 @@ def _begun(folder: Path):
         with nullcontext() if free else _lock(folder.parent, fcntl.LOCK_EX):  # a moment: one looks and begins
             _check_place(folder)
             made = _hidden(folder)
-            made.mkdir()
             held.callback(shutil.rmtree, made, ignore_errors=True)
+            made.mkdir()
             held.enter_context(_lock(made, fcntl.LOCK_EX | fcntl.LOCK_NB if fcntl else 0))
         _OURS.add(made)
         held.callback(_OURS.discard, made)
         yield made
 
+# %% ../nbs/reference/records.ipynb #b07a5322
 @contextmanager
 def whole_folder(
     folder: str | Path,  # the folder to make; it must not exist, or be empty
@@ -201,6 +204,19 @@ def whole_folder(
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR): raise
             raise LabError(f"{folder}: already holds something; name a new folder, or empty this one first") from e
     sync_folder(folder.parent)
+
+# %% ../nbs/reference/records.ipynb #ff1f70e8
+@contextmanager
+def scratch(
+    path: Path,  # of what is being made; beside it there is room
+):
+    "A hidden folder for the length of a block; what a killed process left of one goes with the next."
+    make_folder(path.parent)
+    made = _hidden(path)
+    try:
+        made.mkdir()
+        yield made
+    finally: shutil.rmtree(made, ignore_errors=True)
 
 @contextmanager
 def _told_by_safetensors(folder: Path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONE_AT_LEAST', 'NONE_AT_LEAST', 'POSITIVE', 'SHARES', 'COUNTS', 'FROM_THE_WEIGHT', 'OF_ADAPTERS', 'LARGEST', 'LIMITS',
-           'WORDS', 'Init', 'gib_of', 'count_of', 'expect', 'check_type', 'check_numbers', 'check_fields', 'is_targets',
+           'WORDS', 'Init', 'gib_of', 'count_of', 'expect', 'check_type', 'check_numbers', 'check_fields',
            'TrainConfig', 'as_json']
 
 # %% ../nbs/reference/settings.ipynb #5a848cbb
@@ -118,28 +118,24 @@ def check_numbers(**values) -> None:
         for names, holds, words in LIMITS: expect(name not in names or holds(value), name, value, words)
         if name in ONE_AT_LEAST + COUNTS: check_type(name, value, int)
 
+def _is_targets(value) -> bool:
+    "Whether a value names layers: one name, or several."
+    several = isinstance(value, (tuple, list)) and len(value) > 0 and all(isinstance(v, str) and v for v in value)
+    return several or isinstance(value, str) and bool(value.strip())
+
 def check_fields(options) -> None:
     "Raise LabError for a field of a dataclass that its type or its name does not allow."
     for f in fields(options):
         value = getattr(options, f.name)
         check_type(f.name, value, f.type)
         if _is_real(value): check_numbers(**{f.name: value})
-
-def is_targets(value) -> bool:
-    "Whether a value names layers: one name, or several."
-    several = isinstance(value, (tuple, list)) and len(value) > 0 and all(isinstance(v, str) and v for v in value)
-    return several or isinstance(value, str) and bool(value.strip())
+        if f.name == "targets": expect(_is_targets(value), f.name, value, "a layer's name, or several in a tuple")
 
 # %% ../nbs/reference/settings.ipynb #be819c14
 class _Together:
     "What settings say of one another."
     def _check_together(self):
         "Raise LabError for settings that contradict each other."
-        step = self.batch_size * self.accumulation
-        if step >= 1 << 24: raise LabError(f"batch_size * accumulation = {step:,}: expected less than 16,777,216 "
-                                           "examples a step")
-        fastest = self.lr * self.loraplus_ratio
-        if fastest > 1e37: raise LabError(f"lr * loraplus_ratio = {fastest:g}: expected at most 1e37, for float32's sake")
         if self.epochs and self.steps != 100:
             raise LabError(f"epochs={self.epochs:g} and steps={self.steps}: one of them decides; leave the other out")
         if self.patience and not self.eval_every:
@@ -167,12 +163,16 @@ class _Checked(_Together):
     "Settings that are refused when they make no sense."
     def __post_init__(self):
         check_fields(self)
-        expect(is_targets(self.targets), "targets", self.targets, "a layer's name, or several in a tuple")
         for name in ("folder", "original_base", "init_adapter"):
             expect("\0" not in str(getattr(self, name)), name, getattr(self, name), "a path")
         for name, value in [(f.name, getattr(self, f.name)) for f in fields(self)]:
             if hasattr(value, "item"): object.__setattr__(self, name, value.item())  # numpy's; JSON knows Python's
         if self.budget: gib_of(self.budget)
+        step, fastest = self.batch_size * self.accumulation, self.lr * self.loraplus_ratio
+        if step >= 1 << 24: raise LabError(f"batch_size * accumulation = {step:,}: expected less than 16,777,216 "
+                                           "examples a step")
+        if fastest > 1e37: raise LabError(f"lr * loraplus_ratio = {fastest:g}: expected at most 1e37, which float32 "
+                                          "can hold ten times")
         self._check_together()
 
 # %% ../nbs/reference/settings.ipynb #b33d335b

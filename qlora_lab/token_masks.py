@@ -83,7 +83,10 @@ def marked_tokens(
 ) -> list[Marked | LabError]:  # an error where it is not certain
     "The tokens of some texts, and which of them are learned."
     fast = getattr(tokenizer, "is_fast", False)
-    out = tokenizer(texts, return_offsets_mapping=fast, add_special_tokens=False, verbose=False) if texts else None
+    try: out = tokenizer(texts, return_offsets_mapping=fast, add_special_tokens=False, verbose=False) if texts else None
+    except Exception as e:  # one of them is at fault: each by itself, to tell which
+        if len(texts) == 1: return [_failing("tokenizer", e)]
+        return [marked_tokens(tokenizer, [text], [span])[0] for text, span in zip(texts, spans)]
     made = []
     for i, text in enumerate(texts):
         ids = out["input_ids"][i]
@@ -91,7 +94,13 @@ def marked_tokens(
             mask = by_offsets(out["offset_mapping"][i], spans[i]) if fast else by_seams(tokenizer, text, ids, spans[i])
             made.append(Marked(torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.bool)))
         except LabError as e: made.append(e)
+        except Exception as e: made.append(_failing("tokenizer", e))
     return made
+
+def _failing(who: str, e: Exception) -> LabError:
+    "What to say of an example where a template or a tokenizer raises whatever it does."
+    return LabError(f"the {who} fails on this example ({type(e).__name__}: {' '.join(str(e).split())[:200]}); "
+                    "write it otherwise, or choose another model")
 
 # %% ../nbs/reference/token_masks.ipynb #54b0143a
 class Frame(NamedTuple):
@@ -150,6 +159,7 @@ def _tried(tokenizer, conversation) -> list[Shown] | LabError:
         return found
     except LabError as e: return e
     except UnicodeEncodeError: return LabError("a text has half a character (a lone surrogate); write this text again")
+    except Exception as e: return _failing("template", e)
 
 # %% ../nbs/reference/token_masks.ipynb #7413da13
 def rows_of(

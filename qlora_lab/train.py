@@ -39,8 +39,8 @@ from .data import Example, Split, collate, encode
 from .engine.dispatch import faster
 from .head_loss import place_losses
 from .linear4bit import saved_for_backward
-from .lora import add_lora, trainable
 from .locks import check_standing
+from .lora import add_lora, trainable
 from .manifest import keep_record
 from .methods import base_of, begin_from_weight, by_peft, lora_config, save_trained, train_all
 from .model import answer

@@ -1,5 +1,7 @@
 "Files and rows as people have them: five forms, one meaning, and each mistake by its place and the field as written."
+import copy
 import json
+import math
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lab.data import Example, load_examples, pair, split
+from conftest import searched
+from qlora_lab.data import Example, data_hash, encode, load_examples, pair, split
 from qlora_lab.records import LabError
 
 
@@ -216,3 +219,72 @@ def test_examples_made_by_hand_stand():
     "The fields that were there are where they were."
     e = Example((ASK, REPLY), "g", "s")
     assert (e.prompt, e.answer, e.group, e.source, e.stays_with) == ("2 + 2?", "4", "g", "s", "g")
+
+
+# whatever is in a row
+
+ODD = st.sampled_from([None, True, -1, 1e308, "", " ", "\ud800", "\0", [], {}, [[]], [None], {"a": None}, [{}], "[",
+                       "[[", '{"a": 1}', math.nan, {"role": "user"}, "assistant", {"x": "\udc80"}, {"\ud800": 1}])
+SOUND = [
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [
+        {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}, {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "c"}], "tools": [{"function": {"name": "f", "parameters": {}}}], "group": "g"},
+    {"prompt": "a", "completion": "b", "group": 1}, {"text": "t"}, {"instruction": "i", "output": "o", "history": []},
+    {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
+    {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b", "weight": 1}]}]
+
+
+def places(value, at=()):
+    if at: yield at
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs: yield from places(inner, (*at, key))
+
+
+@searched(400)
+@given(st.sampled_from(SOUND), st.data())
+def test_whatever_a_row_holds_the_mistake_has_its_place(tokenizer, row, draw):
+    "A good row of any form in which something has become something else: it is taken, or refused by its number."
+    row = copy.deepcopy(row)
+    *path, last = draw.draw(st.sampled_from(list(places(row))))
+    inner = row
+    for key in path: inner = inner[key]
+    inner[last] = copy.deepcopy(draw.draw(ODD))
+    try:
+        examples = load_examples([row])
+        data_hash(examples)
+        for e in examples: e.stays_with.encode()
+        encode(tokenizer, examples)
+    except LabError as e: assert str(e).startswith("row 1: ") and "\n" not in str(e), e
+
+
+def nested(levels): return {"a": nested(levels - 1)} if levels else 1
+
+
+@pytest.mark.parametrize("levels", [90, 120, 900])
+def test_deep_arguments(levels, tokenizer):
+    "What a reader of JSON takes is not for that reason an example."
+    call = {"function": {"name": "f", "arguments": nested(levels)}}
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    if levels < 100: assert data_hash(load_examples([row]))
+    else:
+        with pytest.raises(LabError, match="row 1: .*nested too deep"): load_examples([row])
+
+
+class Failing:
+    "A tokenizer that fails on one text, as a library's own may, with an error of its own kind."
+    def __init__(self, inner): self.inner = inner
+    def __getattr__(self, name): return getattr(self.inner, name)
+
+    def __call__(self, texts, **how):
+        if any("bad" in t for t in ([texts] if isinstance(texts, str) else texts)): raise OverflowError("too big")
+        return self.inner(texts, **how)
+
+    def apply_chat_template(self, turns, **how):
+        if any("worse" in t["content"] for t in turns): raise AttributeError("no such attribute")
+        return self.inner.apply_chat_template(turns, **how)
+
+
+@pytest.mark.parametrize(("word", "told"), [("bad", "tokenizer fails .*OverflowError: too big"), ("worse", "template")])
+def test_a_tokenizer_that_fails_on_one_example(word, told, tokenizer):
+    rows = [{"prompt": f"p{i}", "completion": word if i == 4 else "c"} for i in range(9)]
+    with pytest.raises(LabError, match=f"^row 5: .*{told}"): encode(Failing(tokenizer), load_examples(rows))

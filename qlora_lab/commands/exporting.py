@@ -24,7 +24,6 @@ import shlex
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 from rich.text import Text
@@ -34,7 +33,7 @@ from ..engine.gguf_adapters import adapter_to_gguf, beside
 from ..engine.gguf_files import check_out, check_quantizer, check_source, contents, default_out, to_gguf
 from ..engine.gguf_types import BY_LLAMA_CPP, HERE, file_type
 from ..manifest_file import MANIFEST, read_manifest
-from ..records import LabError, read_json
+from ..records import LabError, read_json, scratch
 
 # isort: split
 from .report import heading, show, table, waiting
@@ -111,9 +110,8 @@ def merged(
     refuse_whole(run)
     with waiting("opening the run"): model, tokenizer, opened = open_run(str(run), device="cpu")
     with waiting("merging"): model = merge(model)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".merged-", dir=out.absolute().parent) as place:
-        folder = Path(place) / opened.folder.resolve().name
+    with scratch(out.absolute()) as place:
+        folder = place / opened.folder.resolve().name
         save_merged(model, folder, tokenizer)
         record_step(folder, "merge", run, {"how": "dequantized", "dtype": str(model.dtype).removeprefix("torch.")})
         yield folder

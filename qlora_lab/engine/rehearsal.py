@@ -53,7 +53,7 @@ from ..linear4bit import quantize_model
 from ..lora import add_lora, trainable
 from ..memory import Moment, watch_step
 from ..records import LabError
-from ..settings import check_fields, is_targets
+from ..settings import check_fields
 from ..timeline import MemoryTimeline
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _check(s: "Settings") -> None:
         if not ok: raise LabError(f"{name}={getattr(s, name)!r}: expected {what}")
     least_of = dict(rank=1, batch_size=1, sequence=2, accumulation=1, checkpointed_layers=0)
     for name, least in least_of.items():
-        whole = isinstance(getattr(s, name), int) and not isinstance(getattr(s, name), bool)
+        whole = type(getattr(s, name)) is int
         need(whole and getattr(s, name) >= least, name, f"a whole number of at least {least}")
     for name in ("dtype", "compute_dtype", "adapter_dtype"):
         left_out = name == "compute_dtype" and s.compute_dtype is None
@@ -84,7 +84,6 @@ def _check(s: "Settings") -> None:
     need(s.learned is None or 1 <= s.learned <= most, "learned",
          f"1 to {most} tokens, since nothing foretells the first of an example")
     if s.quantize is not None: levels_by_code(s.quantize)
-    need(is_targets(s.targets), "targets", "a layer's name, or several in a tuple")
 
 # %% ../../nbs/engine/rehearsal.ipynb #ad752afb
 class _Checked:

@@ -119,7 +119,7 @@ def test_deep_but_not_too_deep(tmp_path):
         deep = {"a": 1}
         for _ in range(depth): deep = {"a": deep}
         row = {"messages": [turn("user", "q"), turn("assistant", "a")], "tools": [deep]}
-        assert "tools[0] is nested deeper than 100" in refused(
+        assert "tools is nested too deep" in refused(
             learned, written(tmp_path / "a.jsonl", as_text(row)))
 
 
