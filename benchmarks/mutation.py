@@ -41,10 +41,10 @@ MODULES = {  # module: its page, and tests of it, the quickest first
     "nf4": ("02_nf4", "test_parity"),
     "blockwise": ("01_blockwise", "test_faults::test_what_cannot_be_quantized test_parity"),
     "double_quant": ("03_double_quant", "test_faults::test_what_cannot_be_quantized test_linear test_parity"),
-    "rates": ("reference/rates", "test_exact_settings test_ways_to_train"),
-    "batches": ("reference/batches", "test_data test_exact_settings test_budget"),
-    "scoring": ("reference/scoring", "test_evaluate test_train"),
-    "data": ("09_data", "test_data test_examples test_exact_settings"),
+    "rates": ("reference/rates", "test_edges test_exact_settings test_ways_to_train"),
+    "batches": ("reference/batches", "test_edges test_data test_exact_settings test_budget"),
+    "scoring": ("reference/scoring", "test_edges test_evaluate test_train"),
+    "data": ("09_data", "test_edges test_data test_examples test_exact_settings"),
     "lora": ("06_lora", "test_lora test_adapters_peft"),
     "examples": ("reference/examples", "test_examples test_data"),
     "conversations": ("reference/conversations", "test_examples test_data"),
@@ -213,8 +213,9 @@ def copied(place: str) -> Path:
     return Path(place)
 
 
-def try_module(module: str, until: float, pages: bool, one_in: int) -> dict:
-    "All changes of a module that the time allows, or one in so many of them, by lot."
+def try_module(module: str, until: float, pages: bool, one_in: int, before: dict | None) -> dict:
+    """All changes of a module that the time allows, or one in so many of them, by lot; with a record from before only
+    those that nothing caught then."""
     page, names = MODULES[module]
     tests = [f"tests/{file}.py{sign}{name}" for file, sign, name in (n.partition("::") for n in names.split())]
     begun = time.monotonic()
@@ -223,6 +224,11 @@ def try_module(module: str, until: float, pages: bool, one_in: int) -> dict:
     every, said = changes(module), json.loads(SAID.read_text()) if SAID.exists() else {}
     count, alive = {"changes": len(every), "tried": 0, "by tests": 0, "by the page": 0}, []
     every = [change for change in every if int(change.mark, 16) % one_in == 0]
+    if before:
+        there = {c["mark"] for c in before["alive"]}
+        every = [change for change in every if change.mark in there]
+        alive, every = ([c for c in every if (c.key in said) == known] for known in (True, False))
+        count = {k: before[k] for k in count} | {"tried": before["tried"] - len(every)}
     with tempfile.TemporaryDirectory(prefix="mutation") as place:
         tree = copied(place) if pages else None
         for change in every:
@@ -244,6 +250,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=110, help="after which no further change is tried")
     parser.add_argument("--no-pages", action="store_true", help="show what the tests let pass to no page")
     parser.add_argument("--one-in", type=int, default=1, help="try one change in so many, by lot")
+    parser.add_argument("--again", action="store_true", help="try only what nothing caught before")
     parser.add_argument("--list", action="store_true", help="say the changes and try none")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/mutation.json")
     args = parser.parse_args()
@@ -254,7 +261,8 @@ def main() -> None:
     until, old = time.monotonic() + 60 * args.minutes, json.loads(args.out.read_text()) if args.out.exists() else {}
     done = old.get("modules", {})
     for module in args.modules:
-        done[module] = try_module(module, until, not args.no_pages, args.one_in)
+        done[module] = try_module(module, until, not args.no_pages, args.one_in,
+                                  done.get(module) if args.again else None)
         write(args.out, done)
 
 

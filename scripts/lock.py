@@ -5,8 +5,9 @@
     python scripts/lock.py --python 3.12 3.13 3.14  # and for these, on this system
 
 Versions are those of constraints.txt. pip resolves and says where each file lies and what its hash is, without
-installing anything. A line has the hashes of every Python that was asked
-for. To install by it, with files of any other content refused:
+installing anything. A line has the hashes of every Python that was asked for, as the index that was asked has the files:
+torch is another file for a CPU than for a card, so make the lock on a machine of the kind that will install by it. To
+install, with files of any other content refused:
 
     pip install --require-hashes -r requirements.lock
     pip install --no-deps --no-build-isolation -e .
@@ -41,8 +42,9 @@ def report(*words: str) -> list[dict]:
 
 def hashes_of(found: list[dict]) -> dict[tuple[str, str], set[str]]:
     "Name and version to the hashes of their files; the project itself has none."
-    return {(p["metadata"]["name"], p["metadata"]["version"]): {p["download_info"]["archive_info"]["hashes"]["sha256"]}
-            for p in found if "archive_info" in p["download_info"]}
+    def key(p): return p["metadata"]["name"], p["metadata"]["version"].partition("+")[0]
+    return {key(p): {p["download_info"]["archive_info"]["hashes"]["sha256"]} for p in found
+            if "archive_info" in p["download_info"]}
 
 
 def locked(pythons: list[str]) -> dict[tuple[str, str], set[str]]:
