@@ -5,9 +5,9 @@
     python scripts/lock.py --python 3.12 3.13 3.14  # and for these, on this system
 
 Versions are those of constraints.txt. pip resolves and says where each file lies and what its hash is, without
-installing anything. A line has the hashes of every Python that was asked for, as the index that was asked has the files:
-torch is another file for a CPU than for a card, so make the lock on a machine of the kind that will install by it. To
-install, with files of any other content refused:
+installing anything. A line has the hashes of every Python that was asked for, of the files that the index has: torch is
+another file for a CPU than for a card, so make the lock on a machine of the kind that will install by it. To install,
+with files of any other content refused:
 
     pip install --require-hashes -r requirements.lock
     pip install --no-deps --no-build-isolation -e .

@@ -77,6 +77,13 @@ def test_the_order_of_seed_0_where_nothing_is_said():
     assert batch_indices(lengths, 4, 3) == batch_indices(lengths, 4, 3, 0) != batch_indices(lengths, 4, 3, 1)
 
 
+def test_the_order_of_batches_stands():
+    "Of any seed, in the first pass and the second, as runs of earlier versions had it: they go on with it."
+    lengths = [5 + i % 7 for i in range(40)]
+    made = [batch_indices(lengths, 4, step, seed) for step, seed in ((3, 0), (3, 1), (13, 1))]
+    assert made == [[4, 11, 39, 5], [38, 10, 4, 6], [0, 28, 22, 3]]
+
+
 def test_the_error_of_groups_by_hand():
     "The ratio estimator: residuals are added up within a group, however many it has."
     sums, tokens, groups = (1., 4., 2., 6., 3.), (1, 2, 1, 3, 1), ("a", "a", "a", "b", "b")
