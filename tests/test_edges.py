@@ -48,13 +48,13 @@ def test_what_becomes_of_longer_ones(tokenizer):
     whole, said = long_pair(tokenizer, 40), []
     asks = pair("x" * 60, "yes")                  # its answer lies behind the 40th token
     answers = pair("x", "yes " * 60)              # its begins before
-    rows = [whole, asks, answers]
+    rows = [whole, asks, answers, short := pair("x", "yes")]
     kept = encode(tokenizer, rows, 40, "truncate", "rows", said.append)
-    assert [len(r.ids) for r in kept] == [40, 40] and [r.example for r in kept] == [whole, answers]
-    assert said == ["rows: 2 of 3 longer than 40 tokens, 1 truncated and 1 dropped"]
+    assert [r.example for r in kept] == [whole, answers, short] and [len(r.ids) for r in kept[:2]] == [40, 40]
+    assert said == ["rows: 2 of 4 longer than 40 tokens, 1 truncated and 1 dropped"]
     kept = encode(tokenizer, rows, 40, "drop", "rows", said.append)
-    assert [r.example for r in kept] == [whole]
-    assert said[1:] == ["rows: 2 of 3 longer than 40 tokens, 0 truncated and 2 dropped"]
+    assert [r.example for r in kept] == [whole, short]
+    assert said[1:] == ["rows: 2 of 4 longer than 40 tokens, 0 truncated and 2 dropped"]
     with pytest.raises(LabError, match="long='cut': expected"): encode(tokenizer, rows, 40, "cut")
     with pytest.raises(LabError, match="all 1 examples are longer"):
         encode(tokenizer, [asks], 40, "drop", say=said.append)

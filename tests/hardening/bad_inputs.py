@@ -3,19 +3,23 @@
 A reader takes a file or refuses it: with a LabError of one sentence that names the file, within seconds, and without
 taking memory that grows with what the file claims. Any other exception is a fault.
 """
+import atexit
 import json
 import os
 import random
 import signal
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from noted import LONG, note
 
 from qlora_lab.records import LabError
 
-LONG = os.environ.get("QLORA_LAB_HARDEN") == "long"  # `make harden`
-MANY = int(os.environ.get("HARDEN_EXAMPLES", "2000")) if LONG else 0
+COUNT = Counter(tried=0, refused=0)
+atexit.register(lambda: note("inputs", **COUNT))
+MANY = int(os.environ.get("HARDEN_EXAMPLES", "300")) if LONG else 0
 SEED = int(os.environ.get("HARDEN_SEED", "0"))
 SECONDS, MIB = 20, 400  # that one input may take
 
@@ -45,10 +49,12 @@ def bounded(seconds: int = SECONDS, mib: int = MIB):
 
 def refusal(read, path, *named) -> str | None:
     "What a reader says against a file, held to the form that every message has; None where it takes it."
+    COUNT["tried"] += 1
     with bounded():
         try: read(path)
         except LabError as e: said = str(e)
         else: return None
+    COUNT["refused"] += 1
     names = [Path(path).name, *named]
     assert any(str(name) in said for name in names), f"names neither of {names}: {said!r:.300}"
     assert "\n" not in said.strip() and len(said) < 1000 and said.isprintable(), f"not one sentence: {said!r:.300}"
