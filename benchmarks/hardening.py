@@ -39,7 +39,15 @@ def steps(lines: list[dict]) -> dict:
             "whole after the next call": sum(tried.values())}
 
 
-PARTS = {"kills": ("tests/hardening/test_kills.py", kills), "steps": ("tests/hardening/test_every_step.py", steps)}
+def inputs(lines: list[dict]) -> dict:
+    "Odd inputs: refused by one sentence that names the file or the option, or taken; a test that met else has failed."
+    tried, refused = (sum(line[k] for line in lines) for k in ("tried", "refused"))
+    return {"tried": tried, "refused by name": refused, "taken": tried - refused}
+
+
+INPUTS = " ".join(f"tests/hardening/test_inputs_{of}.py" for of in ("data", "models", "runs", "options"))
+PARTS = {"kills": ("tests/hardening/test_kills.py", kills), "steps": ("tests/hardening/test_every_step.py", steps),
+         "inputs": (INPUTS, inputs)}
 
 
 def carried_out(part: str, workers: int) -> dict:
@@ -48,7 +56,7 @@ def carried_out(part: str, workers: int) -> dict:
     with TemporaryDirectory() as place:
         lines, start = Path(place) / "lines", time.perf_counter()
         env = os.environ | {"QLORA_LAB_HARDEN": "long", "QLORA_LAB_HARDENING": str(lines), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "--dist", "load", tests]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "--dist", "load", *tests.split()]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if done.returncode: sys.exit(f"{part}: {done.stdout[-6000:]}{done.stderr[-2000:]}")
         found = [json.loads(line) for line in lines.read_text().splitlines()]

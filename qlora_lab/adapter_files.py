@@ -123,7 +123,11 @@ def read_adapter(
 ) -> tuple["LoraConfig", dict[str, Tensor]]:  # the tensors by their names in a model
     "The config and the tensors of an adapter; raises LabError where a file is missing, damaged or of another kind."
     _check_there(folder)
-    return read_config(folder / ADAPTER_FILES[0]), read_tensors(folder / ADAPTER_FILES[1])
+    config, saved = read_config(folder / ADAPTER_FILES[0]), read_tensors(folder / ADAPTER_FILES[1])
+    most = max([1024, *(n for t in saved.values() for n in t.shape)])  # a rank is a side of a tensor
+    for r in (config.r, *(config.rank_pattern or {}).values()):
+        if r > most: raise LabError(f"{folder / ADAPTER_FILES[0]}: rank {r}; {ADAPTER_FILES[1]} has no such tensor")
+    return config, saved
 
 # %% ../nbs/reference/adapter_files.ipynb #b6d1e92f
 SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .blockwise import codebook
+from .claimed_sizes import told_of
 from .records import LabError
 from .safe_files import check_kernels
 
@@ -40,7 +41,8 @@ def admit(
     "The config of a causal language model; raises LabError for what cannot be trained."
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-    config = AutoConfig.from_pretrained(_known_family(source), trust_remote_code=False)
+    source = _known_family(source)
+    with told_of(f"{source}/config.json"): config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     family, kind = config.model_type, type(config)
     if getattr(config, "is_encoder_decoder", False):
         raise LabError(f"{source}: {family} is an encoder-decoder; the lab trains decoders alone")
@@ -60,11 +62,13 @@ _HEADS = "ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "Model"  # "M
 def _known_family(source: str) -> str:
     "The source itself; raises LabError for a family that transformers does not have."
     from transformers import CONFIG_MAPPING, PretrainedConfig
-    raw, _ = PretrainedConfig.get_config_dict(source)
+    with told_of(f"{source}/config.json"): raw, _ = PretrainedConfig.get_config_dict(source)
     check_kernels(raw, source)
     family = raw.get("model_type")
     if family is None and not raw:
         raise LabError(f"{source}: no config.json; expected a folder or repository that save_pretrained wrote")
+    if family is not None and not isinstance(family, str):
+        raise LabError(f"{source}/config.json: model_type {family!r:.60}: expected the name of a family")
     if family is None or family in CONFIG_MAPPING: return source
     if raw.get("auto_map"):
         raise LabError(f"{source}: {family} brings Python code of its own, which the lab does not run; "

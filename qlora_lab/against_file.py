@@ -29,7 +29,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .records import LabError
@@ -57,7 +57,8 @@ class Stored:
         self.place, self._open = {}, {}
         for file in files:
             if Path(file).suffix != ".safetensors": raise LabError(f"{file}: not a safetensors file")
-            self._open[file] = safe_open(file, "pt")
+            try: self._open[file] = safe_open(file, "pt")
+            except (SafetensorError, OSError) as e: raise LabError(f"{file}: not a whole safetensors file ({e})") from e
             self.place |= dict.fromkeys(self._open[file].keys(), file)
 
     def __getitem__(self, name: str) -> Tensor: return self._open[self.place[name]].get_tensor(name)

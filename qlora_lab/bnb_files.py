@@ -40,6 +40,7 @@ from .admission import LAB_METHOD, Kind, quantization_of, stored_kind
 from .against_file import Stored, fits, hold_against, stored_files
 from .assets import quiet
 from .casting import cast, empty_twin
+from .claimed_sizes import told_of
 from .decoding import Decoded, written_plainly
 from .engine.dispatch import faster
 from .linear4bit import Linear4bit, PackedWeight
@@ -215,9 +216,10 @@ def load_quantized(
     quant = {k: v for k, v in quantization_of(config).items() if not k.startswith("load_in_")}
     compute = str(compute_dtype).removeprefix("torch.") if compute_dtype else None
     config.quantization_config = quant | {"quant_method": LAB_METHOD, "compute_dtype": compute}
-    model, info = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True,
-                                                       ignore_mismatched_sizes=True, use_safetensors=True,
-                                                       trust_remote_code=False)
+    with told_of(source):
+        model, info = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True,
+                                                           ignore_mismatched_sizes=True, use_safetensors=True,
+                                                           trust_remote_code=False)
     fits(info, source)
     _same_shapes(model, source)
     hold_against(model, Stored(files), source)

@@ -24,6 +24,7 @@ __all__ = ['bnb_tensors', 'from_bnb_tensors', 'packed_names', 'take_packed']
 # %% ../nbs/reference/bnb_format.ipynb #be46f666
 import json
 from collections.abc import Iterable
+from math import isfinite, prod
 
 import torch
 from torch import Tensor
@@ -49,6 +50,30 @@ def bnb_tensors(
     return tensors
 
 # %% ../nbs/reference/bnb_format.ipynb #635a2ba6
+def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and isfinite(v)
+def _size(v): return isinstance(v, int) and not isinstance(v, bool) and 0 < v < 2**48
+
+_META = {
+    "shape": (lambda v: isinstance(v, list) and all(map(_size, v)) and _size(prod(v)), "sizes of at least 1"),
+    "dtype": (lambda v: v in ("float32", "bfloat16", "float16"), "float32, bfloat16 or float16"),
+    "blocksize": (_size, "a number of weights"), "quant_type": (lambda v: isinstance(v, str), "the name of a code"),
+    "nested_blocksize": (_size, "a number of statistics"), "nested_offset": (_number, "a finite number")}
+
+def _meta_of(
+    text: Tensor,  # the JSON, as bytes
+    nested: bool,
+) -> dict:
+    "Numbers and names of a weight; raises ValueError that names one which is missing or cannot be."
+    try: meta = json.loads(bytes(text.tolist()))
+    except (ValueError, TypeError, RecursionError): raise ValueError("its quant_state is not valid JSON") from None
+    if not isinstance(meta, dict): raise ValueError("its quant_state is no JSON object")
+    for name, (holds, expected) in _META.items():
+        if name.startswith("nested_") and not nested: continue
+        if name not in meta: raise ValueError(f"its quant_state lacks {name!r}")
+        if not holds(meta[name]): raise ValueError(f"{name}={meta[name]!r:.60} in its quant_state: expected {expected}")
+    return meta
+
+# %% ../nbs/reference/bnb_format.ipynb #18342ac5
 def from_bnb_tensors(
     packed: Tensor,             # [ceil(n / 2), 1] uint8, or the same bytes under another dtype
     tensors: dict[str, Tensor], # as `bnb_tensors` names them
@@ -57,8 +82,8 @@ def from_bnb_tensors(
     keys = [k for k in tensors if k.startswith("quant_state.bitsandbytes__")]
     if len(keys) != 1 or "absmax" not in tensors:
         raise ValueError(f"not a bitsandbytes 4-bit weight: found only {sorted(tensors)}")
-    meta = json.loads(bytes(tensors[keys[0]].tolist()))
     nested = "nested_absmax" in tensors
+    meta = _meta_of(tensors[keys[0]], nested)
     if nested and meta["nested_blocksize"] != STATS_BLOCK:
         raise ValueError(f"second-level block size {meta['nested_blocksize']}: expected {STATS_BLOCK}")
     offset = torch.tensor(float(meta["nested_offset"]), device=packed.device) if nested else None

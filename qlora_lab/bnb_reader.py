@@ -54,7 +54,7 @@ class _Gather(ConversionOps):
         if tensors:  # not a plain weight
             place = model.get_submodule(full_layer_name.rpartition(".")[0])
             try: place.quantized = read_weight(packed, tensors)
-            except (ValueError, KeyError) as e: place.fault = f"{full_layer_name}: {e}"
+            except ValueError as e: place.fault = f"{full_layer_name}: {e}"
         return {"weight": packed}
 
 _TAILS = ("nested_absmax", "nested_quant_map", "quant_map", "absmax", "quant_state.bitsandbytes__nf4",
@@ -105,7 +105,7 @@ def hold_experts(model: nn.Module, stored: Stored, names: list[str], compute_dty
     for name in names:
         stats = {n.removeprefix(f"{name}."): stored[n] for n in stored.place if n.startswith(f"{name}.")}
         try: q = read_weight(stored[name], stats)
-        except (ValueError, KeyError) as e: raise LabError(f"{name}: {e}") from None
+        except ValueError as e: raise LabError(f"{name}: {e}") from None
         if not faster("hold_experts", torch.device("cpu"), model, name, q, compute_dtype):
             raise LabError(f"{name}: in 4 bits, and no layer's weight; the lab has no module for it")
 

@@ -43,6 +43,7 @@ from .locks import check_standing
 from .methods import is_full, trained_state, trained_tensors
 from .nonfinite import NotFinite, all_finite, first_odd
 from .records import LabError, write_whole
+from .run_records import read_metrics
 from .settings import count_of
 
 if TYPE_CHECKING:
@@ -62,11 +63,11 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     write_whole(_state(folder), to_bytes(tensors, metadata={"step": str(step)}))
 
 # %% ../nbs/reference/checkpoints.ipynb #81e3cdbc
-def _check(saved: dict, learns: dict) -> None:
-    "Raise ValueError for tensors of a checkpoint that nothing can go on from."
-    if odd := first_odd(saved.items()): raise ValueError(f"{odd} has numbers that are not finite")
-    odd = next((n for n, p in learns.items() if saved[n].shape != p.shape), None)  # copying would spread one number
-    if odd: raise ValueError(f"{odd} is {tuple(saved[odd].shape)}, and {tuple(learns[odd].shape)} in the model")
+def _same_shapes(here: dict, saved: dict) -> None:
+    "Raise ValueError for a tensor of another shape, which a copy might spread over the right one."
+    for name, t in here.items():
+        if saved[name].shape != t.shape:
+            raise ValueError(f"{name} is {tuple(saved[name].shape)}, expected {tuple(t.shape)}")
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     "Steps done by the last checkpoint, its state restored; 0 where there is none; raises LabError for a damaged file."
@@ -78,8 +79,10 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         with safe_open(path, "pt") as f:
             step, saved = int(f.metadata()["step"]), {k: f.get_tensor(k) for k in f.keys()}
         halves = [(p, saved[name]) for name, p in learns.items()]  # all are there before one is changed
+        _same_shapes(learns, saved)
+        for i, state in whole["state"].items(): _same_shapes({f"optimizer.{i}.{k}": t for k, t in state.items()}, saved)
         whole["state"] = {i: {k: saved[f"optimizer.{i}.{k}"] for k in state} for i, state in whole["state"].items()}
-        _check(saved, learns)
+        if odd := first_odd(saved.items()): raise ValueError(f"{odd} has numbers that are not finite")
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
         raise LabError(f"{path}: not a whole checkpoint ({e}); delete it to start the run anew") from None
     for p, half in halves: p.data.copy_(half)
@@ -104,7 +107,8 @@ def load_best(folder: Path, model: nn.Module, step: int) -> None:
     path, own = best_path(folder, step), trained_tensors(model)
     try:
         with safe_open(path, "pt") as f: saved = {n: f.get_tensor(n) for n in own}
-    except (SafetensorError, OSError) as e:
+        _same_shapes(own, saved)
+    except (SafetensorError, OSError, ValueError) as e:
         raise LabError(f"{path}: the best adapter so far is damaged or gone ({e}); "
                        "delete the folder to start the run anew") from None
     for n, p in own.items(): p.data.copy_(saved[n])
@@ -142,9 +146,8 @@ class _Rows:
     def __init__(self, folder: Path, config: "TrainConfig", done: int):
         self.folder, self.config, self.done, self.saved = folder, config, done, done  # steps behind; the checkpoint's
         file = folder / "metrics.jsonl"
-        lines = file.read_text().split("\n")[:-1] if file.exists() else []  # a line cut short is not yet one
-        self.rows = [json.loads(line) for line in lines[:done]]
-        if [r["step"] for r in self.rows] != list(range(1, done + 1)):
+        self.rows = read_metrics(file, done)
+        if len(self.rows) != done or any(r["step"] != n for n, r in enumerate(self.rows, 1)):
             raise LabError(f"{file}: has not a line for each of the {done} steps of the checkpoint; "
                            "delete the folder to start the run anew")
         aware = count_of(config.merge_aware, config.steps)

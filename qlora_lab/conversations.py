@@ -91,7 +91,8 @@ def list_of(value: Any, name: str, where: str) -> list:
 
 def _parsed(value: str, name: str, where: str) -> Any:
     try: return json.loads(value)
-    except (ValueError, RecursionError) as e:
+    except RecursionError: raise LabError(f"{where}: {name} is nested too deep to be an example") from None
+    except ValueError as e:
         raise LabError(f"{where}: {name} is not valid JSON ({str(e).partition(':')[0]})") from None
 
 # %% ../nbs/reference/conversations.ipynb #1c8a6414
@@ -104,6 +105,7 @@ class Said(NamedTuple):
     name: str             # of its text: "completion", "messages[1].content"
     learned: bool = True  # if it is by the assistant
 
+# %% ../nbs/reference/conversations.ipynb #2a58932c
 def checked_turn(said: Said, where: str) -> dict:
     "A turn with the keys that templates read; raises LabError."
     turn, place = said.turn, said.name.rpartition(".")[0]
@@ -241,7 +243,7 @@ def conversation(
     "What a row means; raises LabError that names the place and the field."
     if not isinstance(row, Mapping): raise LabError(f"{where}: expected an object, got {type(row).__name__}")
     form, group = form_of(row, where), row.get("group")
-    group = "" if missing(group) else str(group)
+    group = "" if missing(group) else text_of(str(group), "group", where)
     if form == "text":
         text = text_of(row["text"], "text", where)
         if not text.strip(): raise LabError(f"{where}: text is empty; there is nothing to learn from it")

@@ -40,9 +40,14 @@ def read_text(
     path: Path,
 ) -> str:
     "A file's text; raises LabError for a file that is not there or no UTF-8."
-    if path.is_dir(): raise LabError(f"{path}: a folder; name the file in it")
-    try: content = path.read_bytes()
+    try:
+        if path.is_dir(): raise LabError(f"{path}: a folder; name the file in it")
+        if path.is_char_device() or path.is_block_device(): raise LabError(f"{path}: a device, which has no end")
+        content = path.read_bytes()
+    except LabError: raise
     except FileNotFoundError: raise LabError(f"{path}: no such file") from None
+    except (OSError, ValueError) as e:  # ValueError: a name that no file can have
+        raise LabError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
     try: return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         wide = " (it looks like UTF-16)" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
@@ -152,8 +157,10 @@ def rows_of_parquet(path: str | Path) -> Iterator[tuple[dict, str]]:
     except ImportError:
         raise LabError(f"{path}: pandas reads Parquet through the package pyarrow, which is not installed; "
                        "pip install pyarrow, or save the data as JSONL") from None
-    except (ValueError, OSError) as e:
-        raise LabError(f"{path}: not a whole Parquet file ({str(e).splitlines()[0]:.100})") from None
+    except MemoryError: raise
+    except Exception as e:  # a damaged file makes pyarrow raise errors of every kind
+        said = (str(e).splitlines() or [type(e).__name__])[0]
+        raise LabError(f"{path}: not a whole Parquet file ({said:.100})") from None
     return ((row, f"{path}: {place}") for row, place in rows_given(table))
 
 # %% ../nbs/reference/examples.ipynb #b3459bd7

@@ -248,14 +248,18 @@ def method_names(
 def read_grid(
     path: str | Path,  # TOML
 ) -> list[dict]:       # a grid
-    "A grid from a file; raises LabError that names the file and the line."
+    "A grid from a file, its cells checked; raises LabError that names the file."
     try: told = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise LabError(f"{path}: no such file; expected a grid in TOML") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise LabError(f"{path}: not valid TOML: {e}") from None
+    except OSError as e: raise LabError(f"{path}: cannot be read ({e.strerror or e})") from None
+    except RecursionError: raise LabError(f"{path}: nested too deep to be a grid") from None
+    except ValueError as e: raise LabError(f"{path}: not valid TOML: {e}") from None
     entries = told.pop("grid", [{}])
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         raise LabError(f"{path}: grid: expected tables, each under [[grid]]")
     grid = [told | entry for entry in entries]
     for name, value in ((n, v) for e in grid for n, v in e.items()):
         if isinstance(value, dict): raise LabError(f"{path}: [{name}]: no such table; a grid has [[grid]] alone")
+    try: cells(grid)
+    except LabError as e: raise LabError(f"{path}: {e}") from None
     return grid

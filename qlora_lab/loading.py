@@ -11,9 +11,10 @@ __all__ = ['HARMLESS', 'find_model', 'best_device', 'best_dtype', 'settle', 'lis
 #
 # A name is the course's own model, a local folder, or a hub id "owner/model". Whatever cannot be one of these is
 # refused before any library goes looking for it on a network; a folder with code, or that leads out of itself, before
-# it is read (`safe_files`); what the config rules out, before weights are fetched (`admission`). A 4-bit checkpoint is
-# opened with the lab's layers (`bnb_files`), everything else by transformers, in the precision of the file; the layers
-# are replaced afterwards. With backend "bnb" transformers puts in bitsandbytes'.
+# it is read (`safe_files`); what the config rules out, before weights are fetched (`admission`); what it claims beyond
+# its files, before memory is taken (`claimed_sizes`). A 4-bit checkpoint is opened with the lab's layers (`bnb_files`),
+# everything else by transformers, in the precision of the file; the layers are replaced afterwards. With backend "bnb"
+# transformers puts in bitsandbytes'.
 #
 # What is loaded is what the file says. transformers' account of missing and surplus names becomes an error, every
 # tensor is compared with the file (`against_file`), and what the libraries log on the way reaches the user as a
@@ -39,6 +40,7 @@ from .admission import Kind, Wish, admit, hold_wish, quantization_of, settle_com
 from .against_file import Stored, fits, hold_against, stored_dtype, stored_files
 from .assets import SMOLLM2, quiet, smollm2_folder
 from .bnb_files import load_quantized
+from .claimed_sizes import arose_here, check_sizes, check_vocabulary, one_line, told_of
 from .decoding import decoded
 from .engine.dispatch import faster
 from .linear4bit import PackedWeight
@@ -120,15 +122,24 @@ def open_model(
     source = find_model(name)
     try:
         with listening() as heard: return _open_source(source, *how)
-    except LabError: raise
-    except (OSError, SafetensorError, ValueError, RuntimeError) as e:
-        told = _conversions(heard) or (str(e).splitlines() or [type(e).__name__])[0]
+    except (LabError, MemoryError): raise
+    except Exception as e:
+        if not isinstance(e, (OSError, SafetensorError, ValueError, RuntimeError)) and arose_here(e): raise
+        told = _conversions(heard) or one_line(e)
         raise LabError(f"cannot load the model {str(name)!r} from {source}: {told}") from e
 
 def _conversions(heard) -> str | None:
     "Names of tensors that transformers could not convert, from its report."
     names = re.findall(r"^(\S+)\s*\|\s*\S*CONVERSION", "\n".join(heard), re.M)
     return f"transformers could not convert {', '.join(names[:3])}" if names else None
+
+
+def _check_claims(source: str, config) -> None:
+    "Raise LabError for a config that claims more than its files hold, or a generation config that is none."
+    from transformers import GenerationConfig
+    check_sizes(config, Stored(stored_files(source)), source)
+    if Path(said := f"{source}/generation_config.json").is_file():
+        with told_of(said): GenerationConfig.from_pretrained(source)
 
 # %% ../nbs/reference/loading.ipynb #a92369e0
 def _open_source(
@@ -146,6 +157,7 @@ def _open_source(
     if special is not None: return special, open_tokenizer(source), None
     stored = stored_kind(source, config)
     kind, tokenizer = settle_kind(source, wish, stored), open_tokenizer(source)
+    _check_claims(source, config)
     if backend == "bnb" and kind:
         model = _by_bitsandbytes(source, config, stored, kind, compute_dtype, dtype, device)
     elif stored: model = load_quantized(source, config, compute_dtype, dtype)
@@ -158,7 +170,11 @@ def _open_source(
 def open_tokenizer(source: str):
     "A model's tokenizer, by transformers' own classes."
     from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    from transformers.utils import cached_file
+    file = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    if file: check_vocabulary(file)
+    with told_of(f"{source}: tokenizer.json or tokenizer_config.json is no tokenizer that transformers can open"):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 # %% ../nbs/reference/loading.ipynb #f701b9b4
 def _special(source: str, config, wish: Wish, backend: str, compute_dtype: torch.dtype, dtype: torch.dtype):

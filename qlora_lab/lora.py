@@ -41,6 +41,7 @@ from .adapter_settings import check_config
 from .adapter_starts import freeze_as_started, start
 from .adapter_targets import adapter_targets, check_patterns, check_stored, parameters_meant, rank_and_alpha
 from .adapter_written import written_settings
+from .claimed_sizes import told_of
 from .dora import DoRAEmbedding, DoRALinear
 from .engine.dispatch import faster
 from .linear4bit import set_submodule
@@ -157,9 +158,10 @@ def load_adapter(
     "Put saved adapters on a model; raises LabError when a file is missing or damaged, or belongs to another model."
     config, saved = read_adapter(Path(folder))
     config.inference_mode = False
-    layers, copies = _made(model, config, dtype)
-    wanted = wanted_tensors(model, config, layers, copies)
-    base = carried(model, saved.keys() - wanted.keys(), list(layers))
+    with told_of(folder):
+        layers, copies = _made(model, config, dtype)
+        wanted = wanted_tensors(model, config, layers, copies)
+        base = carried(model, saved.keys() - wanted.keys(), list(layers))
     check_fits(wanted | base, saved, Path(folder), config.base_model_name_or_path, tuple(base))
     _place(model, config, layers, copies, dtype)
     keep(model, config, copies, {n: saved.pop(n) for n in base})

@@ -45,7 +45,8 @@ from .loading import find_model, kinds_of
 from .lora import load_adapter
 from .methods import CHANGED_BASE, kept_name
 from .model import load_model
-from .records import LabError, read_json
+from .records import LabError
+from .run_records import read_record
 from .runs import Run
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def _finished(folder: Path) -> dict:
     "The record of a run that is done; raises LabError."
     if not (folder / "run.json").is_file():
         raise LabError(f"{folder}: no run here; expected a folder with run.json, as qlora-lab train makes it")
-    record = read_json(folder / "run.json")
+    record = read_record(folder)
     identity = record.get("identity")
     if not isinstance(identity, dict) or not {"model", "backend", "quantization", "dtype"} <= identity.keys():
         raise LabError(f"{folder / 'run.json'}: says nothing of the model that was trained; expected a run of this lab")
@@ -236,7 +237,7 @@ def _open_whole(folder: Path, name: str, options: dict) -> tuple:
     if not (place / "config.json").is_file():
         raise LabError(f"{folder}: all weights were trained, and {name} is no model in it; expected model, or "
                        "last_model")
-    dtype = read_json(folder / "run.json")["config"]["adapter_dtype"]
+    dtype = read_record(folder)["config"]["adapter_dtype"]
     model, tokenizer = load_model(place, **{"quantize": None, "dtype": getattr(torch, dtype)} | options)
     return to_answer(model).requires_grad_(False), tokenizer
 

@@ -40,7 +40,8 @@ from .locks import locked
 from .lora import trainable
 from .methods import CHANGED_BASE, is_full, kept_name
 from .model import memory_bill
-from .records import LabError, read_json
+from .records import LabError
+from .run_records import read_metrics, read_record
 from .scoring import Score
 from .settings import TrainConfig
 from .starting_point import adapter_hash
@@ -61,9 +62,7 @@ class RunFolder:
     def load(cls, folder: str | Path) -> "Run":
         "Read a run from its folder; raises LabError when there is none."
         folder = Path(folder)
-        file = folder / "metrics.jsonl"
-        lines = file.read_text().split("\n")[:-1] if file.exists() else []  # a line cut short is not yet one
-        return cls(folder, read_json(folder / "run.json"), [json.loads(line) for line in lines])
+        return cls(folder, read_record(folder), read_metrics(folder / "metrics.jsonl"))
 
 # %% ../nbs/reference/runs.ipynb #f803f4b6
 class _Asked(RunFolder):
@@ -166,7 +165,7 @@ def open_folder(folder: Path, identity: dict) -> dict | None:
             raise LabError(f"{folder}: holds files but no run.json; "
                            "name another folder, so that nothing of yours is overwritten")
         return None
-    record = read_json(folder / "run.json")
+    record = read_record(folder)
     held = {f.name: f.default for f in fields(TrainConfig)} | record.get("identity", {})  # as older runs had it
     odd = [k for k in (*identity, *UNSEEN) if held.get(k) != identity.get(k)]
     if odd:

@@ -31,7 +31,8 @@ from torch import nn
 
 from .adapter_contents import adapter_tensors
 from .adapter_files import ADAPTER_FILES, check_fits, layer_name, read_adapter
-from .records import LabError, read_json
+from .records import LabError
+from .run_records import read_record
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -48,9 +49,9 @@ def adapter_folder(
     if not (folder / "run.json").is_file():
         raise LabError(f"init_adapter={where!r}: neither a run's folder nor an adapter's; expected {ADAPTER_FILES[0]} "
                        "or run.json in it")
-    if read_json(folder / "run.json").get("state") != "done":
+    if read_record(folder).get("state") != "done":
         raise LabError(f"init_adapter={where!r}: this run is not done; let it end first")
-    if read_json(folder / "run.json").get("config", {}).get("method") == "full":
+    if read_record(folder).get("config", {}).get("method") == "full":
         raise LabError(f"init_adapter={where!r}: this run trained all weights and has no adapter; train on its model/")
     return folder / "adapter"
 

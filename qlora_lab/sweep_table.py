@@ -23,7 +23,6 @@ __all__ = ['HEADER', 'STATES', 'Line', 'line_of', 'chosen', 'as_html', 'as_rich'
 
 # %% ../nbs/reference/sweep_table.ipynb #0cdc66e6
 import html
-import json
 import sys
 import time
 from collections import Counter
@@ -33,7 +32,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .cell_folders import FAILED, CellFolder
 from .grids import names
-from .records import read_json
+from .run_records import read_metrics, read_record
 from .watching import Watcher, in_notebook
 
 if TYPE_CHECKING:
@@ -56,8 +55,7 @@ class Line(NamedTuple):
 
 def _rows(folder: Path) -> list[dict]:
     "The lines of a run's metrics; a line that is being written is not yet one."
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    return read_metrics(folder / "metrics.jsonl")
 
 # %% ../nbs/reference/sweep_table.ipynb #0bda7dde
 def line_of(name: str, place: CellFolder, measure: Iterable[str]) -> Line:
@@ -66,7 +64,7 @@ def line_of(name: str, place: CellFolder, measure: Iterable[str]) -> Line:
     if not rows: return Line(name, state, message=place.told(FAILED).get("message", ""))
     last, held = rows[-1], next((r["held_out"] for r in reversed(rows) if "held_out" in r), None)
     if state == "done":
-        score = read_json(place.folder / "run.json")["after"]["score"]
+        score = read_record(place.folder)["after"]["score"]
         held = sum(score["sums"]) / sum(score["tokens"])
     speeds = sorted(r["tokens"] / max(r["seconds"], 1e-9) for r in rows)
     of = "" if place.cell["epochs"] else f" of {place.cell['steps']}"

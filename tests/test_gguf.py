@@ -99,7 +99,7 @@ REFUSED = {
     "a missing config": (lambda w: (w / "config.json").unlink(), "no config.json"),
     "missing weights": (lambda w: (w / "model.safetensors").unlink(), "no weights"),
     "half a file": (lambda w: (w / "model.safetensors").write_bytes((w / "model.safetensors").read_bytes()[:20000]),
-                    "cannot be read"),
+                    "not a whole safetensors file"),
     "no end mark": (lambda w: edited(edited(w, "tokenizer_config.json", eos_token=None), "generation_config.json",
                                      eos_token_id=None), "no end mark"),
     "a run": (lambda w: ((w / "config.json").unlink(), (w / "run.json").write_text("{}")), "a run; merge it first"),
