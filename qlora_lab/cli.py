@@ -49,7 +49,7 @@ class Command(NamedTuple):
     place: str  # "module.Class" below qlora_lab.commands
 
 COMMANDS = {
-    "doctor": Command("what is ill with a model, a run or data; alone, what this machine can do", "doctor.Doctor"),
+    "doctor": Command("what is ill with a model, a run, data, this machine", "doctor.Doctor"),
     "data": Command("what is in a file of examples, and what would be learned", "inspecting.Data"),
     "plan": Command("the memory that a training step will take", "planning.Plan"),
     "train": Command("train adapters on a model in 4 bits", "training.Train"),

@@ -26,10 +26,9 @@ ROWS = encode(TOKENIZER, EXAMPLES)
 FOUND = set()  # names that these tests have brought about
 
 
-@pytest.fixture(scope="module")
-def taught():
+def teach(model):
     "A tiny model that has learned the sentences, not quantized."
-    model = make_llama().train()
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(40):
         batch = collate(ROWS[step % 4 * 8:step % 4 * 8 + 8])
@@ -37,6 +36,10 @@ def taught():
         optimizer.step()
         optimizer.zero_grad()
     return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def taught(): return teach(make_llama())
 
 
 def patient(taught, quantize=True, adapters=True, moved=0., config=None, **kind):

@@ -73,6 +73,7 @@ def _apart(a: Pass, b: Pass) -> float:
     square = sum(torch.as_tensor(of(a, n) - of(b, n)).square().sum().item() for n in names)
     return square ** 0.5 / max(a.norm, b.norm, 1e-30)
 
+# %% ../../nbs/engine/checkpointing_organ.ipynb #db648050
 def _same(patient: Patient) -> list[Finding]:
     "The gradient beside that without checkpoints."
     if not isfinite(patient.seen.loss) or not patient.seen.learned: return []

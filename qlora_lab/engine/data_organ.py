@@ -57,6 +57,7 @@ def _copies(report: DataReport) -> list[Finding]:
     said = f"{c.exact} copies; {c.held_out} held out, {c.prompts} of their prompts in training"
     return found or [well("data", "copies", said)]
 
+# %% ../../nbs/engine/data_organ.ipynb #41a87068
 def look_at_source(
     report: DataReport,
     long: str = "refuse",  # what a training does with rows that are too long
@@ -103,6 +104,7 @@ def _is_dialogue(ids: list[int], special: set[int]) -> bool:
     "Whether marks stand in the midst of a row, as a chat template writes them."
     return any(i in special for i in ids[1:-1]) if len(ids) > 2 else False
 
+# %% ../../nbs/engine/data_organ.ipynb #6f8b2e5a
 def _marks(batch: dict[str, Tensor], patient: Patient) -> list[Finding]:
     "What needs the tokenizer: whole conversations learned, end marks."
     tokenizer, model = patient.tokenizer, patient.model

@@ -81,6 +81,7 @@ def _of_model(patient: Patient, wanted: set[str], times: bool) -> Report:
     return report_of([f for name, look in looks.items() if name in wanted for f in look(patient)],
                      sample_of(patient) if "data" in wanted else ())
 
+# %% ../../nbs/engine/examining.ipynb #128463fc
 def examine_model(
     model: nn.Module,
     tokenizer=None,
@@ -124,6 +125,7 @@ def _from_files(run: Run, wanted: set[str], data) -> list[Finding]:
     if "resume" in wanted and isinstance(data, Split): found += other_data(run, data_hash(data.train))
     return found
 
+# %% ../../nbs/engine/examining.ipynb #25f57263
 def examine_run(
     folder: str | Path,
     data: Iterable | None = None,         # examples of its kind; by default the prompts that it kept

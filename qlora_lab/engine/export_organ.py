@@ -69,6 +69,7 @@ def _in_4_bits(folder: Path) -> bool:
     from qlora_lab.records import read_json
     return "quantization_config" in read_json(folder / "config.json")
 
+# %% ../../nbs/engine/export_organ.ipynb #dc7ba57a
 def stage_of(name: str, trained: Said, model: nn.Module, rows: list[Tokens]) -> Stage:
     "One stage beside the trained model."
     now = said(model, rows)

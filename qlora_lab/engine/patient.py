@@ -56,6 +56,7 @@ def _weight(part) -> Tensor | None:
     if isinstance(part, (nn.ModuleDict, nn.ParameterDict)): part = next(iter(part.values()), None)
     return part if isinstance(part, Tensor) else getattr(part, "weight", None)
 
+# %% ../../nbs/engine/patient.ipynb #d07a4cfa
 def adapters_of(
     model: nn.Module,    # with the lab's adapters or PEFT's
 ) -> dict[str, Halves]:  # by the name of the layer
@@ -130,6 +131,7 @@ def _counted(model: nn.Module) -> Iterator[list[list[int]]]:
     finally:
         for hook in hooks: hook.remove()
 
+# %% ../../nbs/engine/patient.ipynb #e93ce64b
 @contextmanager
 def undisturbed(model: nn.Module, seed: int = 0):
     "A block after which gradients and the random generator are what they were; in it there are no gradients."
@@ -175,6 +177,7 @@ class _Known:
     steps: int | None = None                             # taken so far; None where nobody says
     fitting: bool = True                                 # the rows are such as the model was trained on
 
+# %% ../../nbs/engine/patient.ipynb #3b2f496e
 class Patient(_Known):
     "A model with all that is known of it; what is measured is measured once."
     @cached_property

@@ -60,6 +60,7 @@ def order_hash(lengths: list[int], config: TrainConfig, step: int, ahead: int = 
     chosen = [batch_indices(lengths, config.batch_size, k, config.seed) for k in range(step * n, (step + ahead) * n)]
     return sha256(repr(chosen).encode()).hexdigest()[:12]
 
+# %% ../../nbs/engine/resume_organ.ipynb #b6ff9f95
 def marks_of(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
@@ -138,6 +139,7 @@ def _kept(run: Run) -> list[Finding]:
     said = f"{run.kept.name}/ is {here}, step {run.adapter_step} was {there}"
     return [well("resume", "adapter", said) if here == there else ill("not the run's adapter", said)]
 
+# %% ../../nbs/engine/resume_organ.ipynb #75ad6d93
 def _base(run: Run) -> list[Finding]:
     "The base that lies under the run's name, by its mark."
     mark = run.record.get("base", {}).get("mark")

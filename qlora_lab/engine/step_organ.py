@@ -112,6 +112,7 @@ def _without_chatter():
         os.dup2(kept, 2)
         for file in (kept, nowhere): os.close(file)
 
+# %% ../../nbs/engine/step_organ.ipynb #f6308389
 def step_times(
     model: nn.Module,
     batch: dict[str, Tensor],
@@ -180,6 +181,7 @@ def _fell(losses: list[float]) -> list[Finding]:
     if last > first - 0.01 * first and error < 0.03 * first: return [ill("loss does not fall", said)]
     return [well("step", "loss of the run", said)]
 
+# %% ../../nbs/engine/step_organ.ipynb #f7018efe
 def _held_out(run: Run) -> list[Finding]:
     record, found = run.record, []
     if {"before", "after"} <= record.keys():
@@ -194,6 +196,7 @@ def _held_out(run: Run) -> list[Finding]:
         if last > best + max(0.1, 0.03 * best): found.append(ill("held-out loss rises", said))
     return found
 
+# %% ../../nbs/engine/step_organ.ipynb #a0ae9846
 def look_at_run(run: Run) -> list[Finding]:
     "The lines of a run."
     rows = run.metrics

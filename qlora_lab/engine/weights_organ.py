@@ -142,6 +142,7 @@ def _read_alike(model: nn.Module) -> list[Finding]:
     if not told: return []
     return [well("weights", "read alike", f"bitsandbytes decodes the same numbers in {len(told)} layers")]
 
+# %% ../../nbs/engine/weights_organ.ipynb #c4d9e27e
 def _repacked(model: nn.Module) -> list[Finding]:
     theirs = [m.weight.quant_state for m in model.modules() if getattr(getattr(m, "weight", None), "quant_state", None)]
     packed = sum(bool(getattr(state, "packing_format_for_cpu", False)) for state in theirs)
