@@ -111,6 +111,20 @@ def test_healthy_after_some_steps(taught, theirs):
     assert names(model, steps=3, optimizer=optimizer) == []
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_healthy_on_a_card(tiny, checkpointing):
+    "Fused layers, recorded steps and all; the second time after a step."
+    from qlora_lab import load_model
+    model, tokenizer = load_model(tiny, device="cuda")
+    config, batch = TrainConfig(rank=4, alpha=8, checkpointing=checkpointing), collate(encode(TOKENIZER, EXAMPLES[:4]))
+    model = attach_adapters(model, config).train()
+    for _ in range(2):
+        found = examine(model, tokenizer, data=EXAMPLES, config=config, times=True)
+        assert [f for f in found.ill if f.name != "swallowed"] == [] and "kernels" in repr(found)
+        train_step(model, torch.optim.AdamW(trainable(model), lr=1e-3), [batch], 1e-3, 1)
+
+
 def test_an_examination_changes_nothing(taught):
     "A step after an examination is the step that it would have been."
     one, two = patient(taught), patient(taught)

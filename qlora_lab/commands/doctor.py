@@ -247,9 +247,9 @@ def _of_model(asked: _Options) -> "Report":
     return examine(model, tokenizer, data=data, config=config, steps=0, times=True)
 
 def _of_run(asked: _Options) -> "Report":
-    from qlora_lab.data import load_examples, split
+    from qlora_lab.data import load_examples
     from qlora_lab.engine.examining import ORGANS, examine
-    data = split(load_examples(asked.data), asked.held_out or 0.1) if asked.data else None
+    data = load_examples(asked.data) if asked.data else None
     stages = {name: place for name, place in (("merged", asked.merged), ("GGUF", asked.served)) if place}
     organs = ORGANS if asked.export or asked.gguf or stages else None
     return examine(asked.what, data=data, organs=organs, stages=stages or None, gguf=asked.gguf)

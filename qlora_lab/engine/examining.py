@@ -23,6 +23,7 @@ __all__ = ['SENTENCES', 'ROW', 'rows_for', 'examine_model', 'examine_data', 'exa
 
 # %% ../../nbs/engine/examining.ipynb #fff5a3ae
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,6 +127,14 @@ def _from_files(run: Run, wanted: set[str], data) -> list[Finding]:
     return found
 
 # %% ../../nbs/engine/examining.ipynb #25f57263
+def _config_of(run: Run) -> TrainConfig | None:
+    "The settings of a run; None for those that this version cannot read."
+    names = {f.name for f in fields(TrainConfig)}
+    told = {k: tuple(v) if isinstance(v, list) else v for k, v in run.record.get("config", {}).items() if k in names}
+    try: return TrainConfig(**told)
+    except (LabError, TypeError): return None
+
+# %% ../../nbs/engine/examining.ipynb #123b6759
 def examine_run(
     folder: str | Path,
     data: Iterable | None = None,         # examples of its kind; by default the prompts that it kept
@@ -143,7 +152,8 @@ def examine_run(
     if not live or run.record.get("state") != "done" or names & lost: return report_of(found)
     model, tokenizer, run = open_run(folder, device=device)
     rows, fitting = _own_rows(run, tokenizer, data)
-    seen = _of_model(Patient(model, tokenizer, rows, steps=len(run.metrics), fitting=fitting), live, times=False)
+    patient = Patient(model, tokenizer, rows, None, _config_of(run), None, len(run.metrics), fitting)
+    seen = _of_model(patient, live, times=False)
     if "export" in live and not run.whole: found += look_at_export(model, tokenizer, rows[:8], stages, gguf)
     return report_of([*found, *seen.findings], seen.shown)
 

@@ -62,8 +62,9 @@ def _where(patient: Patient) -> str:
     for name, m in patient.model.named_modules():
         def note_(m, args, out, name=name):
             t = out[0] if isinstance(out, tuple) else out
-            if not odd and isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all(): odd.append(name)
-        if not list(m.children()): hooks.append(m.register_forward_hook(note_))
+            known = not name or odd or not isinstance(t, Tensor) or not t.is_floating_point()
+            if not known and not t.isfinite().all(): odd.append(name)
+        hooks.append(m.register_forward_hook(note_))  # a part ends before what it is part of
     try:
         with undisturbed(patient.model), torch.no_grad(): answer_losses(patient.model, patient.batch)
     finally:
