@@ -167,6 +167,7 @@ def in_bfloat16(case: Case):
         case.config = before
         for p in kept: p.data = p.data.float()
 
+# %% ../nbs/reference/faults.ipynb #17e43986
 @contextmanager
 def far_too_fast(case: Case):
     "A rate with a zero too few before it."
@@ -200,6 +201,7 @@ padding_too = _labels(lambda b, case: b["labels"].masked_fill(b["attention_mask"
 end_masked = _labels(lambda b, case: b["labels"].masked_fill(b["labels"] == case.tokenizer.eos_token_id, -100))
 shifted_twice = _labels(_next_one)
 
+# %% ../nbs/reference/faults.ipynb #8e2e4500
 @contextmanager
 def other_mark(case: Case):
     "The settings for answers name another end mark than the one that was learned."
@@ -242,6 +244,10 @@ ILLNESSES = {
     "loss is not finite": Illness("loss is NaN", "bad data", "which layer puts out the first inf?", overflow_in_half),
     "nothing is learned": Illness("loss is 0 or NaN", "too high a rate", "count the labels that are not -100",
                                   all_masked),
+}
+
+# %% ../nbs/reference/faults.ipynb #b182cc95
+ILLNESSES |= {
     "no gradient": Illness("loss hardly falls", "raise the rate", "which adapters get a gradient on one batch?",
                            cut_graph),
     "half frozen": Illness("loss hardly falls", "a larger rank", "which adapters have requires_grad?", frozen_below),
