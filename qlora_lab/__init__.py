@@ -38,6 +38,7 @@ _PUBLIC = {
     "bnb_files": ["save_quantized"],
     "data": ["docstring_pairs", "load_examples", "load_jsonl", "split"],
     "engine.data_report": ["data_report"],
+    "engine.examining": ["examine"],
 }
 
 # %% ../nbs/reference/public_names.ipynb #5b0d77c2
