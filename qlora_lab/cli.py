@@ -13,7 +13,7 @@ __all__ = ['FLOOR', 'COMMANDS', 'Command', 'options_of', 'read', 'overview', 'hu
 # beside them, so nothing is said twice. A command's module is imported when that command is asked for; `--help` and
 # `--version` need neither torch nor transformers.
 #
-# Exit codes: 0 done; 1 the doctor misses something or a plan does not fit; 2 a mistake; 130 interrupted. A mistake
+# Exit codes: 0 done; 1 something is ill or missing, or a plan does not fit; 2 a mistake; 130 interrupted. A mistake
 # is one line, "qlora-lab: ...", on the error stream: tyro's frames are opened (`_sentence`) and the user's own
 # errors (values, files, packages, memory) caught in `main`, one place. Any other exception is a defect: its line says
 # so, and where it arose. QLORA_LAB_DEBUG=1 shows every traceback. What tyro has read is checked by `settings`.
@@ -50,7 +50,7 @@ class Command(NamedTuple):
     place: str  # "module.Class" below qlora_lab.commands
 
 COMMANDS = {
-    "doctor": Command("what this machine can do, with advice for each lack", "doctor.Doctor"),
+    "doctor": Command("what is ill with a model, a run, data, this machine", "doctor.Doctor"),
     "data": Command("what is in a file of examples, and what would be learned", "inspecting.Data"),
     "plan": Command("the memory that a training step will take", "planning.Plan"),
     "train": Command("train adapters on a model in 4 bits", "training.Train"),
@@ -181,7 +181,7 @@ def _run(argv: list[str]) -> int:
 # %% ../nbs/howto/command_line.ipynb #5350d9f6
 def main(
     argv: list[str] | None = None,  # what follows `qlora-lab`
-) -> int:  # exit code: 0 done, 1 the doctor misses something or a plan does not fit, 2 a mistake, 130 interrupted
+) -> int:  # exit code: 0 done, 1 something ill or missing, or a plan does not fit, 2 a mistake, 130 interrupted
     "The console script."
     hush()
     sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # None: they are closed
