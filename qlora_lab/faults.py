@@ -24,6 +24,7 @@ __all__ = ['all_masked', 'nothing_masked', 'padding_too', 'end_masked', 'shifted
 # None of this is used by a training. Built in nbs/reference/faults.ipynb; used by lesson 16 and tests/test_clinic.py.
 
 # %% ../nbs/reference/faults.ipynb #472a8573
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -216,7 +217,10 @@ def _checkpointed(case: Case, train: bool, reentrant: bool):
     model = case.model
     model.train(train).gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant: model.disable_input_require_grads()  # which newer versions of transformers switch on by themselves
-    try: yield
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # all that torch says of it
+            yield
     finally:
         if not reentrant: model.disable_input_require_grads()
         model.gradient_checkpointing_disable()

@@ -100,6 +100,15 @@ def test_healthy_without_4_bits_without_adapters_and_by_peft(taught):
     assert names(model.train()) == []
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_healthy_on_layers_of_bitsandbytes(tiny, checkpointing):
+    "Their layers and PEFT's adapters, as `train` makes them."
+    from qlora_lab import load_model
+    config = TrainConfig(rank=4, alpha=8, checkpointing=checkpointing)
+    model, _ = load_model(tiny, backend="bnb", device="cpu")
+    assert names(attach_adapters(model, config).train(), config=config) == []
+
+
 @pytest.mark.parametrize("theirs", [False, True])
 def test_healthy_after_some_steps(taught, theirs):
     model = patient(taught)
