@@ -184,7 +184,8 @@ def test_owner_and_host_stand_in_settings_alone():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=relative)
 def test_nothing_of_one_machine_in_a_notebook(path):
     "No folder of the machine it was run on, no warning with a path, and a reason wherever an output is not compared."
-    text = re.sub(r'"image/png": "[^"]*"', "", path.read_text(encoding="utf-8"))  # any letters may stand in a figure
+    text = path.read_text(encoding="utf-8")
+    text = re.sub(r'"image/png": "[^"]*"', '"image/png": ""', text)  # any letters may stand in a figure
     assert not re.search(r"/(tmp|root|home|Users|work|var)/\w|site-packages/|ipykernel_\d", text)
     for cell in json.loads(text)["cells"]:
         source = "".join(cell["source"])
