@@ -81,7 +81,7 @@ LOW, HIGH = 1 / 64, 32  # of alpha / r, or alpha / sqrt(r)
 
 @torch.no_grad()
 def share_of_weight(h: Halves) -> float | None:
-    "|s B A| over |W|; None where the base has no weight of numbers."
+    "How long s B A is beside W, by Frobenius norms; None where the base has no weight of numbers."
     base = base_of_layer(h.layer)
     if base is None or h.scale is None or h.a.dim() != 2: return None
     a, b = h.a.float(), h.b.float()
