@@ -71,11 +71,13 @@ def _version_check(name: str, version: str | None, needed, tested: str) -> Check
     return Check(name, f"{version}, as tested")
 
 def _version_checks() -> list[Check]:
-    "Each required package."
+    "Each required package, and when the versions named were tested together."
     from qlora_lab.records import versions
+    from qlora_lab.tested_versions import TESTED_ON, TESTED_PYTHONS
     needed, tested = packages(""), packages("tested")
     def check(name, version): return _version_check(name, version, needed.get(name), str(tested.get(name, "")))
-    return [check(name, version) for name, version in versions(tuple(needed)).items()]
+    when = Check("tested", f"all of it on {TESTED_ON}, with Python {', '.join(TESTED_PYTHONS)}")
+    return [*(check(name, version) for name, version in versions(tuple(needed)).items()), when]
 
 # %% ../../nbs/commands/doctor.ipynb #28127d70
 def _machine_checks() -> list[Check]:
