@@ -26,7 +26,7 @@ from qlora_lab.loading import best_device
 from qlora_lab.methods import trained_tensors
 from qlora_lab.model import load_model
 from qlora_lab.rates import make_optimizer
-from qlora_lab.records import read_json, write_whole
+from qlora_lab.records import LabError, read_json, write_whole
 from qlora_lab.scoring import spread
 from qlora_lab.settings import TrainConfig
 from qlora_lab.train import attach_adapters, one_step, score
@@ -137,6 +137,8 @@ def _share(todo: list, folder: Path, bench) -> None:
         with in_float32():
             for p in processes: p.start()
         for p in processes: p.join()
+        broken = sum(p.exitcode != 0 for p in processes)
+        if broken: raise LabError(f"{broken} of {count} processes broke off; what is done is kept")
     except KeyboardInterrupt: print("swallowed: cut short", flush=True)
     finally:
         for p in processes:
