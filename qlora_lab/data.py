@@ -157,7 +157,9 @@ def split(
 ) -> Split:
     "Hold out whole groups by a hash of their names (of the prompt where there is none); more data moves no one."
     if not 0 < held_out < 1: raise LabError(f"held_out={held_out}: expected a share between 0 and 1")
-    def draw(e): return int(hashlib.sha256(f"{seed}:{e.stays_with}".encode()).hexdigest()[:8], 16) / 2 ** 32
+    def draw(e):
+        told = f"{seed}:{e.stays_with}".encode(errors="surrogatepass")  # half a character is refused by its row, later
+        return int(hashlib.sha256(told).hexdigest()[:8], 16) / 2 ** 32
     parts = Split([e for e in examples if draw(e) >= held_out], [e for e in examples if draw(e) < held_out])
     if not parts.train or not parts.held_out:
         groups = len({e.stays_with for e in examples})
@@ -195,7 +197,7 @@ def data_hash(
         more = e.tools, e.unlearned, e.text
         return [e.messages, *more] if any(more) else e.messages
     text = json.dumps([content(e) for e in examples], ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 # %% ../nbs/09_data.ipynb #69fbe78a
 LONG = "refuse", "truncate", "drop"

@@ -14,6 +14,7 @@ from qlora_lab.data import (
     data_hash,
     default_split,
     docstring_pairs,
+    encode,
     load_jsonl,
     pair,
     split,
@@ -190,3 +191,11 @@ def test_data_hash_tells_data_apart():
     others = Example(a.messages, tools=tools), Example(a.messages, unlearned=(1,)), text
     assert len({data_hash([e]) for e in (a, *others)}) == 4
     assert data_hash([a, b]) == data_hash([pair("a", "1", "g"), b]) != data_hash([b, a])
+
+
+def test_half_a_character_made_in_python_is_refused_by_its_row(tokenizer):
+    "A split and a hash take it as it is; the tokenizer cannot, and the message says which example."
+    odd = [pair(f"question {i}", "an answer") for i in range(40)] + [pair("half \ud83d", "an answer")]
+    both = split(odd, 0.3)
+    assert len(both.train) + len(both.held_out) == 41 and data_hash(odd) != data_hash(odd[:-1])
+    with pytest.raises(LabError, match="half a character|surrogate|\\\\ud83d"): encode(tokenizer, odd)
