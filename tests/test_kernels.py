@@ -342,7 +342,7 @@ from triton.runtime import interpreter
 from qlora_lab.engine.triton_dequantize import _dequantize
 number, end = int(sys.argv[1]), int(sys.argv[2])  # of the program; weights before it
 def far(t, kind, before):  # a pointer so far before a small tensor that the program's own places fall into it
-    address = np.array([t.data_ptr() - before * t.element_size()], dtype=np.uint64)
+    address = np.array([(t.data_ptr() - before * t.element_size()) % 2 ** 64], dtype=np.uint64)  # places add up to t's
     return tl.tensor(interpreter.TensorHandle(address, tl.pointer_type(kind)), tl.pointer_type(kind))
 def program_id(self, axis): return interpreter.TensorHandle(np.array([number], dtype=np.int32), tl.int32)
 type(interpreter.interpreter_builder).create_get_program_id = program_id

@@ -42,7 +42,7 @@ def test_the_converter_is_kept_and_nothing_else(script, tmp_path):
 def test_a_path_that_climbs_out_is_refused(script, tmp_path):
     top = "llama_cpp_python-1.0/vendor/llama.cpp"
     source = archive(tmp_path / "llama_cpp_python-1.0.tar.gz", [f"{top}/conversion/../../../../../out.py"])
-    with pytest.raises(tarfile.FilterError): script.keep_converter(source, tmp_path / "kept")
+    with pytest.raises(SystemExit, match="nothing was unpacked"): script.keep_converter(source, tmp_path / "kept")
     assert not (tmp_path.parent / "out.py").exists() and not (tmp_path / "kept").exists()
 
 

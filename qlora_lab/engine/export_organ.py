@@ -60,7 +60,8 @@ def opened(place: str | Path) -> nn.Module:
     from transformers import AutoModelForCausalLM
     try:
         with quiet():
-            made = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            made = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32,
+                                                        trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise LabError(f"{path}: transformers cannot open it ({str(e).splitlines()[0]})") from None
     return made.eval()
