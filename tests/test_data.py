@@ -57,6 +57,21 @@ class _Safe:
     assert {e.group for e in got} == {"shop"} and got[0].source == "shop/till.py:2"
 
 
+def test_the_edges_of_what_is_taken(tmp_path):
+    "Lines of 15 to 100 characters and no break, with a full stop; signatures of 110 at most, each once."
+    def line(n): return "x" * (n - 1) + "."
+    def named(n): return "f" * (n - len("m.()"))  # a signature m.fff() of n characters
+    docs = {"a": line(14), "b": line(15), "c": line(100), "d": line(101), "e": f"{line(20)}\\n    {line(20)}",
+            "f": "x" * 20, named(110): line(20), named(111): line(20)}
+    text = "".join(f'def {name}():\n    "{doc}"\n' for name, doc in docs.items())
+    (tmp_path / "m.py").write_text(text + text)
+    got = docstring_pairs(tmp_path)
+    assert [e.prompt.split("m.")[1] for e in got] == ["b()", "c()", f"{named(110)}()"]
+    assert [len(e.answer) for e in got] == [15, 100, 20]
+    assert [len(e.answer) for e in docstring_pairs(tmp_path, longest=19)] == [15]
+    assert len(docstring_pairs(tmp_path, longest=101)) == 4
+
+
 def test_no_module_of_the_standard_library_is_on_both_sides():
     "The held-out loss would be too good if the same module, or the same function, had been learned."
     data = default_split()
