@@ -172,8 +172,7 @@ def main() -> None:
     command = [sys.executable, "-m", "benchmarks.data_types", "--device", asked.device, "--folder", asked.folder]
     command += ["--quick"] * asked.quick
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    running, files = [], {name: Path(asked.folder) / f"{name}.json" for name in MODELS}
-    todo = [name for name, file in files.items() if not (file.exists() and read_json(file).get("done"))]
+    running, todo = [], [name for name in MODELS if not parts_of(asked).get(name, {}).get("done")]
     for name in todo:
         running.append(subprocess.Popen([*command, "--model", name], env=environment))
         if asked.device == "cpu": running[-1].wait()
@@ -186,10 +185,15 @@ def main() -> None:
     if found["missing"]: raise SystemExit(f"missing: {found['missing']}")
 
 
+def parts_of(asked) -> dict:
+    "What each model has finished so far."
+    files = {name: Path(asked.folder) / f"{name}.json" for name in MODELS}
+    return {name: read_json(file) for name, file in files.items() if file.exists()}
+
+
 def whole(asked, start: float) -> dict:
     "The record, of the parts that there are, and what is missing in it."
-    files = {name: Path(asked.folder) / f"{name}.json" for name in MODELS}
-    parts = {name: read_json(file) for name, file in files.items() if file.exists()}
+    parts = parts_of(asked)
     wanted = {name: ["formats", "better"] + ["layers", "kept"] * (name == better_bytes.ALONE) for name in MODELS}
     missing = {name: [part for part in wanted[name] if part not in parts.get(name, {})] for name in MODELS}
     for name in MODELS:

@@ -111,21 +111,20 @@ def carry_out(place: CellFolder, work: Work) -> None:
     "One cell, from wherever it is to its end; its lock is held."
     data, start, others = work.data[place.cell["data"]], time.perf_counter(), at_work(work.root) - 1
     (place.folder / FAILED).unlink(missing_ok=True)
-    cost = place.told(MEASURES).get("cost")
-    def took():
-        now = time.perf_counter() - start
-        return cost or {"seconds": now, "others_at_work": others, "kept_gib": work.bases.kept_gib}
+    cost = place.told(MEASURES).get("cost")  # of training: what a retry of measures takes is not added
     had = place.measures if place.run_state() == "done" else {}
     missing = {name: f for name, f in work.measure.items() if name not in had}
     model = None
     if missing or place.run_state() != "done":
         try:
             model, tokenizer = _trained(place, work, data)
-            place.keep(had, took())  # what training took is known, whatever becomes of the measures
+            cost = cost or {"seconds": time.perf_counter() - start, "others_at_work": others,
+                            "kept_gib": work.bases.kept_gib}
+            place.keep(had, cost)  # known, whatever becomes of the measures
             had |= {name: f(model, tokenizer, data) for name, f in missing.items()}
         finally:
             if model is not None: faster("forget", work.bases.device, model)
-    place.keep(had, took())
+    place.keep(had, cost or {})  # of one that was killed after its training nobody knows
     _tidy(place.folder, work.keep)
 
 # %% ../nbs/reference/cell_work.ipynb #0896cddf

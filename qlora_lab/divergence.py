@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .data import Tokens, collate
 from .scoring import Score, _ratio_error
-from .train import _dropout_off, answer_places
+from .train import answer_places, dropout_off
 
 # %% ../nbs/reference/divergence.ipynb #9fe903a6
 def surprise(logs: Tensor, targets: Tensor) -> Tensor:  # [tokens, vocabulary], [tokens] to [tokens], nats
@@ -62,7 +62,7 @@ def logs_at(
     "What a model says at the learned places of one row, without dropout; its mode stays as it is."
     device, batch = next(model.parameters()).device, collate([one])
     at, target = answer_places(batch)
-    with _dropout_off(model):
+    with dropout_off(model):
         logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits[0, at.to(device)]
     return logits.float().log_softmax(1), target.to(device)
 

@@ -39,7 +39,7 @@ from .model import answer
 from .records import LabError
 from .scoring import Score, spread
 from .shares import Share
-from .train import _dropout_off
+from .train import dropout_off
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -129,7 +129,7 @@ def answered(
     if odd: raise LabError(f"{odd.source or 'an example'}: plain text and tools have no answer to score; leave scores "
                            "out")
     turns, texts = [list(e.messages[:-1]) for e in asked], []
-    with _dropout_off(model):
+    with dropout_off(model):
         for i in range(0, len(turns), at_once): texts += answer(model, tokenizer, turns[i:i + at_once], max_new_tokens)
     ones, groups = (1,) * len(asked), tuple(e.stays_with for e in asked)
     def score(f): return Score(tuple(float(f(e, a)) for e, a in zip(asked, texts)), ones, groups)
