@@ -57,7 +57,8 @@ def test_odd_words_on_the_line(command, capfd, monkeypatch, tmp_path):
 @pytest.mark.parametrize("line", [
     [""], ["\0"], ["train\n"], ["-"], ["--"], ["train", "\udcff"], ["9" * 5000], ["tràin"], ["data"], ["chat"],
     ["train", *["--rank", "8"] * 200, "--data", "gone.jsonl"], ["compare"], ["sweep", "/dev/null/x"], ["merge"],
-    ["data", "/dev/zero"], ["data", "/"], ["sweep", "/"], ["plan", "/etc/passwd"]], ids=range(18))
+    ["data", "/dev/zero"], ["data", "/"], ["sweep", "/"], ["plan", "/etc/passwd"],
+    ["sweep", "/dev/zero"]], ids=range(19))
 def test_odd_lines(line, capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     told(line, capfd)
