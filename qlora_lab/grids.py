@@ -41,7 +41,7 @@ from .assets import SMOLLM2
 from .blockwise import codebook
 from .engine.dispatch import twin
 from .records import LabError, read_as
-from .settings import TrainConfig, check_type, expect
+from .settings import TrainConfig, check_numbers, check_type, expect
 
 # %% ../nbs/reference/grids.ipynb #d0ff20d7
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _check_base(cell: dict, named: set) -> dict:
     if cell["backend"] == "bnb": _check_bnb(cell, packed)
     if cell["scales"] == "chosen" and twin("choices", "cpu") is None:
         raise LabError("scales='chosen': nothing chooses scales here; take 'absmax'")
-    if cell["blocksize"] is not None: expect(cell["blocksize"] > 0, "blocksize", cell["blocksize"], "at least 1")
+    check_numbers(blocksize=cell["blocksize"])
     if not packed and kind != "none": _format(kind, cell["blocksize"])
     return cell
 
