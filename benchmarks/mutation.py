@@ -213,19 +213,27 @@ def copied(place: str) -> Path:
     return Path(place)
 
 
+def listed(module: str, alive: list[Change], before: dict | None, tried: set[str], said: dict) -> list[dict]:
+    "What nothing caught, for the record: this time, and before where it was not tried again, its line changed or not."
+    found = [{"place": c.place, "change": c.what, "mark": c.mark} for c in alive]
+    found += [c for c in (before or {"alive": []})["alive"] if c["mark"] not in tried]
+    def key(c): return f"{module}: {c['place']} | {c['change']} | {c['mark']}"
+    return [c | {"said": said.get(key(c), c.get("said"))} for c in
+            sorted(found, key=lambda c: int(c["place"].partition(":")[0]))]
+
+
 def try_module(module: str, until: float, pages: bool, one_in: int, before: dict | None) -> dict:
     """All changes of a module that the time allows, or one in so many of them, by lot; with a record from before only
     those that nothing caught then."""
     page, names = MODULES[module]
     tests = [f"tests/{file}.py{sign}{name}" for file, sign, name in (n.partition("::") for n in names.split())]
     every, said = changes(module), json.loads(SAID.read_text()) if SAID.exists() else {}
-    count, alive = {"changes": len(every), "tried": 0, "by tests": 0, "by the page": 0}, []
+    count, alive, tried = {"changes": len(every), "tried": 0, "by tests": 0, "by the page": 0}, [], set()
     every = [change for change in every if int(change.mark, 16) % one_in == 0]
     if before:
         there = {c["mark"] for c in before["alive"]}
-        every = [change for change in every if change.mark in there]
-        alive, every = ([c for c in every if (c.key in said) == known] for known in (True, False))
-        count = {k: before[k] for k in count} | {"tried": before["tried"] - len(every)}
+        every = [change for change in every if change.mark in there and change.key not in said]
+        count = {k: before[k] for k in count}
     begun = time.monotonic()
     if every and forked(None, tests, 900) != "passed": raise SystemExit(f"{module}: its tests fail as it is")
     whole = time.monotonic() - begun
@@ -233,14 +241,15 @@ def try_module(module: str, until: float, pages: bool, one_in: int, before: dict
         tree = copied(place) if pages else None
         for change in every:
             if time.monotonic() > until: break
-            count["tried"] += 1
+            tried.add(change.mark)
+            count["tried"] += not before
             if forked(change, tests, 3 * whole + 30) != "passed": count["by tests"] += 1
             elif pages and by_page(change, page, tree) != "passed": count["by the page"] += 1
             else:
                 alive.append(change)
                 print(f"  alive  {change.key}", flush=True)
-    left = [{"place": c.place, "change": c.what, "mark": c.mark, "said": said.get(c.key)} for c in alive]
-    print(f"{module}: {count}, {len(alive)} alive, {time.monotonic() - begun:.0f} s", flush=True)
+    left = listed(module, alive, before, tried, said)
+    print(f"{module}: {count}, {len(left)} alive, {time.monotonic() - begun:.0f} s", flush=True)
     return count | {"alive": left}
 
 

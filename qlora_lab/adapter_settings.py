@@ -105,9 +105,22 @@ def check_kinds(config: "LoraConfig") -> None:
     for name, pattern in patterns: _compiled(name, pattern)
 
 def _compiled(name: str, pattern: str) -> None:
-    try: re.compile(pattern)
+    try: parsed = re._parser.parse(pattern)
     except (re.error, RecursionError, OverflowError) as e:
         raise LabError(f"LoraConfig.{name}: {pattern!r:.80} is no regular expression ({e})") from None
+    if _nested(parsed): raise LabError(f"LoraConfig.{name}: {pattern!r:.80} repeats what has repeats or alternatives "
+                                       "in it, and may search for ever; write it without, or name the layers")
+
+def _nested(parsed, inside: bool = False) -> bool:
+    "Whether a pattern repeats something with repeats or alternatives in it: the ways to try double with each letter."
+    def parts(value):
+        if isinstance(value, re._parser.SubPattern): return [value]
+        return [p for v in value for p in parts(v)] if isinstance(value, (tuple, list)) else []
+    for kind, value in parsed:
+        repeats = str(kind).endswith("REPEAT") and value[1] > 1
+        if inside and (repeats or str(kind) == "BRANCH"): return True
+        if any(_nested(p, inside or repeats) for p in parts(value)): return True
+    return False
 
 # %% ../nbs/reference/adapter_settings.ipynb #8b507ce4
 def check_method(kind: str | None) -> None:

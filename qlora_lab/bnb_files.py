@@ -196,7 +196,7 @@ def write_tensors(
             seen.add(t.data_ptr())
         save_file(part, made / file, metadata={"format": "pt"})
         (made / file).chmod((made / "config.json").stat().st_mode)  # safetensors leaves it to its owner alone
-        with (made / file).open("rb") as f: os.fsync(f.fileno())
+        with (made / file).open("r+b") as f: os.fsync(f.fileno())
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     if split.is_sharded: write_whole(made / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
 

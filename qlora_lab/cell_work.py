@@ -36,7 +36,7 @@ import torch
 
 # %% ../nbs/reference/cell_work.ipynb #f9cfff3d
 from .assets import SMOLLM2
-from .cell_folders import FAILED, MEASURES, Busy, CellFolder, at_work, set_up
+from .cell_folders import FAILED, MEASURES, CellFolder, at_work, set_up
 from .cell_inputs import Bases, clear, device_of, hashes, splits
 from .data import Split
 from .engine.dispatch import faster
@@ -45,7 +45,7 @@ from .loading import find_model
 from .manifest_file import MANIFEST, read_manifest, write_manifest
 from .methods import CHANGED_BASE, kept_name
 from .open_run import attach_saved, open_run, to_answer
-from .records import LabError
+from .records import Busy, LabError
 from .runs import fingerprint
 from .settings import TrainConfig
 from .starting_point import adapter_folder

@@ -54,7 +54,7 @@ def told_of(
     "Whatever a library raises in the block becomes a LabError that begins with the file, and so does a LabError."
     try: yield
     except LabError as e:
-        if str(place).partition(":")[0] in str(e): raise
+        if str(place).partition(": ")[0] in str(e): raise
         raise LabError(f"{place}: {e}") from e
     except (MemoryError, OSError): raise  # OSError: a file that is not there, a network that is none
     except Exception as e:

@@ -257,6 +257,7 @@ def conversation(
     unlearned = tuple(i for i in answers if not said[i].learned)
     if len(unlearned) == len(answers): raise LabError(f"{where}: no answer is to be learned; each has the weight 0")
     tools = tools_of(row, where)
-    for name, value in (("group", group), ("tools", tools), *((s.name, t) for s, t in zip(said, turns))):
-        check_words(value, name, where)
+    check_words(tools, "tools", where)
+    for s, turn in zip(said, turns):  # `checked_turn` has looked at the content
+        check_words({k: v for k, v in turn.items() if k != "content"}, s.name, where)
     return Row(turns, group, where, tools, unlearned)

@@ -39,6 +39,7 @@ from .conversations import conversation
 from .docstrings import public_functions
 from .examples import lines_of_json, read_rows
 from .records import LabError
+from .settings import check_numbers
 from .token_masks import rows_of
 
 # %% ../nbs/09_data.ipynb #c1afb77c
@@ -156,7 +157,7 @@ def split(
     seed: int = 0,          # another seed, another split
 ) -> Split:
     "Hold out whole groups by a hash of their names (of the prompt where there is none); more data moves no one."
-    if not 0 < held_out < 1: raise LabError(f"held_out={held_out}: expected a share between 0 and 1")
+    check_numbers(held_out=held_out)
     def draw(e):
         told = f"{seed}:{e.stays_with}".encode(errors="surrogatepass")  # half a character is refused by its row, later
         return int(hashlib.sha256(told).hexdigest()[:8], 16) / 2 ** 32

@@ -33,21 +33,14 @@ from pathlib import Path
 from typing import Any
 
 from .conversations import FORMS
-from .records import LabError
+from .records import LabError, read_bytes
 
 # %% ../nbs/reference/examples.ipynb #b6cc9b6f
 def read_text(
     path: Path,
 ) -> str:
     "A file's text; raises LabError for a file that is not there or no UTF-8."
-    try:
-        if path.is_dir(): raise LabError(f"{path}: a folder; name the file in it")
-        if path.is_char_device() or path.is_block_device(): raise LabError(f"{path}: a device, which has no end")
-        content = path.read_bytes()
-    except LabError: raise
-    except FileNotFoundError: raise LabError(f"{path}: no such file") from None
-    except (OSError, ValueError) as e:  # ValueError: a name that no file can have
-        raise LabError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    content = read_bytes(path)
     try: return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         wide = " (it looks like UTF-16)" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""

@@ -40,8 +40,8 @@ from typing import Literal
 from .assets import SMOLLM2
 from .blockwise import codebook
 from .engine.dispatch import twin
-from .records import LabError
-from .settings import TrainConfig, check_type, expect
+from .records import LabError, read_as
+from .settings import TrainConfig, check_numbers, check_type, expect
 
 # %% ../nbs/reference/grids.ipynb #d0ff20d7
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _check_base(cell: dict, named: set) -> dict:
     if cell["backend"] == "bnb": _check_bnb(cell, packed)
     if cell["scales"] == "chosen" and twin("choices", "cpu") is None:
         raise LabError("scales='chosen': nothing chooses scales here; take 'absmax'")
-    if cell["blocksize"] is not None: expect(cell["blocksize"] > 0, "blocksize", cell["blocksize"], "at least 1")
+    check_numbers(blocksize=cell["blocksize"])
     if not packed and kind != "none": _format(kind, cell["blocksize"])
     return cell
 
@@ -249,11 +249,7 @@ def read_grid(
     path: str | Path,  # TOML
 ) -> list[dict]:       # a grid
     "A grid from a file, its cells checked; raises LabError that names the file."
-    try: told = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise LabError(f"{path}: no such file; expected a grid in TOML") from None
-    except OSError as e: raise LabError(f"{path}: cannot be read ({e.strerror or e})") from None
-    except RecursionError: raise LabError(f"{path}: nested too deep to be a grid") from None
-    except ValueError as e: raise LabError(f"{path}: not valid TOML: {e}") from None
+    told = read_as(path, tomllib.loads, "TOML")
     entries = told.pop("grid", [{}])
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         raise LabError(f"{path}: grid: expected tables, each under [[grid]]")

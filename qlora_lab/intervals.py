@@ -24,7 +24,7 @@ __all__ = ['beyond', 'errors_wide', 'interval', 'holm']
 # %% ../nbs/reference/intervals.ipynb #2a1df203
 from math import exp, inf, isfinite, lgamma, log, nan
 
-from .records import LabError
+from .settings import check_numbers
 
 # %% ../nbs/reference/intervals.ipynb #e89767ca
 def _fraction(a: float, b: float, x: float) -> float:
@@ -60,7 +60,7 @@ def errors_wide(
     level: float = 0.95,
 ) -> float:  # errors on each side
     "Half the width of an interval, in errors."
-    if not 0 < level < 1: raise LabError(f"level={level!r}: expected a share between 0 and 1, such as 0.95")
+    check_numbers(level=level)
     if not df > 0: return nan
     low, high = 0., 1.
     while beyond(high, df) > 1 - level: low, high = high, 2 * high

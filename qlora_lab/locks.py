@@ -30,7 +30,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .records import LabError, make_folder
+from .records import Busy, LabError, make_folder
 
 try:
     import fcntl
@@ -39,13 +39,13 @@ except ImportError:  # not a POSIX system
 
 # %% ../nbs/reference/locks.ipynb #65e39071
 def _held(file: int, path: Path, look: bool = False) -> bool:
-    "Take the lock of an open file; whether the file still has its name. Raises LabError where another has the lock."
+    "Take the lock of an open file; whether the file still has its name. Raises Busy where another has the lock."
     how = fcntl.LOCK_SH if look else fcntl.LOCK_EX  # those who only look are not in each other's way
     try: fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
         who = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
-        raise LabError(f"{path.parent}: {who} is at work in this folder; wait for it, end it, "
-                       "or name another folder") from None
+        raise Busy(f"{path.parent}: {who} is at work in this folder; wait for it, end it, "
+                   "or name another folder") from None
     except OSError as e: warnings.warn(f"{path.parent}: not locked ({e}); see that no other process works in it",
                                        stacklevel=5)
     return _same(file, path)

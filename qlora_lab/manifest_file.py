@@ -29,9 +29,10 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
-from .records import LabError, write_whole
+from .records import LabError, read_as, write_whole
 from .safe_files import stays_inside
 
 # %% ../nbs/reference/manifest_file.ipynb #6c9dc1d7
@@ -76,10 +77,10 @@ def write_manifest(
 # %% ../nbs/reference/manifest_file.ipynb #77cdda63
 def _once(pairs: list) -> dict:
     "A JSON object whose names are all different."
-    if len({k for k, _ in pairs}) < len(pairs): raise ValueError("a name stands in it twice")
+    if len({k for k, _ in pairs}) < len(pairs): raise LabError("not a whole manifest: a name stands in it twice")
     return dict(pairs)
 
-def _refuse(word: str): raise ValueError(f"{word} is not JSON")
+def _refuse(word: str): raise LabError(f"not a whole manifest: {word} is not JSON")
 
 def inside(
     path: str,  # with "/" between its parts
@@ -112,11 +113,7 @@ def parsed(
 ) -> dict:
     "A manifest with all its fields, its digest not yet compared; raises LabError."
     if path.is_symlink() or not path.is_file(): raise LabError(f"{path}: not a plain file")
-    try: content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=_refuse)
-    except OSError as e: raise LabError(f"{path}: cannot be read ({e.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise LabError(f"{path}: not valid JSON ({e}); it may be cut short") from None
-    except (ValueError, RecursionError) as e: raise LabError(f"{path}: not a whole manifest: {e}") from None
+    content = read_as(path, partial(json.loads, object_pairs_hook=_once, parse_constant=_refuse), "JSON")
     fault = _fault(content) if isinstance(content, dict) else "expected a JSON object in braces"
     if fault: raise LabError(f"{path}: not a whole manifest: {fault}")
     return content

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'PACKAGES', 'LabError', 'printable', 'sync_folder', 'make_folder', 'write_whole', 'Busy', 'whole_folder',
-           'scratch', 'read_json', 'versions', 'cpu_name', 'provenance', 'peak_memory_gib', 'release_memory']
+           'read_bytes', 'read_as', 'read_json', 'versions', 'cpu_name', 'provenance', 'peak_memory_gib',
+           'release_memory']
 
 # %% ../nbs/reference/records.ipynb #72a26aac
 # Files that are whole, messages that help, numbers with their circumstances.
@@ -148,13 +149,13 @@ def _check_place(folder: Path) -> None:
     "Raise LabError where something has the name of a folder to be, Busy where another process makes it."
     there = os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
     if there: raise LabError(f"{folder}: already holds something; name a new folder, or empty this one first")
-    start = f".{folder.name}."
+    shape = re.compile(re.escape(f".{folder.name}.") + r"[0-9a-f]{8}-(\d+)\.[0-9a-f]{8}")  # of `_hidden`, any machine's
     with suppress(OSError):
-        for other in [p for p in folder.parent.iterdir() if p.name.startswith(start) and p.is_dir()]:
+        for other, named in [(p, shape.fullmatch(p.name)) for p in folder.parent.iterdir()]:
+            if not named or not other.is_dir(): continue
             with _lock(other, fcntl.LOCK_SH | fcntl.LOCK_NB if fcntl else 0) as free:
                 if free: continue
-            pid = other.name.removeprefix(start).partition("-")[2].partition(".")[0]
-            raise Busy(f"{folder}: process {pid} is making this folder; wait for it, or name another")
+            raise Busy(f"{folder}: process {named[1]} is making this folder; wait for it, or name another")
 
 # %% ../nbs/reference/records.ipynb #5933df48
 def _finished(made: Path) -> None:
@@ -164,17 +165,27 @@ def _finished(made: Path) -> None:
         for path in (Path(place) / name for name in files):
             mode = path.lstat().st_mode
             if not stat.S_ISREG(mode): continue
-            with path.open("rb") as f: os.fsync(f.fileno())
+            with path.open("rb" if fcntl else "r+b") as f: os.fsync(f.fileno())  # Windows wants one to be written
             if mode & 0o666 != usual: path.chmod(stat.S_IMODE(mode) | usual)
         sync_folder(Path(place))
 
+@contextmanager
+def _told_by_safetensors(folder: Path):
+    "A block in which what safetensors says of the disk is said of the folder."
+    try: yield
+    except Exception as e:
+        inner = os.path.realpath(folder) in _OURS  # the outer block names what the user knows
+        if type(e).__name__ != "SafetensorError" or "os error" not in str(e) or inner: raise
+        raise LabError(f"{folder}: cannot be written ({str(e).partition('I/O error: ')[2] or e}); nothing was left "
+                       "there") from None
+
 # %% ../nbs/reference/records.ipynb #b569393f
-_OURS: set[Path] = set()  # hidden folders that this process holds
+_OURS: set[str] = set()  # hidden folders that this process holds, by their real paths
 
 @contextmanager
 def _begun(folder: Path):
     "The hidden folder for the length of a block, held by this process; raises LabError where it cannot be made."
-    free = folder.parent in _OURS or fcntl is None  # nobody else is there
+    free = os.path.realpath(folder.parent) in _OURS or fcntl is None  # nobody else is there
     with ExitStack() as held:
         with nullcontext() if free else _lock(folder.parent, fcntl.LOCK_EX):  # a moment: one looks and begins
             _check_place(folder)
@@ -182,8 +193,8 @@ def _begun(folder: Path):
             held.callback(shutil.rmtree, made, ignore_errors=True)
             made.mkdir()
             held.enter_context(_lock(made, fcntl.LOCK_EX | fcntl.LOCK_NB if fcntl else 0))
-        _OURS.add(made)
-        held.callback(_OURS.discard, made)
+        _OURS.add(real := os.path.realpath(made))
+        held.callback(_OURS.discard, real)
         yield made
 
 # %% ../nbs/reference/records.ipynb #b07a5322
@@ -205,44 +216,34 @@ def whole_folder(
             raise LabError(f"{folder}: already holds something; name a new folder, or empty this one first") from e
     sync_folder(folder.parent)
 
-# %% ../nbs/reference/records.ipynb #ff1f70e8
-@contextmanager
-def scratch(
-    path: Path,  # of what is being made; beside it there is room
-):
-    "A hidden folder for the length of a block; what a killed process left of one goes with the next."
-    make_folder(path.parent)
-    made = _hidden(path)
-    try:
-        made.mkdir()
-        yield made
-    finally: shutil.rmtree(made, ignore_errors=True)
-
-@contextmanager
-def _told_by_safetensors(folder: Path):
-    "A block in which what safetensors says of the disk is said of the folder."
-    try: yield
-    except Exception as e:
-        if type(e).__name__ != "SafetensorError" or "os error" not in str(e) or folder in _OURS: raise
-        raise LabError(f"{folder}: cannot be written ({str(e).partition('I/O error: ')[2] or e}); nothing was left "
-                       "there") from None
-
 # %% ../nbs/reference/records.ipynb #725af43d
 LARGEST = 64 << 20  # bytes of a file that is read as one object: configs, indexes and records take far less
 
-def read_json(
-    path: str | Path,
-) -> dict:
-    "A JSON object from a file; raises LabError that names the file, and the line of a mistake."
+def read_bytes(path: str | Path, largest: int | None = None) -> bytes:
+    "All of a file; raises LabError for one that is not there, cannot be read, has no end or is larger."
     try:
-        if Path(path).stat().st_size > LARGEST: raise LabError(f"{path}: larger than {LARGEST >> 20} MiB; not read")
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        told = os.stat(path)
+        if stat.S_ISDIR(told.st_mode): raise LabError(f"{path}: a folder; name the file in it")
+        if not stat.S_ISREG(told.st_mode): raise LabError(f"{path}: a device or a pipe, which may have no end")
+        if largest and told.st_size > largest: raise LabError(f"{path}: larger than {largest >> 20} MiB; not read")
+        return Path(path).read_bytes()
     except LabError: raise
     except FileNotFoundError: raise LabError(f"{path}: no such file") from None
-    except OSError as e: raise LabError(f"{path}: cannot be read ({e.strerror or e})") from None
+    except (OSError, ValueError) as e:  # ValueError: a name that no file can have
+        raise LabError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+
+# %% ../nbs/reference/records.ipynb #8bd897de
+def read_as(path: str | Path, parse, what: str):
+    "What a parser makes of a file of at most LARGEST bytes, in JSON or TOML; raises LabError that names the file."
+    try: return parse(read_bytes(path, LARGEST).decode())
+    except LabError as e: raise e if str(path) in str(e) else LabError(f"{path}: {e}") from None
     except RecursionError: raise LabError(f"{path}: nested too deep; nothing here writes such a file") from None
     except ValueError as e:  # also of text that is no UTF-8, and of numbers with thousands of digits
-        raise LabError(f"{path}: not valid JSON ({str(e).partition(';')[0]}); the file may be cut short") from None
+        raise LabError(f"{path}: not valid {what} ({str(e).partition(';')[0]}); the file may be cut short") from None
+
+def read_json(path: str | Path) -> dict:
+    "A JSON object from a file; raises LabError that names the file, and the line of a mistake."
+    content = read_as(path, json.loads, "JSON")
     if not isinstance(content, dict):
         raise LabError(f"{path}: expected a JSON object in braces, got {type(content).__name__}")
     return content
@@ -290,8 +291,7 @@ def peak_memory_gib() -> float:
 
 # %% ../nbs/reference/records.ipynb #ecb274c6
 def release_memory() -> None:
-    """Hand freed memory back to the system: glibc keeps it in pieces that batches of other lengths do not fit, and a
-    long run grows."""
+    "Hand freed memory back to the system: glibc keeps it in pieces that do not fit the next, and a long run grows."
     if sys.platform == "linux":
         import ctypes
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

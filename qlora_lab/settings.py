@@ -56,7 +56,7 @@ NONE_AT_LEAST = ("device_budget", "checkpointed_layers", "pass_size", "eval_prom
                  "epochs", "max_grad_norm", "weight_decay")
 POSITIVE = "lr", "alpha", "loraplus_ratio"
 SHARES = "warmup", "merge_aware"  # counts, or below 1 shares of all steps
-COUNTS = "max_new_tokens", "examples", "workers", "longest", "count", "window"  # of functions and commands, from 1 on
+COUNTS = "max_new_tokens", "examples", "workers", "longest", "count", "window", "blocksize"  # of functions, commands
 FROM_THE_WEIGHT = "pissa", "qpissa", "loftq", "loftq5", "eora"  # ways to begin that look at the weight before 4 bits
 OF_ADAPTERS = ("rank", "alpha", "dropout", "rslora", "targets", "init", "init_adapter", "merge_aware",
                "loraplus_ratio", "budget")  # what says nothing, or cannot be planned, where all weights learn
@@ -163,10 +163,12 @@ class _Checked(_Together):
     "Settings that are refused when they make no sense."
     def __post_init__(self):
         check_fields(self)
-        for name in ("folder", "original_base", "init_adapter"):
-            expect("\0" not in str(getattr(self, name)), name, getattr(self, name), "a path")
-        for name, value in [(f.name, getattr(self, f.name)) for f in fields(self)]:
-            if hasattr(value, "item"): object.__setattr__(self, name, value.item())  # numpy's; JSON knows Python's
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("folder", "original_base", "init_adapter"):
+                expect(isinstance(value, (str, PathLike)) and "\0" not in str(value), f.name, value, "a path")
+            if f.type in (int, float) and type(value) not in (int, float):  # numpy's, a fraction: JSON knows Python's
+                object.__setattr__(self, f.name, f.type(value))
         if self.budget: gib_of(self.budget)
         step, fastest = self.batch_size * self.accumulation, self.lr * self.loraplus_ratio
         if step >= 1 << 24: raise LabError(f"batch_size * accumulation = {step:,}: expected less than 16,777,216 "

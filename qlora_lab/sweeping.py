@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Literal
 
 from .cell_work import prepare, serve
 from .data import Split
-from .records import LabError
 from .results import results
+from .settings import check_numbers
 from .sweep_table import SweepTable, Unseen
 from .watching import Watcher
 from .workers import check_portable, share
@@ -56,7 +56,7 @@ def sweep(
     "Carry out every cell of a grid; raises LabError, before anything runs, for what makes no sense."
     asked = {"grid": grid, "folder": folder, "data": data, "base": base, "device": device, "measure": measure,
              "watchers": tuple(watchers), "retry": retry, "keep": keep, "begun": time.time()}
-    if workers < 1: raise LabError(f"workers={workers}: expected at least 1")
+    check_numbers(workers=workers)
     if workers > 1: check_portable(asked)
     work = prepare(**asked)
     with SweepTable(work.places, work.measure) if progress else Unseen() as table:

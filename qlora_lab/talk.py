@@ -40,6 +40,7 @@ from .assets import quiet
 from .engine.dispatch import faster
 from .open_run import to_answer
 from .records import LabError
+from .settings import check_numbers
 
 # %% ../nbs/reference/talk.ipynb #36f3172a
 def prompt_ids(
@@ -121,9 +122,7 @@ def speakers(
 # %% ../nbs/reference/talk.ipynb #f7f2f5a4
 def check_manner(max_new_tokens: int, temperature: float) -> None:
     "Raise LabError for what makes no sense."
-    if max_new_tokens < 1: raise LabError(f"max_new_tokens={max_new_tokens}: expected at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise LabError(f"temperature={temperature}: expected 0, or a positive number")
+    check_numbers(max_new_tokens=max_new_tokens, temperature=temperature)
 
 # %% ../nbs/reference/talk.ipynb #5a0420bd
 @dataclass

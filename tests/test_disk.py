@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from conftest import make_llama, make_tokenizer
-from qlora_lab import load_model, save_quantized
+from qlora_lab import load_model, records, save_quantized, together
 from qlora_lab.engine.gguf_files import to_gguf
 from qlora_lab.locks import claimed, locked
 from qlora_lab.merged_model import save_merged
-from qlora_lab.records import Busy, LabError, scratch, whole_folder, write_whole
-from qlora_lab.together import write_together
+from qlora_lab.records import Busy, LabError, whole_folder, write_whole
+from qlora_lab.together import scratch, write_together
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(os.name != "posix", reason="POSIX's files")]
 EXACT = dict(device="cpu", dtype=torch.float32, compute_dtype=torch.float32)
@@ -160,6 +160,90 @@ def test_a_folder_inside_one_that_is_being_made(tmp_path):
     assert (tmp_path / "m" / "inner" / "a").read_text() == "x" and (tmp_path / "m" / "empty").is_dir()
 
 
+def test_the_same_folder_spelled_in_two_ways(tmp_path, monkeypatch):
+    "From where one stands and from the root: it is one folder, and its process does not wait for itself."
+    monkeypatch.chdir(tmp_path)
+    signal.alarm(20)
+    try:
+        with whole_folder("m") as made, whole_folder(made.absolute() / "inner") as inner: (inner / "a").write_text("x")
+    finally: signal.alarm(0)
+    assert (tmp_path / "m" / "inner" / "a").read_text() == "x"
+    with pytest.raises(LabError, match="^n: cannot be written"), whole_folder("n") as made:
+        with whole_folder(made.absolute()): raise _SafetensorError("I/O error: disk full (os error 28)")
+
+
+_SafetensorError = type("SafetensorError", (Exception,), {})
+
+
+def test_names_that_begin_alike(tmp_path):
+    "Llama-3.1 is being made; Llama-3 is another folder."
+    with whole_folder(tmp_path / "m.1"):
+        with whole_folder(tmp_path / "m") as made: (made / "a").write_text("x")
+        with pytest.raises(Busy), whole_folder(tmp_path / "m.1"): pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.1"]
+
+
+def test_files_are_synced_where_only_a_writer_may(tmp_path, monkeypatch):
+    "As on Windows, which forces nothing to the disk that was opened for reading."
+    import fcntl
+    import stat
+    seen = []
+    def writable(fd):
+        if stat.S_ISREG(os.fstat(fd).st_mode): seen.append(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY)
+    monkeypatch.setattr(records, "fcntl", None)
+    monkeypatch.setattr(os, "fsync", writable)
+    save_quantized(load_model(_model(tmp_path), **EXACT)[0], tmp_path / "q")
+    assert len(seen) > 3 and all(seen)
+
+
+# files that change together
+
+OLD, NEW = {"a": b"old a", "b": b"old b"}, {"a": b"new a", "b": b"new b"}
+
+
+def test_files_of_others_stay(tmp_path):
+    "Those with a dot too: every repository of the Hub has a .gitattributes."
+    write_together(tmp_path / "x", OLD)
+    for name in (".gitattributes", ".hidden", "c"): (tmp_path / "x" / name).write_text("mine")
+    write_together(tmp_path / "x", NEW)
+    found = {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir()}
+    assert found == NEW | dict.fromkeys((".gitattributes", ".hidden", "c"), b"mine")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EBUSY, errno.EXDEV, errno.EPERM, errno.EROFS])
+@pytest.mark.parametrize("before", [OLD, {}])
+def test_a_folder_whose_place_is_not_ours(number, before, tmp_path, monkeypatch):
+    "A mount point, or a folder in one that may not be written: its files change in place."
+    folder = tmp_path / "x"
+    folder.mkdir()
+    write_together(folder, before) if before else None
+    def no(path, *_, **how):
+        if str(path).startswith(str(tmp_path / ".x.")): raise OSError(number, "no", str(path))
+        return mkdir(path, *_, **how)
+    mkdir = os.mkdir
+    monkeypatch.setattr(os, "mkdir", no)
+    write_together(folder, NEW)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == NEW and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2")
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EBUSY, errno.EXDEV])
+def test_a_folder_that_takes_no_other_name(number, tmp_path, monkeypatch):
+    import ctypes
+    def refuses(*_): return ctypes.set_errno(number) and None or -1
+    monkeypatch.setattr(together.ctypes, "CDLL", lambda *_, **how: type("C", (), {"renameat2": staticmethod(refuses)}))
+    write_together(tmp_path / "x", OLD)
+    write_together(tmp_path / "x", NEW)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir()} == NEW and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_is_there_already_is_not_written_again(tmp_path, monkeypatch):
+    write_together(tmp_path / "x", OLD)
+    def no(*_): raise AssertionError("written")
+    monkeypatch.setattr(os, "fsync", no)
+    write_together(tmp_path / "x", OLD)
+
+
 CONVERTS = """
 import sys, time
 from pathlib import Path
@@ -204,7 +288,8 @@ def test_a_file_that_one_process_changes(tmp_path):
 
 def test_what_a_killed_export_leaves_goes_with_the_next(tmp_path):
     "A merged model beside it, of many gigabytes."
-    code = MAKES.replace("whole_folder", "scratch").replace("import sys, time", "import sys\nfrom pathlib import Path")
+    code = MAKES.replace("records import whole_folder", "together import scratch").replace("whole_folder", "scratch")
+    code = code.replace("import sys, time", "import sys\nfrom pathlib import Path")
     first = python(code.replace("(sys.argv[1])", "(Path(sys.argv[1]))"), tmp_path / "out")
     assert first.stdout.readline() == "at it\n"
     first.kill()

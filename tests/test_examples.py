@@ -270,6 +270,17 @@ def test_deep_arguments(levels, tokenizer):
         with pytest.raises(LabError, match="row 1: .*nested too deep"): load_examples([row])
 
 
+def test_each_text_is_looked_at_once(monkeypatch):
+    "Megabytes of answers are not encoded a second time; what stands beside them is looked at too."
+    from qlora_lab import conversations
+    seen, real = [], conversations.text_of
+    monkeypatch.setattr(conversations, "text_of", lambda value, *where: (seen.append(value), real(value, *where))[1])
+    conversations.conversation({"messages": [ASK, {**REPLY, "thinking": "two and two"}], "group": "sums"}, "row 1")
+    assert all(seen.count(text) == 1 for text in (ASK["content"], REPLY["content"], "sums", "two and two")), seen
+    with pytest.raises(LabError, match="half a character"):
+        conversations.conversation({"messages": [ASK, {**REPLY, "thinking": "\ud800"}]}, "row 1")
+
+
 class Failing:
     "A tokenizer that fails on one text, as a library's own may, with an error of its own kind."
     def __init__(self, inner): self.inner = inner

@@ -184,6 +184,34 @@ def test_a_json_object(tmp_path):
     with pytest.raises(LabError, match=r"none\.json: no such file"): read_json(tmp_path / "none.json")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="devices and pipes")
+def test_what_has_no_end_is_not_read(tmp_path):
+    "By any reader of a whole text: a device, a pipe that nobody writes to, a folder, a file beyond all measure."
+    from qlora_lab.examples import read_text
+    from qlora_lab.grids import read_grid
+    from qlora_lab.manifest_file import parsed
+    os.mkfifo(tmp_path / "pipe")
+    with open(tmp_path / "large", "wb") as f: f.truncate(records.LARGEST + 1)
+    wanted = {Path("/dev/zero"): "a device", tmp_path / "pipe": "a device or a pipe", tmp_path: "a folder",
+              tmp_path / "large": "larger than 64 MiB"}
+    signal.alarm(20)
+    try:
+        for path, told in wanted.items():
+            for read in (read_json, read_grid, read_text, parsed):
+                if read is parsed: told = "not a plain file|larger"
+                elif read is read_text and path.name == "large": continue  # data have any size
+                with pytest.raises(LabError, match=f"{path.name}: ({told})"): read(path)
+    finally: signal.alarm(0)
+
+
+def test_a_place_with_a_drive_in_front():
+    "C:/m/config.json is one place, and its first letter is not."
+    from qlora_lab.claimed_sizes import told_of
+    with pytest.raises(LabError, match="^C:/m/config.json: not a Config"), told_of("C:/m/config.json"):
+        raise LabError("not a Config")
+    with pytest.raises(LabError, match="^C:/m: odd"), told_of("C:/m: cannot be built"): raise LabError("C:/m: odd")
+
+
 # provenance
 
 def test_provenance_has_what_is_needed_and_no_folder(tmp_path):

@@ -10,9 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_lab import cli
+from qlora_lab.data import split
+from qlora_lab.engine.compressed import calibration
+from qlora_lab.engine.planner import plan
 from qlora_lab.engine.rehearsal import Settings
+from qlora_lab.grids import cells
+from qlora_lab.intervals import errors_wide
 from qlora_lab.records import LabError
 from qlora_lab.settings import LIMITS, TrainConfig, _bare, as_json, check_fields, check_numbers
+from qlora_lab.sweeping import sweep
+from qlora_lab.talk import check_manner
 
 NUMBERS = [f.name for f in fields(TrainConfig) if f.type in (int, float)]
 COUNTS = [f.name for f in fields(TrainConfig) if f.type is int]
@@ -44,7 +51,7 @@ def test_negative_numbers_and_zero(name):
 
 @pytest.mark.parametrize(("name", "values"), [
     ("rslora", [1, "no", None]), ("tensorboard", ["false"]), ("checkpointing", [0, "yes"]), ("packing", [None]),
-    ("targets", ["", " ", (), [], None, 3, ("q_proj", 3), ("",)]), ("folder", [None, 3, "a\0b"][2:]),
+    ("targets", ["", " ", (), [], None, 3, ("q_proj", 3), ("",)]), ("folder", [None, 3, b"x", "a\0b"]),
     ("init_adapter", [None, 3, b"x"]), ("original_base", [1.]), ("method", ["dare", None, 1]), ("init", [True]),
     ("schedule", ["Cosine"]), ("long", [1]), ("adapter_dtype", ["int8"]), ("checkpoints_in", ["disk"]),
     ("budget", ["24 parsecs", -1, math.nan, "0GiB"]), ("seed", [2 ** 63, -2 ** 63]), ("optimizer_bits", [16, 0])])
@@ -60,7 +67,9 @@ def test_numbers_that_are_too_much_together():
 def test_numbers_of_other_libraries_are_numbers():
     "And run.json takes them."
     config = TrainConfig(steps=np.int64(7), lr=np.float64(1e-3), dropout=np.float32(0.5), alpha=Fraction(3, 2))
-    assert json.loads(json.dumps(as_json(config) | {"alpha": 1.5}))["steps"] == 7 and type(config.steps) is int
+    told = json.loads(json.dumps(as_json(config)))
+    assert told["steps"] == 7 and told["alpha"] == 1.5 and type(config.steps) is int and type(config.lr) is float
+    assert type(TrainConfig().alpha) is int  # as it was written: the adapter's config has it so
 
 
 @given(st.sampled_from(NUMBERS), st.one_of(st.floats(), st.integers()))
@@ -125,7 +134,19 @@ def test_from_the_command_line(line, capsys):
     assert said.startswith("qlora-lab: ") and said.count("\n") == 1 and name in said.replace("-", "_"), said
 
 
+def by_cells(v): return cells([{"quant_type": "nf4", "blocksize": v}])
+
+
+FUNCTIONS = {lambda v: sweep({"lr": 1e-3}, workers=v): "workers", lambda v: check_manner(v, 0): "max_new_tokens",
+             lambda v: check_manner(1, v): "temperature", lambda v: errors_wide(3, v): "level",
+             lambda v: split([], v): "held_out", lambda v: calibration(None, [1], v): "count",
+             lambda v: plan("llama-7b", v): "gpu_gib", by_cells: "blocksize"}
+
+
 def test_arguments_of_functions():
     for odd in ({"longest": 0}, {"level": 0}, {"count": 1.5}, {"temperature": -1}, {"held_out": 1}, {"workers": "2"}):
         with pytest.raises(LabError, match=f"^{next(iter(odd))}="): check_numbers(**odd)
+    for call, name in FUNCTIONS.items():
+        for odd in (-1, math.nan, math.inf, "2", True):
+            with pytest.raises(LabError, match=f"^{name}="): call(odd)
     check_numbers(longest=1, level=0.5, temperature=0, held_out=None, unknown=-3)

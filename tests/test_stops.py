@@ -1,6 +1,7 @@
 """A run that cannot go on ends at that step: examples and layer named, the last good checkpoint kept, never "done"."""
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from conftest import make_llama
 from qlora_lab import TrainConfig, load_model, train
 from qlora_lab.checkpoints import saved_step
 from qlora_lab.data import Split, pair
-from qlora_lab.nonfinite import NotFinite, Watch, all_finite
+from qlora_lab.nonfinite import NotFinite, Watch, all_finite, few, located, told
 from qlora_lab.records import LabError, read_json
 from qlora_lab.train import train_step
 
@@ -253,3 +254,12 @@ def test_a_folder_that_loses_its_name_under_a_run(how, tiny, tokenizer, tmp_path
     assert (run.kept / "adapter_model.safetensors").read_bytes() == (
         whole.kept / "adapter_model.safetensors").read_bytes()
     assert json.loads((other / "run.json").read_text())["state"] == "done"
+
+
+def test_names_of_many_examples_are_few_in_the_record():
+    "A measurement that fails has all held-out examples in it; run.json names eight, and says how many more there are."
+    tokens = [SimpleNamespace(example=SimpleNamespace(source=f"mine.jsonl:{i}")) for i in range(1000)]
+    e = located(NotFinite("step 3: the loss is nan; look"), None, tokens)
+    assert e.at["examples"] == [f"mine.jsonl:{i}" for i in range(8)] + ["992 more"] and len(str(e)) < 300
+    assert told(list("abcabc")) == "a, b, c" and told(list("abcdefghi")) == "a, b, c, d, e, f, g, h and 1 more"
+    assert few(list("abcdefgha")) == list("abcdefgh")

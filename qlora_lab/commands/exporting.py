@@ -33,7 +33,8 @@ from ..engine.gguf_adapters import adapter_to_gguf, beside
 from ..engine.gguf_files import check_out, check_quantizer, check_source, contents, default_out, to_gguf
 from ..engine.gguf_types import BY_LLAMA_CPP, HERE, file_type
 from ..manifest_file import MANIFEST, read_manifest
-from ..records import LabError, read_json, scratch
+from ..records import LabError, read_json
+from ..together import scratch
 
 # isort: split
 from .report import heading, show, table, waiting

@@ -38,6 +38,7 @@ from ..loading import open_tokenizer
 from ..manifest import record_step
 from ..model_card import write_card
 from ..records import LabError, whole_folder
+from ..settings import check_numbers
 
 if TYPE_CHECKING:
     from qlora_lab.data import Example
@@ -73,7 +74,7 @@ def calibration(
 ) -> list[dict[str, torch.Tensor]]:  # input_ids and attention_mask [1, tokens]
     "Examples as the model was trained to see them; raises LabError where there are none."
     if not examples: raise LabError("no examples to calibrate on; name the data that the model was trained on")
-    if count < 1: raise LabError(f"{count} examples to calibrate on: expected at least 1")
+    check_numbers(count=count, longest=longest)
     step = max(1, len(examples) / count)
     chosen = [examples[int(i * step)] for i in range(min(count, len(examples)))]
     rows = [tokenize(tokenizer, e, 1 << 20).ids[None, :longest] for e in chosen]

@@ -41,6 +41,7 @@ from .state_formats import FORMATS, page_parameters, read_moments, state_bytes, 
 from ..memory import Moment
 from ..paged import adamw
 from ..records import LabError
+from ..settings import check_numbers
 from ..timeline import MemoryTimeline
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def plan(
 ) -> MemoryPlan:
     "Plan the memory of a training step, before anything is loaded; raises LabError for what cannot be planned."
     config, s = model_config(model), Settings(**settings)
-    if gpu_gib is not None and not gpu_gib > 0: raise LabError(f"gpu_gib={gpu_gib}: expected a positive number")
+    check_numbers(gpu_gib=gpu_gib)
     most = longest_text(config)
     if most and s.sequence > most: raise LabError(f"sequence={s.sequence}: this {config.model_type} has {most} places")
     name = name or str(model if isinstance(model, (str, Path)) else config.model_type)

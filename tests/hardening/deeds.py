@@ -18,6 +18,7 @@ from qlora_lab.merged_model import save_merged
 from qlora_lab.records import LabError
 
 EXACT = dict(device="cpu", dtype=torch.float32, compute_dtype=torch.float32)
+THEIRS = "notes.txt", ".gitattributes"  # files of somebody's in an adapter's folder
 DATED = "manifest.json", "README.md", "run.json", "metrics.jsonl"  # say when, or how fast
 
 
@@ -86,10 +87,10 @@ class Training(Deed):
 
 
 class Adapter(Deed):
-    "An adapter in the place of another one, beside a file of somebody's."
+    "An adapter in the place of another one, beside files of somebody's."
     def prepare(self, place):
         save_adapter(adapted(place, 2, 0)[0], place / "out")
-        (place / "out" / "notes.txt").write_text("mine")
+        for name in THEIRS: (place / "out" / name).write_text("mine")
 
     def do(self, place): save_adapter(adapted(place, 4, 1)[0], place / "out")
 
@@ -98,7 +99,8 @@ class Adapter(Deed):
         model, _ = load_model(out.parent / "tiny", **EXACT)
         load_adapter(model, out)
         rank = model.lora_config.r
-        assert model.lora_config.lora_alpha == 8 * rank and (out / "notes.txt").read_text() == "mine"
+        assert model.lora_config.lora_alpha == 8 * rank
+        assert all((out / name).read_text() == "mine" for name in THEIRS)
         wanted = lora_state(adapted(out.parent, rank, {2: 0, 4: 1}[rank])[0])
         assert all(torch.equal(t, wanted[n]) for n, t in lora_state(model).items())
 

@@ -4,7 +4,8 @@
     cut    half of a write is done; another step is done whole; then the disk is said to fail
     kill   half of a write is done, another step not at all, and the process is gone (any signal)
 
-Steps are counted below one folder alone. What Rust writes for safetensors and tokenizers is a step too, as one write.
+Steps are counted below one folder alone. What Rust writes for safetensors is a step too, as one write; what it writes
+for tokenizers is none.
 """
 import builtins
 import errno
@@ -80,22 +81,18 @@ def _named(layer, name, real):
     return call
 
 
-def _by_rust(layer, real, place):
-    "A function of Rust that writes a file; `place` finds its path among the arguments."
-    def call(*args, **how):
-        path = Path(place(*args))
+def _by_rust(layer, real):
+    "safetensors' function that writes a file."
+    from safetensors import SafetensorError
+    def call(tensors, path, *args, **how):
+        path = Path(path)
         def half():
-            real(*args, **how)
+            real(tensors, path, *args, **how)
             content = path.read_bytes()
             path.write_bytes(content[:len(content) // 2])
-        try: return layer.step("write", path, lambda: real(*args, **how), half)
-        except OSError as e: raise type_of(real)(f"I/O error: {e.strerror} (os error {e.errno})") from None
+        try: return layer.step("write", path, lambda: real(tensors, path, *args, **how), half)
+        except OSError as e: raise SafetensorError(f"I/O error: {e.strerror} (os error {e.errno})") from None
     return call
-
-
-def type_of(real):
-    from safetensors import SafetensorError
-    return SafetensorError if real.__name__ == "serialize_file" else Exception
 
 
 @contextmanager
@@ -111,5 +108,5 @@ def faults(folder, at=0, how="fail", sig=signal.SIGKILL):
         sync = os.fsync
         put(os, "fsync", lambda fd: layer.step("fsync", fd if isinstance(fd, int) else fd.fileno(), lambda: sync(fd)))
         real = safetensors.torch.serialize_file
-        put(safetensors.torch, "serialize_file", _by_rust(layer, real, lambda tensors, path, *_: path))
+        put(safetensors.torch, "serialize_file", _by_rust(layer, real))
         yield layer

@@ -9,7 +9,7 @@ import signal
 import time
 
 import pytest
-from deeds import DEEDS, EXPECTED, tiny
+from deeds import DEEDS, EXPECTED, THEIRS, tiny
 from layer import WAYS, faults
 from noted import LONG, note
 
@@ -42,7 +42,7 @@ def others(place):
     return {p: p.read_bytes() for p in place.rglob("*") if p.is_file() and "out" not in p.relative_to(place).parts[0]}
 
 
-def hidden(place): return [p for p in place.rglob(".*") if p.name != ".lock"]
+def hidden(place): return [p for p in place.rglob(".*") if p.name not in (".lock", *THEIRS)]
 
 
 @pytest.mark.parametrize("how", [w for w in WAYS if w != "kill"])

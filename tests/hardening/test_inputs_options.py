@@ -12,7 +12,7 @@ from conftest import searched
 from qlora_lab import cli
 from qlora_lab.engine.known_models import model_config
 from qlora_lab.engine.planner import plan
-from qlora_lab.records import LabError
+from qlora_lab.records import LabError, printable
 from qlora_lab.settings import TrainConfig
 
 WORDS = ("", " ", "-1", "0", "1", "nan", "inf", "-inf", "1e999", "9" * 5000, "0x10", "1_000", "٣", "x", "none", "None",
@@ -27,15 +27,27 @@ def names(command):
     return ["--" + f.name.replace("_", "-") for f in fields(cli.options_of(command)) if f.default is not MISSING]
 
 
-def told(words, capfd):
-    "Exit code 2 and one sentence, whatever the line says."
+def told(words, capfd, *named):
+    "Exit code 2 and one sentence that names one of these, whatever the line says; a crash has 70."
     COUNT.update(tried=1, refused=1)
     with bounded(): code = cli.main(words)
     out, err = capfd.readouterr()
     said = " ".join(err.split("qlora-lab: ")[1:])
     assert code == 2 and err.startswith("qlora-lab: ") and "Traceback" not in err + out, (code, err[-600:])
-    assert "\x1b" not in err and len(err) < 3000 and len(said) > 10
+    assert "\x1b" not in err and len(err) < 3000 and len(said) > 10 and "a defect of" not in err
+    assert any(n.replace("-", "_") in said.replace("-", "_") for n in named), (words, said)
     return said
+
+
+def test_a_crash_is_told_apart(capfd, monkeypatch):
+    "The control: an error that nobody expected has another exit code, and `told` finds it."
+    monkeypatch.delenv("QLORA_LAB_DEBUG", raising=False)
+    monkeypatch.setattr(cli, "_run", lambda argv: {}["gone"])
+    with pytest.raises(AssertionError, match="70"): told(["data", "gone"], capfd, "gone")
+    assert cli.main(["data"]) == cli.DEFECT == 70 and "a defect of the lab" in capfd.readouterr().err
+    def full(argv): raise RuntimeError("CUDA out of memory")
+    monkeypatch.setattr(cli, "_run", full)
+    assert cli.main(["data"]) == 2
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
@@ -50,17 +62,18 @@ def test_odd_words_on_the_line(command, capfd, monkeypatch, tmp_path):
     for seed in spoilings(14):
         rng = random.Random(seed)
         words = [w for _ in range(rng.choice((1, 1, 2))) for w in (rng.choice(known), rng.choice(WORDS))]
-        told([command, *place, *words], capfd)
+        told([command, *place, *words], capfd, *place[-1:], *(w.lstrip("-") for w in words[::2]))
     assert not list(tmp_path.iterdir())  # nothing was begun
 
 
 @pytest.mark.parametrize("line", [
     [""], ["\0"], ["train\n"], ["-"], ["--"], ["train", "\udcff"], ["9" * 5000], ["tràin"], ["data"], ["chat"],
     ["train", *["--rank", "8"] * 200, "--data", "gone.jsonl"], ["compare"], ["sweep", "/dev/null/x"], ["merge"],
-    ["data", "/dev/zero"], ["data", "/"], ["sweep", "/"], ["plan", "/etc/passwd"]], ids=range(18))
+    ["data", "/dev/zero"], ["data", "/"], ["sweep", "/"], ["plan", "/etc/passwd"],
+    ["sweep", "/dev/zero"]], ids=range(19))
 def test_odd_lines(line, capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    told(line, capfd)
+    told(line, capfd, *(printable(word)[:50] for word in line if word.strip("-")), "COMMAND")
 
 
 NUMBERS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers()))

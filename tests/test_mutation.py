@@ -1,0 +1,25 @@
+"The record of small changes to the code: what is counted as not caught stays in the list."
+import json
+import os
+from unittest.mock import patch
+
+with patch.dict(os.environ):
+    from benchmarks import mutation
+
+
+def test_what_was_not_tried_again_stays_listed(monkeypatch, tmp_path):
+    "Minutes that ran out after one of three, a line that has changed since, a change that somebody has looked at."
+    text = [mutation.Change("rates", f"{n}:0 x", "Add", f"text {n}") for n in range(4)]
+    alive = [{"place": c.place, "change": c.what, "mark": c.mark, "said": None} for c in text]
+    alive.append({"place": "9:0 gone", "change": "Add", "mark": "00000000", "said": None})
+    before = {"changes": 20, "tried": 20, "by tests": 12, "by the page": 3, "alive": alive}
+    (tmp_path / "said.json").write_text(json.dumps({text[3].key: "changes nothing"}))
+    clock = iter(range(1000))
+    monkeypatch.setattr(mutation, "SAID", tmp_path / "said.json")
+    monkeypatch.setattr(mutation, "changes", lambda module: text)
+    monkeypatch.setattr(mutation, "forked", lambda change, *_: "failed" if change is text[0] else "passed")
+    monkeypatch.setattr(mutation.time, "monotonic", lambda: next(clock))
+    found = mutation.try_module("rates", 3.5, pages=False, one_in=1, before=before)
+    assert [c["mark"] for c in found["alive"]] == [c["mark"] for c in alive[1:]]
+    assert [c["said"] for c in found["alive"]] == [None, None, "changes nothing", None]
+    assert found["tried"] == 20 == found["by tests"] + found["by the page"] + len(found["alive"])
