@@ -10,11 +10,16 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from conftest import WORDS, make_llama, make_tokenizer
-from qlora_lab.data import Split, collate, encode, pair
-from qlora_lab.engine.examining import examine
+from qlora_lab.data import Example, Split, collate, encode, pair
+from qlora_lab.engine.adapters_organ import UNASKED, share_of_weight
+from qlora_lab.engine.data_organ import look_at_batch
+from qlora_lab.engine.examining import examine, rows_for
 from qlora_lab.engine.findings import KNOWN, ill
+from qlora_lab.engine.patient import Patient, adapters_of
 from qlora_lab.linear4bit import PackedWeight, quantize_model
 from qlora_lab.lora import add_lora, trainable
+from qlora_lab.methods import lora_config
+from qlora_lab.records import LabError
 from qlora_lab.settings import TrainConfig
 from qlora_lab.train import attach_adapters, summed_loss, train_step
 
@@ -49,7 +54,7 @@ def patient(taught, quantize=True, adapters=True, moved=0., config=None, **kind)
     if adapters: model = attach_adapters(model, config)
     if moved:
         for n, p in model.named_parameters():
-            if "lora_B" in n: nn.init.normal_(p, std=moved)
+            if "lora_B" in n or "lora_embedding_A" in n: nn.init.normal_(p, std=moved)
     return model.train()
 
 
@@ -86,6 +91,99 @@ KINDS = {"fp4": {"quant_type": "fp4"}, "blocks of 32": {"blocksize": 32}, "not n
 def test_a_healthy_training_has_no_finding(taught, settings):
     config = TrainConfig(**{"rank": 4, "alpha": 8} | settings)
     assert names(patient(taught, config=config), config=config) == []
+
+
+@pytest.mark.parametrize("by_peft", [False, True])
+def test_an_embedding_that_has_moved_is_measured(taught, by_peft):
+    "The halves of an embedding stand the other way round; |sBA| is that of the matrix itself."
+    config = TrainConfig(rank=4, alpha=8, targets=("embed_tokens",))
+    model = patient(taught, quantize=False, moved=0.002, config=config)
+    if by_peft:
+        theirs = get_peft_model(copy.deepcopy(taught), lora_config(config)).train()
+        layer = theirs.base_model.model.model.embed_tokens
+        mine = model.model.embed_tokens
+        layer.lora_embedding_A["default"].data.copy_(mine.lora_embedding_A)
+        layer.lora_embedding_B["default"].data.copy_(mine.lora_embedding_B)
+        model = theirs
+    one, = adapters_of(model).values()
+    whole = (2 * one.a @ one.b).norm() / taught.model.embed_tokens.weight.norm()
+    assert abs(share_of_weight(one) / whole.item() - 1) < 1e-4 and names(model, steps=None, config=config) == []
+
+
+def test_rank_stabilized_scales_are_called_so(taught):
+    def said(**settings):
+        found = examine(patient(taught, config=TrainConfig(rank=4, alpha=8, **settings)), organs=["adapters"]).findings
+        return next(f.evidence for f in found if f.name == "scale")
+    assert said() == "alpha / rank is 2" and said(rslora=True) == "alpha / sqrt(rank) is 4"
+
+
+LONG = [pair(f"{w} " * 20, f"{WORDS[(k + 3) % 8]} " * 30) for k, w in enumerate(WORDS)]
+
+
+def test_long_examples_are_no_illness(taught):
+    "Cut where a training cuts them, and their end marks not asked for; where nothing fits, sentences do."
+    longest = min(len(row.ids) for row in encode(TOKENIZER, LONG, 10_000))
+    assert 200 < longest < 512
+    config = TrainConfig(rank=4, alpha=8, max_length=longest - 20)
+    found = examine(patient(taught, config=config), TOKENIZER, data=LONG, config=config, steps=0, organs=["data"])
+    assert found.names == [] and "cut before its end" in repr(found)
+    assert names(patient(taught), data=LONG) == []
+    rows, fitting = rows_for(TOKENIZER, LONG, 512)
+    assert fitting and [len(row.ids) for row in rows] == sorted(len(row.ids) for row in rows) and len(rows) == 8
+    assert rows_for(TOKENIZER, LONG, 20)[1] is False and len(rows_for(TOKENIZER, LONG, 20)[0]) == 4
+    short, _ = rows_for(TOKENIZER, EXAMPLES[:2] + LONG, longest - 20)
+    batch = Patient(taught, TOKENIZER, [t for t in short if len(t.ids) < 100], longest=longest - 20)
+    assert all(f.verdict == "well" for f in look_at_batch(batch))
+
+
+def test_rows_need_no_tokenizer_and_examples_do(taught):
+    assert "adapters: gradients" in repr(examine(patient(taught), data=ROWS, organs=["adapters"]))
+    with pytest.raises(LabError, match="tokenizer"): examine(patient(taught), data=EXAMPLES)
+    assert examine(patient(taught), organs=["data"]).findings == ()
+
+
+def test_plain_texts_are_no_conversations(taught):
+    "All of a text is learned, whatever marks stand in it."
+    texts = [Example([], text=f"{w} <|im_start|> {w} {k}") for k, w in enumerate(WORDS)]
+    assert names(patient(taught), data=texts) == []
+
+
+def test_an_organ_that_does_nothing_for_a_model(taught):
+    for organ in ("resume", "export", "machine"):
+        with pytest.raises(LabError, match=f"organs='{organ}': not asked of a model"): examine(taught, organs=[organ])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_model_as_in_its_file_whichever_way_it_is_stored(name, tmp_path):
+    "GPT-2 stores [in, out]; its c_proj is square, and unlike its own transpose."
+    import families
+
+    from qlora_lab import load_model
+    model, tokenizer = load_model(families.folder(name, tmp_path), device="cpu")
+    found = examine(model, tokenizer, organs=["weights"])
+    assert found.names == [] and "as in the file" in repr(found)
+    if name == "llama": return
+    from qlora_lab.engine import weights_organ
+    square = {n: m for n, m in model.named_modules() if n.endswith("attn.c_proj")}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(weights_organ, "_compared", lambda model: square)
+        assert "as in the file" in repr(examine(model, tokenizer, organs=["weights"]))
+
+
+def test_an_init_that_changes_the_base_on_purpose(tiny):
+    from qlora_lab import load_model
+    model, tokenizer = load_model(tiny, device="cpu")
+    config = TrainConfig(rank=32, alpha=32, init="qpissa")
+    model = attach_adapters(model, config).train()
+    for known in (config, None):
+        found = examine(model, tokenizer, config=known, steps=0)
+        assert not {"unlike its file", "changed before training", "worse than its base"} & set(found.names)
+        assert "its file" not in repr(found)
+
+
+@pytest.mark.parametrize("experts", ["mlp.experts", "mlp.experts.3.up_proj"])
+def test_experts_in_one_tensor_are_asked_and_single_ones_are_not(taught, experts):
+    assert bool(UNASKED.search(f"model.layers.0.{experts}")) == ("3" in experts)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -306,6 +404,8 @@ def test_half_precision_that_overflows(taught):
     model = patient(taught, quantize=False)
     model.model.layers[0].mlp.down_proj.base_layer.weight.data *= 1e5
     assert "loss is not finite" in names(model.half())
+    found = examine(model, TOKENIZER, data=ROWS, organs=["step"])
+    assert "first from model.layers.0.mlp.down_proj" in next(f.evidence for f in found.ill)
 
 
 def test_weights_of_another_model(taught):

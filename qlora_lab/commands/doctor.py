@@ -250,10 +250,10 @@ def _of_model(asked: _Options) -> "Report":
 
 def _of_run(asked: _Options) -> "Report":
     from qlora_lab.data import load_examples
-    from qlora_lab.engine.examining import ORGANS, examine
+    from qlora_lab.engine.examining import OF_RUN, examine
     data = load_examples(asked.data) if asked.data else None
     stages = {name: place for name, place in (("merged", asked.merged), ("GGUF", asked.served)) if place}
-    organs = ORGANS if asked.export or asked.gguf or stages else None
+    organs = OF_RUN if asked.export or asked.gguf or stages else None
     return examine(asked.what, data=data, organs=organs, stages=stages or None, gguf=asked.gguf)
 
 def _of_data(asked: _Options) -> "Report":

@@ -9,10 +9,11 @@ __all__ = ['UNASKED', 'LOW', 'HIGH', 'share_of_weight', 'look_at_adapters']
 # Adapters, one by one, on one batch.
 #
 # Gradient: at the start B is zero, so A gets none and B must. Later both do. An adapter of which neither half gets any
-# is cut off; experts, and towers for pictures, may merely not have been asked, and are left out.
+# is cut off. An expert that is a layer of its own, and towers for pictures, may merely not have been asked: they are
+# left out. Experts that lie in one tensor are asked together.
 #
 # Size: |s B A| beside |W|, by Frobenius norms; the first from two r x r products, so that no matrix of the layer's size
-# is made. A run of a hundred steps brings a hundredth or two. Above 1 the adapter has taken over.
+# is made. Above 1 the adapter has taken over.
 #
 # Precision: AdamW moves a number by about lr. Where w + lr rounds to w for most of A, those numbers stand still, in
 # bfloat16 from lr = |w| / 512 down. B, which begins as zero, moves at any rate.
@@ -37,7 +38,6 @@ from .weights_organ import in_words
 from ..lora import trainable
 from ..methods import is_full
 from ..records import LabError
-from ..settings import FROM_THE_WEIGHT
 
 # %% ../../nbs/engine/adapters_organ.ipynb #da9e5f02
 def _who_trains(patient: Patient) -> list[Finding]:
@@ -59,13 +59,13 @@ def _unsaved(model: nn.Module) -> list[Finding]:
     return [ill("trained and not saved", f"{in_words(lost)}: trained, and in no file of the adapter")] if lost else []
 
 # %% ../../nbs/engine/adapters_organ.ipynb #d8f75860
-UNASKED = re.compile("expert|vision|visual|audio|image")  # parts that a batch of text may not ask
+UNASKED = re.compile(r"experts\.\d+|vision|visual|audio|image")  # parts that a batch of text may not ask
 
 def _reached(name: str, patient: Patient) -> bool | None:
     "Whether a gradient came to an adapter that trains; None for one that does not, or that a batch need not ask."
     h, got = patient.adapters[name], patient.seen.gradients
-    own = [n for n, p in patient.model.named_parameters() if p is h.a or p is h.b]
     if UNASKED.search(name) or not any(t.requires_grad for t in (h.a, h.b)): return None
+    own = [n for n, p in patient.model.named_parameters() if p is h.a or p is h.b]
     return any(n in got and bool(got[n].any()) for n in own)
 
 def _gradients(patient: Patient) -> list[Finding]:
@@ -84,16 +84,22 @@ def share_of_weight(h: Halves) -> float | None:
     "How long s B A is beside W, by Frobenius norms; None where the base has no weight of numbers."
     base = base_of_layer(h.layer)
     if base is None or h.scale is None or h.a.dim() != 2: return None
-    a, b = h.a.float(), h.b.float()
+    a, b = (t.float().t() if h.turned else t.float() for t in (h.a, h.b))
     square = ((b.t() @ b) * (a @ a.t())).sum().clamp_min(0)  # tr(A^T B^T B A)
     return (abs(h.scale) * square.sqrt() / base.norm().clamp_min(1e-30)).item()
 
 def _scales(patient: Patient) -> list[Finding]:
     scales = {n: h.scale for n, h in patient.adapters.items() if h.scale is not None}
-    odd = [n for n, s in scales.items() if not LOW <= abs(s) <= HIGH]
-    if odd: return [ill("scale out of range", f"alpha / rank is {scales[odd[0]]:g} in {in_words(odd)}; "
-                                              f"{LOW:g} to {HIGH} is usual")]
-    return [well("adapters", "scale", f"alpha / rank is {next(iter(scales.values())):g}")] if scales else []
+    odd, what = [n for n, s in scales.items() if not LOW <= abs(s) <= HIGH], _scale_of(patient)
+    if odd: return [ill("scale out of range", f"{what} is {scales[odd[0]]:g} in {in_words(odd)}; "
+                                              f"{LOW:g} to {HIGH} is taken for healthy")]
+    return [well("adapters", "scale", f"{what} is {next(iter(scales.values())):g}")] if scales else []
+
+def _scale_of(patient: Patient) -> str:
+    "What a scale is made of: by rank-stabilized LoRA the root of the rank."
+    theirs = getattr(patient.model, "lora_config", None) or next(
+        iter((getattr(patient.model, "peft_config", None) or {}).values()), None)
+    return "alpha / sqrt(rank)" if getattr(theirs, "use_rslora", False) else "alpha / rank"
 
 # %% ../../nbs/engine/adapters_organ.ipynb #0e65732a
 def _moved(patient: Patient) -> list[Finding]:
@@ -106,7 +112,7 @@ def _moved(patient: Patient) -> list[Finding]:
         return [ill("still zero", f"{len(zero)} of {len(patient.adapters)} adapters{after}: {in_words(zero)}")]
     if patient.fresh: return [well("adapters", "size", "all begin as zero")]
     shares = {n: s for n, h in patient.adapters.items() if (s := share_of_weight(h)) is not None}
-    if not shares or _init(patient) in FROM_THE_WEIGHT: return []
+    if not shares or patient.base_changed: return []
     name, middle = max(shares, key=shares.get), median(shares.values())
     said = f"|sBA| is {middle:.2g} of |W| in the middle, at most {shares[name]:.2g} ({name})"
     return [ill("larger than its weight", said) if shares[name] > 1 else well("adapters", "size", said)]
@@ -134,7 +140,7 @@ def _heard(patient: Patient) -> list[Finding]:
     inputs = {k: patient.batch[k].to(device) for k in ("input_ids", "attention_mask") if k in patient.batch}
     try:
         with undisturbed(model): found = swallowed(model, inputs, half)
-    except (LabError, AttributeError): return []  # fused layers add once, and lose nothing; PEFT's are not looked into
+    except LabError: return []  # fused layers add once, and lose nothing; PEFT's are not looked into
     kept = median(arrivals["onto"].kept for arrivals in found.values())
     said = f"{kept:.0%} of the update arrives in the sum with the base's answer in {half}".replace("torch.", "")
     return [ill("swallowed", said) if kept < 0.1 else well("adapters", "heard", said)]

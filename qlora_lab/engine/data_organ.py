@@ -110,17 +110,21 @@ def _marks(batch: dict[str, Tensor], patient: Patient) -> list[Finding]:
     tokenizer, model = patient.tokenizer, patient.model
     here, special = batch.get("attention_mask", torch.ones_like(batch["labels"])).bool(), set(tokenizer.all_special_ids)
     rows = [(i[m].tolist(), la[m]) for i, la, m in zip(batch["input_ids"], batch["labels"], here)]
-    chats = [(ids, la) for ids, la in rows if _is_dialogue(ids, special)]
+    plain = [bool(t.example.text) for t in patient.rows] or [False] * len(rows)  # texts, all of which is learned
+    chats = [(ids, la) for (ids, la), text in zip(rows, plain) if not text and _is_dialogue(ids, special)]
     whole, found = sum(bool((la[1:] != -100).all()) for _, la in chats), []
     if chats and whole == len(chats): found.append(ill("everything is learned", f"all tokens of {whole} conversations"))
     written, stops = end_marks(tokenizer, model)
-    ends = sum(bool(set(la[la != -100].tolist()) & written) for _, la in rows)
+    uncut = [la for ids, la in rows if patient.longest is None or len(ids) < patient.longest]
+    ends = sum(bool(set(la[la != -100].tolist()) & written) for la in uncut)
     names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(written)))
-    if written and not ends: found.append(ill("no end mark", f"{names} is learned in none of {len(rows)} rows"))
+    if written and uncut and not ends:
+        found.append(ill("no end mark", f"{names} is learned in none of {len(uncut)} rows"))
     if written and stops and not written & stops:
         stop = ", ".join(tokenizer.convert_ids_to_tokens(sorted(stops)))
         found.append(ill("end mark unknown to the model", f"{names} is written, answers stop at {stop}"))
-    return found or [well("data", "end mark", f"{names} is learned in {ends} of {len(rows)} rows")]
+    said = f"{names} is learned in {ends} of {len(uncut)} rows" if uncut else "every row is cut before its end"
+    return found or [well("data", "end mark", said)]
 
 # %% ../../nbs/engine/data_organ.ipynb #ef3bb178
 def look_at_batch(patient: Patient) -> list[Finding]:

@@ -63,7 +63,7 @@ KNOWN |= {
     "no gradient": Known("adapters", "something before them cuts the graph: a detach, no_grad, reentrant checkpoints "
                                      "without enable_input_require_grads, or a layer that is never called"),
     "still zero": Known("adapters", "the optimizer has other parameters than the model: make it after the adapters"),
-    "scale out of range": Known("adapters", "alpha / rank between 0.25 and 4 is usual; see lesson 06"),
+    "scale out of range": Known("adapters", "set alpha to the rank, or to twice the rank; see lesson 06"),
     "larger than its weight": Known("adapters", "a rate far too high: begin anew with a tenth of lr"),
     "steps below its precision": Known("adapters", "keep adapters in float32 (adapter_dtype), or raise lr"),
     "swallowed": Known("adapters", "load the model with dtype float32, or fuse base and adapter; see engine.swallowed"),
@@ -170,8 +170,6 @@ class Report(_Judged):
     def names(self) -> list[str]:
         "Of all that is not well, ill or noted."
         return [f.name for f in self.findings if f.verdict != "well"]
-
-    def of(self, organ: str) -> list[Finding]: return [f for f in self.findings if f.organ == organ]
 
     def as_dict(self) -> dict:
         "For programs."

@@ -92,23 +92,32 @@ def _opened(path: Path) -> tuple[int, dict[str, Tensor]]:
 def _part(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
     return [t for k, t in tensors.items() if k.startswith(name + ".")]
 
+def _marks_in(tensors: dict[str, Tensor]) -> dict[str, str]:
+    trained = _part(tensors, "adapter") or _part(tensors, "model")
+    return {"adapter": hash_of(trained), "optimizer": hash_of(_part(tensors, "optimizer"))}
+
 def checkpoint_marks(folder: str | Path) -> dict[str, str]:
     "The same hashes of what a run's checkpoint holds; raises LabError for one that is not whole."
     path = Path(folder) / "checkpoint" / "state.safetensors"
     try: _, tensors = _opened(path)
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as e:
         raise LabError(f"{path}: not a whole checkpoint ({e})") from None
-    trained = _part(tensors, "adapter") or _part(tensors, "model")
-    return {"adapter": hash_of(trained), "optimizer": hash_of(_part(tensors, "optimizer"))}
+    return _marks_in(tensors)
 
 # %% ../../nbs/engine/resume_organ.ipynb #7432be38
-def _checkpoint(run: Run) -> list[Finding]:
-    "Whole, with its lines, and not of zeros."
+def _held(run: Run) -> tuple[int, dict[str, Tensor]] | str | None:
+    "A run's checkpoint, read once; what is wrong with it, or None where there is none."
     path = run.folder / "checkpoint" / "state.safetensors"
-    if not path.is_file(): return []
-    try: step, tensors = _opened(path)
+    if not path.is_file(): return None
+    try: return _opened(path)
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as e:
-        return [ill("no whole checkpoint", f"{path.name}: {str(e).splitlines()[0]}")]
+        return f"{path.name}: {str(e).splitlines()[0]}"
+
+def _checkpoint(run: Run, held) -> list[Finding]:
+    "Whole, with its lines, and not of zeros."
+    if held is None: return []
+    if isinstance(held, str): return [ill("no whole checkpoint", held)]
+    step, tensors = held
     if len(run.metrics) < step:
         return [ill("no whole checkpoint", f"{step} steps in it, {len(run.metrics)} lines in metrics.jsonl")]
     moments = [t for k, t in tensors.items() if k.startswith("optimizer.") and not k.endswith(".step")]
@@ -117,18 +126,18 @@ def _checkpoint(run: Run) -> list[Finding]:
         found.append(ill("optimizer was dropped", f"all its averages are 0 after {step} steps"))
     if step and halves and not any(t.any() for t in halves.values()):
         found.append(ill("adapter was dropped", f"every B is 0 after {step} steps"))
-    marks = checkpoint_marks(run.folder)
+    marks = _marks_in(tensors)
     said = f"step {step}: adapter {marks['adapter']}, optimizer {marks['optimizer']}"
     return found or [well("resume", "checkpoint", said)]
 
 # %% ../../nbs/engine/resume_organ.ipynb #99582ff0
-def _kept(run: Run) -> list[Finding]:
+def _kept(run: Run, held) -> list[Finding]:
     "The adapter of a finished run against its checkpoint, or its best step's."
-    path, file = run.folder / "checkpoint" / "state.safetensors", run.kept / "adapter_model.safetensors"
-    if run.whole or not path.is_file() or run.record.get("state") != "done": return []
+    file = run.kept / "adapter_model.safetensors"
+    if run.whole or not isinstance(held, tuple) or run.record.get("state") != "done": return []
     if not file.is_file(): return [ill("not the run's adapter", f"{file} is not there")]
+    step, tensors = held
     try:
-        step, tensors = _opened(path)
         with safe_open(file, "pt") as f: here = hash_of([f.get_tensor(k) for k in f.keys()])
     except (SafetensorError, TypeError, KeyError, ValueError) as e:
         return [ill("not the run's adapter", f"{file}: {str(e).splitlines()[0]}")]
@@ -161,10 +170,11 @@ def look_at_resume(
     now: dict[str, str] | None = None,  # `marks_of` the training that goes on from it
 ) -> list[Finding]:
     "A run's folder, and, where given, the training that has been resumed from it."
-    found = [*_checkpoint(run), *_kept(run), *_base(run), *_files(run)]
-    if now is None: return found
-    try: return found + compare_marks(checkpoint_marks(run.folder), now)
-    except LabError: return found  # said already
+    held = _held(run)
+    found = [*_checkpoint(run, held), *_kept(run, held), *_base(run), *_files(run)]
+    if now is None or isinstance(held, str): return found  # what is wrong with it is said
+    if held is None: return [*found, ill("no whole checkpoint", f"{run.folder} has none to go on from")]
+    return found + compare_marks(_marks_in(held[1]), now)
 
 def other_data(run: Run, train_hash: str) -> list[Finding]:
     "Whether data given are those of the run."

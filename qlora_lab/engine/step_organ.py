@@ -34,12 +34,13 @@ import torch
 from torch import Tensor, nn
 
 from ..double_quant import QuantizedTensor
-from .dispatch import FASTER, places
+from .dispatch import FASTER, places, standing_in
 from .findings import Finding, ill, note, well
 from .patient import Patient, learned_in, loss_without_adapters, undisturbed
 from ..memory import ledger
+from ..nonfinite import Watch
 from ..runs import Run
-from ..settings import FROM_THE_WEIGHT, count_of
+from ..settings import count_of
 from ..train import answer_losses, summed_loss
 
 # %% ../../nbs/engine/step_organ.ipynb #da0f49aa
@@ -57,24 +58,15 @@ def _loss(patient: Patient) -> list[Finding]:
 
 # %% ../../nbs/engine/step_organ.ipynb #8219bc6c
 def _where(patient: Patient) -> str:
-    "The first module that puts out what is not finite."
-    odd, hooks = [], []
-    for name, m in patient.model.named_modules():
-        def note_(m, args, out, name=name):
-            t = out[0] if isinstance(out, tuple) else out
-            known = not name or odd or not isinstance(t, Tensor) or not t.is_floating_point()
-            if not known and not t.isfinite().all(): odd.append(name)
-        hooks.append(m.register_forward_hook(note_))  # a part ends before what it is part of
-    try:
-        with undisturbed(patient.model), torch.no_grad(): answer_losses(patient.model, patient.batch)
-    finally:
-        for hook in hooks: hook.remove()
-    return f", first from {odd[0]}" if odd else ""
+    "The first module that puts out what is not finite, by the plain pieces."
+    with standing_in(dict.fromkeys(FASTER)), undisturbed(patient.model), torch.no_grad():
+        with Watch(patient.model) as watch: answer_losses(patient.model, patient.batch)
+    return f", first from {watch.forward}" if watch.forward else ""
 
 # %% ../../nbs/engine/step_organ.ipynb #7c6b0bc9
 def _beside_base(patient: Patient) -> list[Finding]:
-    seen, init = patient.seen, getattr(patient.config, "init", "default")
-    if not patient.adapters or not isfinite(seen.loss) or not seen.learned or init in FROM_THE_WEIGHT: return []
+    seen = patient.seen
+    if not patient.adapters or not isfinite(seen.loss) or not seen.learned or patient.base_changed: return []
     base = loss_without_adapters(patient.model, patient.batch)
     said = f"{seen.loss:.3f} nats a token with adapters, {base:.3f} without"
     if patient.steps == 0 and abs(seen.loss - base) > 0.02 * max(base, 1):

@@ -16,7 +16,8 @@ __all__ = ['FEW', 'FAR', 'in_words', 'look_at_weights']
 # finds it. Zero: a linear weight of zeros alone is a missing one.
 #
 # The file: decoded weights lie 9 % off the file's in NF4, by root mean squares, and 13 % in FP4; above 30 % they are
-# other weights. A few layers are compared, the first, the middle and the last.
+# other weights. A few layers are compared, the first, the middle and the last, by transformers' own names and with the
+# weights of GPT-2 turned; not where adapters began from the weight, for that changes the base on purpose.
 #
 # bitsandbytes: the same bytes, decoded by its own function, must be the same numbers. On a CPU its 0.50 misreads its
 # own where blocks reach over the end of a row (rows of 64, blocks of 128), which is a note. It repacks weights on some
@@ -28,13 +29,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..against_file import Stored, stored_files
+from ..casting import empty_twin
 from .findings import Finding, ill, note, well
 from .patient import Patient, base_of_layer
 from ..held import four_bit_parts, held_tensors
 from ..linear4bit import PackedWeight
 from ..linear_layers import linear_layers, looks_linear, quantizable
-from ..loading import find_model
+from ..original_base import OriginalBase
 from ..records import LabError
 
 # %% ../../nbs/engine/weights_organ.ipynb #f3c5b132
@@ -101,17 +102,22 @@ def _compared(model: nn.Module) -> dict[str, nn.Module]:
     "The first, the middle and the last 4-bit layer."
     packed = {n: m for n, m in model.named_modules() if four_bit_parts(m) and hasattr(m, "weight")}
     names = list(packed)
-    return {n: packed[n] for n in {names[0], names[len(names) // 2], names[-1]}} if names else {}
+    return {n: packed[n] for n in dict.fromkeys((names[0], names[len(names) // 2], names[-1]))} if names else {}
 
-def _against_file(model: nn.Module) -> list[Finding]:
-    "How far decoded weights lie from the file's; nothing where the file is not there, or is in 4 bits itself."
-    try: stored = Stored(stored_files(find_model(model.lab_source)))
-    except (AttributeError, LabError, OSError): return []
-    far = {}
-    for name, m in _compared(model).items():
-        key, here = f"{name.replace('.base_layer', '')}.weight", base_of_layer(m)
-        if here is None or key not in stored.place or not stored[key].is_floating_point(): continue
-        there = stored[key].float().to(here.device)
+def _original(model: nn.Module) -> OriginalBase | None:
+    "The file's tensors by the model's names; None where it is not there, or is in 4 bits itself."
+    if not getattr(model, "lab_source", None): return None
+    try: return OriginalBase(model.lab_source, empty_twin(model, torch.float32))
+    except (LabError, OSError): return None
+
+def _against_file(patient: Patient) -> list[Finding]:
+    "How far decoded weights lie from the file's; nothing where the base was changed on purpose."
+    model = getattr(patient.model, "get_base_model", lambda: patient.model)()  # below PEFT's wrapper
+    original, far = None if patient.base_changed else _original(model), {}
+    for name, m in _compared(model).items() if original else ():
+        key, here = name.replace(".base_layer", ""), base_of_layer(m)
+        if here is None or f"{key}.weight" not in original: continue
+        there = original.weight(key, m).float().to(here.device)
         if there.shape == here.shape: far[name] = ((here - there).norm() / there.norm().clamp_min(1e-30)).item()
     if not far: return []
     name = max(far, key=far.get)
@@ -155,4 +161,5 @@ def _repacked(model: nn.Module) -> list[Finding]:
 def look_at_weights(patient: Patient) -> list[Finding]:
     "Bits, finite numbers, zeros, the file, and bitsandbytes."
     model = patient.model
-    return [_bits(model), _finite(model), *_zero(model), *_against_file(model), *_read_alike(model), *_repacked(model)]
+    return [_bits(model), _finite(model), *_zero(model), *_against_file(patient), *_read_alike(model),
+            *_repacked(model)]
