@@ -13,9 +13,9 @@ __all__ = ['FLOOR', 'COMMANDS', 'DEFECT', 'Command', 'options_of', 'read', 'over
 # beside them, so nothing is said twice. A command's module is imported when that command is asked for; `--help` and
 # `--version` need neither torch nor transformers.
 #
-# Exit codes: 0 done; 1 something is ill or missing, or a plan does not fit; 2 a mistake; 70 a defect; 130 interrupted; 141
-# nobody reads the output any more. A mistake is one line, "qlora-lab: ...", on the error stream: tyro's frames are
-# opened (`_sentence`) and the user's own errors (values, files, packages, memory) caught in `main`, one place. Any
+# Exit codes: 0 done; 1 something is ill or missing, or a plan does not fit; 2 a mistake; 70 a defect; 130 interrupted;
+# 141 nobody reads the output any more. A mistake is one line, "qlora-lab: ...", on the error stream: tyro's frames
+# are opened (`_sentence`) and the user's own errors (values, files, packages, memory) caught in `main`, one place. Any
 # other exception is a defect: its line says so, and where it arose. QLORA_LAB_DEBUG=1 shows every traceback. What tyro
 # has read is checked by `settings`.
 #
