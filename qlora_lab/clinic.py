@@ -18,8 +18,7 @@ __all__ = ['WARD', 'Visit', 'visit', 'mystery', 'is_right']
 # `mystery` puts one of six faults into a case without saying which, for the exercises; `is_right` tells a diagnosis
 # from a wrong one and does not give the name away.
 #
-# Trainers of other libraries stop at some of these faults with a warning, at most without one. Built in lesson 16,
-# nbs/16_clinic.ipynb.
+# Built in lesson 16, nbs/16_clinic.ipynb.
 
 # %% ../nbs/16_clinic.ipynb #21ca9451
 from collections.abc import Callable

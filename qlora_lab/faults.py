@@ -154,7 +154,7 @@ def scaled_by(case: Case, factor: float):
         for m in layers: m.scaling /= factor
 
 def whispering(case: Case):
-    "alpha was left at 1 with a rank of 8192's worth: alpha / rank is far too small to be heard."
+    "A factor that was divided out twice: alpha / rank is far too small to be heard."
     return scaled_by(case, 1 / 4096)
 
 @contextmanager

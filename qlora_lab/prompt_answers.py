@@ -41,7 +41,7 @@ from .locks import claimed
 from .methods import CHANGED_BASE
 from .model import answer
 from .open_run import open_run
-from .records import LabError, provenance, read_json, write_whole
+from .records import LabError, provenance, read_json, visible, write_whole
 from .runs import Run
 
 if TYPE_CHECKING:
@@ -145,9 +145,9 @@ class AnswerSheet(_Sheet):
         "The same for a terminal."
         from rich.table import Table
         from rich.text import Text
-        made = Table(show_lines=True, header_style="dim", caption=str(self))
-        for name in self.table.columns: made.add_column(Text(name), overflow="fold", ratio=1)
-        for row in self.table.to_numpy().tolist(): made.add_row(*(Text(str(c)) for c in row))
+        made = Table(show_lines=True, header_style="dim", caption=visible(str(self)))
+        for name in self.table.columns: made.add_column(Text(visible(name)), overflow="fold", ratio=1)
+        for row in self.table.to_numpy().tolist(): made.add_row(*(Text(visible(str(c))) for c in row))
         return made
 
 # %% ../nbs/reference/prompt_answers.ipynb #805fdf45

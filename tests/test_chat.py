@@ -259,6 +259,24 @@ def test_pieces_add_up_and_no_command_reaches_the_terminal(tokenizer):
         assert "".join(seen) == pieces.said == re.sub(r"[\x1b\x07]", "", text).strip() and "\ufffd" not in "".join(seen)
 
 
+def test_no_text_of_a_model_or_of_data_commands_the_terminal(tokenizer, monkeypatch):
+    "Nor in the report of a training, in a sheet of answers, or in a sample of data; what is written may be any."
+    from rich.console import Console
+
+    from qlora_lab.commands import report
+    from qlora_lab.engine.learned_text import in_colour, runs_of, underlined
+    from qlora_lab.prompt_answers import AnswerSheet
+    odd = "\x1b]0;title\x07 \x9b2J good\x08\x7f"
+    row = {"prompt": odd, "reference": odd, "before": odd, "after": odd}
+    runs = runs_of(tokenizer, ids := tokenizer(odd, add_special_tokens=False).input_ids, [True] * len(ids))
+    asked = {"name": "p", "sha256": "0" * 64, "texts": [odd]}
+    sheet = AnswerSheet({"prompts": asked, "columns": {odd: {"answers": [odd]}}, "asked": {}, "texts": [odd]})
+    shown = [*report._answers(SimpleNamespace(record={"answers": [row]}), 80), sheet.rich(), in_colour(runs)]
+    with (out := Console(file=io.StringIO(), width=200)).capture() as told: out.print(*shown)
+    for text in (told.get(), underlined(runs)):
+        assert "good" in text and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text), repr(text)
+
+
 def test_without_a_template_the_prompt_stands_alone(tokenizer):
     "Behind the tokenizer's own first mark, once, and with no earlier turn."
     from tokenizers.processors import TemplateProcessing

@@ -130,9 +130,10 @@ def _indented(
     return "\n".join(f"  {label if i == 0 else '':11}{line}".rstrip() for i, line in enumerate(lines))
 
 def _answers(run: "Run", width: int) -> list[RenderableType]:
+    from qlora_lab.records import visible
     if not run.record["answers"]: return []
     keys = "prompt", "reference", "before", "after"
-    texts = ["\n".join(_indented(key, str(row[key]), width) for key in keys) for row in run.record["answers"]]
+    texts = ["\n".join(_indented(key, visible(str(row[key])), width) for key in keys) for row in run.record["answers"]]
     return [heading("Held-out prompts, answered before and after"), Text("\n\n".join(texts) + "\n")]
 
 # %% ../../nbs/commands/report.ipynb #04dc0287

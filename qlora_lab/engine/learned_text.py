@@ -24,6 +24,8 @@ from itertools import groupby
 from rich.cells import cell_len
 from rich.text import Text
 
+from ..records import visible
+
 # %% ../../nbs/engine/learned_text.ipynb #977e4a39
 Run = tuple[str, bool]  # a text, and whether it is learned
 
@@ -42,7 +44,7 @@ def runs_of(
         if end - begin > most:
             head, tail = ids[begin:begin + most // 2], ids[end - most // 2:end]
             piece = f"{_decoded(tokenizer, head)} […] {_decoded(tokenizer, tail)}"
-        made.append((piece, learned))
+        made.append((visible(piece), learned))
         at, before = end, text
     return made
 
