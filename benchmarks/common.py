@@ -4,7 +4,8 @@ import statistics
 import time
 from pathlib import Path
 
-from qlora_lab.records import provenance, write_whole
+from qlora_lab.provenance import provenance
+from qlora_lab.records import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 

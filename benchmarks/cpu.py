@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.common import interleaved, save_result, spread_of
 from qlora_lab.assets import SMOLLM2
-from qlora_lab.records import peak_memory_gib
+from qlora_lab.provenance import peak_memory_gib
 
 
 def quantize_and_back(n: int = 4096) -> dict[str, dict]:

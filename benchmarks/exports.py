@@ -30,7 +30,8 @@ from qlora_lab.data import collate, default_split, tokenize
 from qlora_lab.divergence import Said, agreement, divergence, said
 from qlora_lab.engine.compressed import to_awq, to_gptq
 from qlora_lab.engine.gguf_files import contents, to_gguf
-from qlora_lab.records import read_json, release_memory
+from qlora_lab.provenance import release_memory
+from qlora_lab.records import read_json
 from qlora_lab.train import answer_places
 
 OTHERS = "NF4", "NF4 + DQ", "GPTQ", "AWQ"

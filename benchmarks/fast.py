@@ -208,7 +208,7 @@ def unsloth_side(name: str, folders: Path, tiny: bool, rounds: int, limit: int) 
 
 def one_side(name: str, who: str, args, folders: Path) -> dict:
     "A side of a row, measured in a process of its own."
-    from qlora_lab.records import provenance
+    from qlora_lab.provenance import provenance
     if who == "unsloth": found = unsloth_side(name, folders, args.tiny, args.rounds, args.limit)
     else:
         asked = json.dumps([name, who, args.tiny, args.rounds])

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.common import RESULTS, save_result
-from qlora_lab.records import provenance
+from qlora_lab.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 

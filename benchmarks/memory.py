@@ -28,7 +28,7 @@ from qlora_lab.engine.known_models import model_config
 from qlora_lab.engine.paged_adamw import PagedAdamW
 from qlora_lab.engine.rehearsal import Settings
 from qlora_lab.lora import trainable
-from qlora_lab.records import peak_memory_gib, provenance, release_memory
+from qlora_lab.provenance import peak_memory_gib, provenance, release_memory
 from qlora_lab.train import train_step
 
 PAPER = dict(rank=64, adapter_dtype="bfloat16", checkpointing=True)  # the paper's adapters, on all linear layers

@@ -277,7 +277,8 @@ def main() -> None:
 
 def write(out: Path, done: dict) -> None:
     "The record, with its sums."
-    from qlora_lab.records import provenance, write_whole
+    from qlora_lab.provenance import provenance
+    from qlora_lab.records import write_whole
     tried, caught = (sum(m[k] for m in done.values() for k in keys) for keys in
                      (("tried",), ("by tests", "by the page")))
     looked = sum(bool(c["said"]) for m in done.values() for c in m["alive"])

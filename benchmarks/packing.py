@@ -235,7 +235,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def written(folder: Path, name: str, rows: list[dict]) -> None:
     "The result so far, with its provenance."
-    from qlora_lab.records import provenance, write_whole
+    from qlora_lab.provenance import provenance
+    from qlora_lab.records import write_whole
     write_whole(folder / f"{name}.json", json.dumps({"provenance": provenance(), "rows": rows}, indent=1) + "\n")
 
 

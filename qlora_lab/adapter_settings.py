@@ -111,6 +111,7 @@ def _compiled(name: str, pattern: str) -> None:
     if _nested(parsed): raise LabError(f"LoraConfig.{name}: {pattern!r:.80} repeats what has repeats or alternatives "
                                        "in it, and may search for ever; write it without, or name the layers")
 
+# %% ../nbs/reference/adapter_settings.ipynb #3551ced5
 def _nested(parsed, inside: bool = False) -> bool:
     "Whether a pattern repeats something with repeats or alternatives in it: the ways to try double with each letter."
     def parts(value):

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .records import peak_memory_gib
+from .provenance import peak_memory_gib
 from .run_figure import draw_losses, draw_memory, draw_rate, held_out_curve, panels
 from .watching import Outset, Watcher
 

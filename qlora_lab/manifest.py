@@ -34,7 +34,8 @@ from typing import NamedTuple
 from .file_hashes import files_of, hash_file
 from .manifest_file import MANIFEST, edited, empty, parsed, plain, read_manifest, write_manifest
 from .origins import base_of
-from .records import PACKAGES, LabError, read_json, versions
+from .provenance import PACKAGES, versions
+from .records import LabError, read_json
 from .scoring import Score, improvement
 
 # %% ../nbs/reference/manifest.ipynb #140cb81c

@@ -41,7 +41,8 @@ from .locks import claimed
 from .methods import CHANGED_BASE
 from .model import answer
 from .open_run import open_run
-from .records import LabError, provenance, read_json, visible, write_whole
+from .provenance import provenance
+from .records import LabError, read_json, visible, write_whole
 from .runs import Run
 
 if TYPE_CHECKING:

@@ -75,6 +75,7 @@ def write_together(
     elif any(p.is_dir() for p in there) or not _exchanged(folder.resolve(), files): _one_by_one(folder, changed)
     return folder
 
+# %% ../nbs/reference/together.ipynb #bfe5356f
 def _first(folder: Path, files: dict[str, bytes]) -> None:
     "Fill a folder that is empty, or not there."
     try:

@@ -47,8 +47,9 @@ from .model import answer
 from .nonfinite import NotFinite, located, noting_a_stop
 from .open_run import base_as_held, hold_mark
 from .packing import check_packing, kept_apart, pack, packed_batches
+from .provenance import peak_memory_gib, provenance, release_memory
 from .rates import as_decided, make_optimizer, rates_at
-from .records import peak_memory_gib, provenance, release_memory, write_whole
+from .records import write_whole
 from .runs import Run, fingerprint, held_open, step_memory
 from .scoring import Score, recorded, spread
 from .settings import FROM_THE_WEIGHT, TrainConfig, as_json

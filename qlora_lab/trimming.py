@@ -11,7 +11,7 @@ __all__ = ['trim_between_layers']
 # Activations come and go by the layer, in sizes that follow the batch. glibc keeps freed pieces in its arenas; a batch
 # of another length does not fit them, asks for new ones, and a long run grows by the hundred MiB.
 #
-# A hook after every fifth decoder layer calls malloc_trim (`records.release_memory`) in the forward pass, and another
+# A hook after every fifth decoder layer calls malloc_trim (`provenance.release_memory`) in the forward pass, another
 # one on the hidden state's gradient in the backward pass. It costs a few milliseconds a step. Nothing happens where no
 # gradient is asked for, so that generating is not slowed, and nothing on a GPU, which has an allocator of its own.
 #
@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from .checkpointing import decoder_layers
-from .records import LabError, release_memory
+from .provenance import release_memory
+from .records import LabError
 
 # %% ../nbs/reference/trimming.ipynb #1f18c7d5
 def trim_between_layers(

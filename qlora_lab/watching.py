@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .records import peak_memory_gib
+from .provenance import peak_memory_gib
 
 if TYPE_CHECKING:
     from qlora_lab.runs import Run

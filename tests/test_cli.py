@@ -308,10 +308,10 @@ def test_a_healthy_machine(capsys, monkeypatch):
 
 def test_what_is_missing_is_said(capsys, monkeypatch, tmp_path):
     "A package gone, one too old, one newer than tested, weights gone, a full disk: advice for each; exit code 1."
-    from qlora_lab import records
-    real = records.versions
+    from qlora_lab import provenance
+    real = provenance.versions
     changed = {"peft": None, "bitsandbytes": "0.1", "numpy": "99.0"}
-    monkeypatch.setattr(records, "versions", lambda names: real(names) | changed)
+    monkeypatch.setattr(provenance, "versions", lambda names: real(names) | changed)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("shutil.disk_usage", lambda p: type("U", (), {"free": 2 ** 20})())
     monkeypatch.setenv("QLORA_LAB_CACHE", str(tmp_path / "none"))

@@ -170,5 +170,6 @@ def record():
     "Write what was found, if that is wanted."
     yield
     if not os.environ.get("QLORA_LAB_RECORD") or MADE.keys() != FAMILIES.keys(): return
-    from qlora_lab.records import provenance, write_whole
+    from qlora_lab.provenance import provenance
+    from qlora_lab.records import write_whole
     write_whole(RECORD, json.dumps({"provenance": provenance(), "families": MADE}, indent=1) + "\n")

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from conftest import searched
 from qlora_lab import records
-from qlora_lab.records import LabError, peak_memory_gib, read_json, release_memory, versions, whole_folder, write_whole
+from qlora_lab.provenance import peak_memory_gib, release_memory, versions
+from qlora_lab.records import LabError, read_json, whole_folder, write_whole
 
 WRITE = "import sys; from qlora_lab.records import *; "
 
@@ -218,7 +219,7 @@ def test_provenance_has_what_is_needed_and_no_folder(tmp_path):
     """In a process of its own with absolute paths on its command line: the command keeps their last parts, nothing else
     names a folder."""
     script = tmp_path / "measure.py"
-    script.write_text("import json; from qlora_lab.records import provenance; print(json.dumps(provenance()))")
+    script.write_text("import json; from qlora_lab.provenance import provenance; print(json.dumps(provenance()))")
     done = subprocess.run([sys.executable, script, tmp_path / "data.jsonl", "--steps", "3"],
                           capture_output=True, text=True)
     told = json.loads(done.stdout)
@@ -236,7 +237,7 @@ def test_the_peak_rises_with_what_is_held_and_stays():
     """Of a process of its own: neither an earlier test sets the peak, nor this process, which has held 0.5 GiB more
     when it starts the other."""
     assert len(b"1" * 2 ** 29)
-    code = "import torch; from qlora_lab.records import peak_memory_gib as peak\n" \
+    code = "import torch; from qlora_lab.provenance import peak_memory_gib as peak\n" \
            "d = 'cuda' if torch.cuda.is_available() else 'cpu'\n" \
            "a = peak(); x = torch.ones(2 ** 27, device=d); b = peak(); del x; print(a, b, peak())"
     a, b, c = map(float, python(code).stdout.split())
@@ -246,7 +247,7 @@ def test_the_peak_rises_with_what_is_held_and_stays():
 
 PIECES = """
 import sys, psutil
-from qlora_lab.records import release_memory
+from qlora_lab.provenance import release_memory
 def held(): return psutil.Process().memory_info().rss / 2 ** 20 - start
 start, pieces, total = psutil.Process().memory_info().rss / 2 ** 20, [], 128 * 2 ** 20
 while total > 0: pieces.append(b"1" * (20_000 + 7_919 * len(pieces) % 80_000)); total -= len(pieces[-1])

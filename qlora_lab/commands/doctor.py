@@ -72,7 +72,7 @@ def _version_check(name: str, version: str | None, needed, tested: str) -> Check
 
 def _version_checks() -> list[Check]:
     "Each required package, and when the versions named were tested together."
-    from qlora_lab.records import versions
+    from qlora_lab.provenance import versions
     from qlora_lab.tested_versions import TESTED_ON, TESTED_PYTHONS
     needed, tested = packages(""), packages("tested")
     def check(name, version): return _version_check(name, version, needed.get(name), str(tested.get(name, "")))

@@ -44,7 +44,7 @@ def test_a_crash_is_told_apart(capfd, monkeypatch):
     monkeypatch.delenv("QLORA_LAB_DEBUG", raising=False)
     monkeypatch.setattr(cli, "_run", lambda argv: {}["gone"])
     with pytest.raises(AssertionError, match="70"): told(["data", "gone"], capfd, "gone")
-    assert cli.main(["data"]) == cli.DEFECT == 70 and "a defect of the lab" in capfd.readouterr().err
+    assert cli.main(["data"]) == 70 and "a defect of the lab" in capfd.readouterr().err
     def full(argv): raise RuntimeError("CUDA out of memory")
     monkeypatch.setattr(cli, "_run", full)
     assert cli.main(["data"]) == 2
