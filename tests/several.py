@@ -1,0 +1,59 @@
+"""Several processes for tests: started once, each joins a new gloo group for each call.
+
+    with several() as run:
+        results = run(2, function, *args)   # a list by rank; function and arguments travel by pickle
+
+What a function raises comes back as the first rank's error, in rank order; a call that takes too long is ended.
+"""
+import multiprocessing
+import os
+import tempfile
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from queue import Empty
+
+MOST = 3
+
+
+def _work(rank, asked, told):
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    import torch
+    import torch.distributed as dist
+    torch.set_num_threads(1)
+    while (task := asked.get()) is not None:
+        count, place, function, args = task
+        try:
+            store = dist.FileStore(place, count)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=60))
+            told.put((rank, function(*args), None))
+        except BaseException as e: told.put((rank, None, e))
+        finally:
+            if dist.is_initialized(): dist.destroy_process_group()
+
+
+@contextmanager
+def several(most=MOST):
+    "A function that has some processes carry out a function together, and gives their results by rank."
+    spawn = multiprocessing.get_context("spawn")
+    asked, told = [spawn.Queue() for _ in range(most)], spawn.Queue()
+    workers = [spawn.Process(target=_work, args=(i, asked[i], told), daemon=True) for i in range(most)]
+    for worker in workers: worker.start()
+
+    def run(count, function, *args, seconds=120):
+        with tempfile.TemporaryDirectory() as folder:
+            for queue in asked[:count]: queue.put((count, str(Path(folder) / "store"), function, args))
+            found = {}
+            for _ in range(count):
+                try: rank, value, error = told.get(timeout=seconds)
+                except Empty: raise TimeoutError(f"{count - len(found)} of {count} processes did not answer") from None
+                found[rank] = value, error
+        for rank in sorted(found):
+            if found[rank][1] is not None: raise found[rank][1]
+        return [found[rank][0] for rank in range(count)]
+
+    try: yield run
+    finally:
+        for queue in asked: queue.put(None)
+        for worker in workers: worker.join(5)
+        for worker in workers: worker.kill()
