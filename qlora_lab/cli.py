@@ -120,7 +120,7 @@ def _sentence(framed: str, prog: str) -> str:
     rows = "\n".join(line.strip() for line in framed.splitlines())
     title, said, *more = (" ".join(part.split()) for part in re.split(r"\n-+\n", rows + "\n---\n"))
     said = re.sub(r"^Error parsing (?:(?!--)[\w.-]+: )?", "", said or title)
-    said = re.sub(r"^Missing from .*?: (\S+) (.*) \(required\)", r"expected \1, \2", said).rstrip(".")
+    said = re.sub(r"^Missing from .*?: (\S+) (.*) \(required\)", r"expected \1, \2", said).removesuffix(".")
     meant = re.findall(r"--[\w-]+", " ".join(part for part in more if part.startswith("Perhaps you meant")))
     near = f"; did you mean {meant[0]}?" if meant else ""
     return f"{said[:1].lower()}{said[1:]}{near}; `{prog} --help` lists the options"

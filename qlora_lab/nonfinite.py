@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from .engine.dispatch import FASTER, standing_in
+from .processes import is_first
 from .records import LabError, read_json, write_whole
 
 # %% ../nbs/reference/nonfinite.ipynb #d217c3ad
@@ -148,6 +149,6 @@ def noting_a_stop(
     "A block whose NotFinite is noted in run.json, under \"stopped\", where there is one; the state stays as it is."
     try: yield
     except NotFinite as e:
-        if (folder / "run.json").is_file():
+        if is_first() and (folder / "run.json").is_file():
             write_whole(folder / "run.json", json.dumps(read_json(folder / "run.json") | {"stopped": e.at}, indent=1))
         raise

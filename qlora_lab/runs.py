@@ -130,7 +130,7 @@ class Run(_Losses):
 
 # %% ../nbs/reference/runs.ipynb #c3989565
 INDIFFERENT = ("folder", "checkpoint_every", "checkpointing", "checkpointed_layers", "checkpoints_in", "device_budget",
-               "pass_size", "packing", "budget", "tensorboard",
+               "pass_size", "packing", "sharding", "offload", "budget", "tensorboard",
                "original_base")  # change no result but for rounding: what is kept where
 BESIDE = "cell.json", "measures.json", "failed.json"  # what a sweep puts into a run's folder (`cell_folders`)
 

@@ -150,6 +150,17 @@ class _Together:
             raise LabError(f"original_base={self.original_base!r}: init={self.init!r} takes nothing from it; "
                            "leave it out")
         if self.method == "full": self._check_full()
+        self._check_sharded()
+
+    def _check_sharded(self):
+        "What cannot be where no process has the whole base."
+        if self.offload and self.sharding == "none":
+            raise LabError("offload=True: it is a sharded base that waits in host memory; set sharding='full' too")
+        if self.sharding == "none": return
+        for name, has in (("method", self.method == "full"), ("init", self.init in FROM_THE_WEIGHT),
+                          ("merge_aware", self.merge_aware), ("budget", self.budget)):
+            if has: raise LabError(f"sharding='full' and {name}={getattr(self, name)!r}: that needs the whole base in "
+                                   "each process; leave one of them out")
 
     def _check_full(self):
         "Where all weights learn, nothing may speak of adapters."
@@ -227,6 +238,8 @@ class TrainConfig(_Measured):
     checkpoints_in: Literal["device", "host"] = "device"  # where the inputs of these layers wait
     pass_size: int = 0           # examples of a step that go through the model at once; 0 for batch_size
     packing: bool = False        # a step's examples one behind another in rows, without padding
+    sharding: Literal["none", "full"] = "none"  # of the frozen base over several processes; none: each has all of it
+    offload: bool = False        # a sharded base waits in host memory
     budget: str = ""             # memory that is chosen for, 24GiB: checkpoints, pages and passes for the fastest step
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of what is trained, and its gradients
     optimizer_bits: int = 32     # of AdamW's state; 8 takes a quarter

@@ -36,6 +36,7 @@ from .batches import longest_batch, regrouped, step_batches
 from .checkpointing import checkpoint_layers
 from .checkpoints import Log, load_best, measured, through_quantizer
 from .data import Example, Split, collate, encode
+from .dealing import dealt, evened, in_order, in_turn, learned, share_of
 from .engine.dispatch import faster
 from .head_loss import place_losses
 from .linear4bit import saved_for_backward
@@ -47,15 +48,17 @@ from .model import answer
 from .nonfinite import NotFinite, located, noting_a_stop
 from .open_run import base_as_held, hold_mark
 from .packing import check_packing, kept_apart, pack, packed_batches
+from .processes import by_first, is_first, rank, sum_gradients, total_of, world
 from .provenance import peak_memory_gib, provenance, release_memory
 from .rates import as_decided, make_optimizer, rates_at
 from .records import write_whole
-from .runs import Run, fingerprint, held_open, step_memory
+from .runs import Run, fingerprint, step_memory
+from .same_run import check_alike, check_group, held_by_first, spread_base, watched_by_first
 from .scoring import Score, recorded, spread
 from .settings import FROM_THE_WEIGHT, TrainConfig, as_json
 from .starting_point import take_over
 from .trimming import trim_between_layers
-from .watching import Outset, Watcher, Watchers, watched
+from .watching import Outset, Watcher, Watchers
 
 # %% ../nbs/10_train.ipynb #cac206c7
 def answer_places(
@@ -84,14 +87,16 @@ def score(
     batch_size: int = 8,
 ) -> Score:
     "Held-out loss over the answers' tokens."
-    sums = []
-    with dropout_off(model):
-        for i in range(0, len(tokens), batch_size):
-            part = tokens[i:i + batch_size]
-            losses, rows = answer_losses(model, collate(part))
-            zeros = torch.zeros(len(part), dtype=torch.float64, device=losses.device)
-            sums += zeros.index_add_(0, rows, losses.double()).tolist()
-    return Score(tuple(sums), tuple(int(t.mask[1:].sum()) for t in tokens), tuple(t.example.stays_with for t in tokens))
+    parts = [tokens[i:i + batch_size] for i in range(0, len(tokens), batch_size)]
+    with dropout_off(model): own = [_sums(model, part) for part in in_turn(parts)]
+    sums = tuple(nats for part in in_order(own, len(parts)) for nats in part)
+    return Score(sums, tuple(int(t.mask[1:].sum()) for t in tokens), tuple(t.example.stays_with for t in tokens))
+
+def _sums(model: nn.Module, part: list) -> list[float]:
+    "The surprise at each example of a part."
+    losses, rows = answer_losses(model, collate(part))
+    zeros = torch.zeros(len(part), dtype=torch.float64, device=losses.device)
+    return zeros.index_add_(0, rows, losses.double()).tolist()
 
 @contextmanager
 def dropout_off(model: nn.Module):
@@ -121,6 +126,7 @@ def attach_adapters(
     if config.checkpointing:
         checkpoint_layers(model, layers=config.checkpointed_layers or None, where=config.checkpoints_in)
     faster("fuse_layers", device, model)
+    if config.sharding == "full": return spread_base(model, config.offload)
     return trim_between_layers(model) if device.type == "cpu" else model
 
 # %% ../nbs/10_train.ipynb #15a14700
@@ -148,10 +154,11 @@ def train_step(
     batches: list[dict],   # of `collate`, one a forward pass
     lr: float | list[float],  # of all, or of each group of the optimizer
     max_grad_norm: float,     # 0: any length is left
+    total: int | None = None, # learned tokens, where other processes have some of them
 ) -> tuple[float, float]:  # loss in nats a token; length of the gradient before clipping
     "One optimizer step; the loss is the mean over all learned tokens, however they fall into batches."
     device = next(model.parameters()).device
-    total = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
+    total = total or sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
     parts = []
     for batch in batches:
         part = faster("forward_backward", device, model, batch, total)
@@ -159,26 +166,35 @@ def train_step(
             part = summed_loss(model, batch) / total
             part.backward()
         parts.append(part.detach())
+    sum_gradients(trainable(model))  # over all processes
     norm = nn.utils.clip_grad_norm_(trainable(model), max_grad_norm or float("inf"))
     groups = optimizer.param_groups
     for group, rate in zip(groups, lr if isinstance(lr, list) else [lr] * len(groups)): group["lr"] = rate
     if device.type != "cpu" or norm.isfinite(): optimizer.step()  # what it would spoil stays; a GPU is not waited for
     optimizer.zero_grad(set_to_none=True)
-    return sum(part.item() for part in parts), norm.item()  # only now does Python wait for a GPU
+    loss = sum(part.item() for part in parts)  # only now does Python wait for a GPU
+    return total_of(loss, device), norm.item()
 
 # %% ../nbs/10_train.ipynb #0df954d6
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, learn: list, config: TrainConfig, step: int) -> dict:
     "One optimizer step, counted from 0, on the batches that are its own; returns what metrics.jsonl says of it."
-    torch.manual_seed(config.seed * 1_000_003 + step)  # dropout depends on the step alone, not on what ran before
+    torch.manual_seed(config.seed * 1_000_003 + step + (rank() << 44))  # dropout follows from the step, not from before
     lengths = [len(t.ids) for t in learn]
     chosen = step_batches(lengths, config, step)
-    if config.packing: batches = packed_batches(model, learn, chosen, config.pass_size or config.batch_size)
-    else: batches = [collate([learn[i] for i in some]) for some in regrouped(chosen, lengths, config.pass_size)]
+    batches = _passes(model, learn, chosen, lengths, config)
     rates, start = rates_at(config, step, optimizer), time.perf_counter()
-    loss, norm = train_step(model, optimizer, batches, rates, config.max_grad_norm)
+    loss, norm = train_step(model, optimizer, batches, rates, config.max_grad_norm, learned(learn, chosen))
     release_memory()
-    seconds, tokens = time.perf_counter() - start, sum(int(b["attention_mask"].sum()) for b in batches)
+    seconds, tokens = time.perf_counter() - start, sum(lengths[i] for some in chosen for i in some)
     return {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": rates[0], "tokens": tokens, "seconds": seconds}
+
+def _passes(model: nn.Module, learn: list, chosen: list, lengths: list[int], config: TrainConfig) -> list[dict]:
+    "The batches of a step, of several processes those of this one."
+    size = config.pass_size or config.batch_size
+    if world() > 1: chosen = dealt(chosen, lengths, size)
+    if config.packing: batches = packed_batches(model, learn, chosen, size)
+    else: batches = [collate([learn[i] for i in some]) for some in regrouped(chosen, lengths, config.pass_size)]
+    return evened(batches) if config.sharding == "full" else batches
 
 def run_steps(log: Log, learn: list, held: list, watchers: Watchers) -> None:
     "The loop: from the last checkpoint to the last step, a line of metrics.jsonl each."
@@ -202,8 +218,9 @@ def begin(
               "base": base_as_held(model), "before": _sound(model, held, "before the first step")}
     answers = _answers(model, tokenizer, [e.prompt for e in asked])
     record["answers"] = [{"prompt": e.prompt, "reference": e.answer, "before": a} for e, a in zip(asked, answers)]
-    check_standing(folder)
-    write_whole(folder / "run.json", json.dumps(record, indent=1))
+    if is_first():
+        check_standing(folder)
+        write_whole(folder / "run.json", json.dumps(record, indent=1))
     return record
 
 def _sound(model: nn.Module, held: list, when: str) -> dict:
@@ -221,13 +238,14 @@ def finish(folder: Path, record: dict, log: Log, tokenizer, held: list, memory: 
     "Score, answer, save what was trained, at its best where there was a choice, and only then call the run done."
     model, kept = log.model, log.outcome()
     if kept["adapter_step"] != log.done:
-        save_trained(model, tokenizer, folder, last=True)
+        if is_first(): save_trained(model, tokenizer, folder, last=True)
         load_best(folder, model, kept["adapter_step"])
     record |= kept | {"after": _sound(model, held, "after training")}
     answers = _answers(model, tokenizer, [r["prompt"] for r in record["answers"]])
     for row, text in zip(record["answers"], answers): row["after"] = text
     seconds = sum(row["seconds"] for row in log.rows)
     record |= {"memory": memory, "peak_memory_gib": peak_memory_gib(), "seconds": seconds}
+    if not is_first(): return
     check_standing(folder)
     save_trained(model, tokenizer, folder)
     write_whole(folder / "run.json", json.dumps(record | {"state": "done"}, indent=1))
@@ -253,17 +271,18 @@ def train(
     watchers: list[Watcher] | tuple[Watcher, ...] = (),  # who else is told of each step
 ) -> Run:
     """Train adapters on a frozen model, or with method="full" all of it. The same call on the folder of a run cut short
-    goes on from its last checkpoint and ends with the same bytes."""
+    goes on from its last checkpoint and ends with the same bytes. In a group of processes (`torchrun`) all make it."""
     folder, identity = Path(config.folder), fingerprint(model, data, config)
-    with held_open(folder, identity) as record:
+    check_group(config, identity)
+    with held_by_first(folder, identity) as record:
         hold_mark(folder, record, identity["model"])
         if record is None or record["state"] != "done":
-            with watched(config, progress, watchers) as lookers:
+            with watched_by_first(config, progress, watchers) as lookers:
                 with noting_a_stop(folder):
                     _carry_out(folder, identity, record, model, tokenizer, data, config, lookers)
-                lookers.tell("on_end", Run.load(folder))
-        keep_record(folder)
-    return Run.load(folder)
+                lookers.tell("on_end", by_first(lambda: Run.load(folder)))
+        by_first(lambda: keep_record(folder))
+    return by_first(lambda: Run.load(folder))
 
 # %% ../nbs/10_train.ipynb #8b0cb9ad
 def _carry_out(folder, identity, record, model, tokenizer, data, asked_for, lookers) -> None:
@@ -274,13 +293,14 @@ def _carry_out(folder, identity, record, model, tokenizer, data, asked_for, look
     held = encode(tokenizer, scored, longest, asked_for.long, "held-out examples")
     prompts = spread([e for e in data.held_out if e.prompt], asked_for.eval_prompts)  # plain text has no question
     if asked_for.packing: check_packing(model)
-    config, said = as_decided(asked_for, model, learn)
+    config, said = by_first(lambda: as_decided(asked_for, model, learn))
     model = attach_adapters(model, config, learn).train()
+    check_alike(model)
     if config.merge_aware: through_quantizer(model, check=True)
     optimizer = make_optimizer(model, config)
     if record is None: record = begin(folder, identity, asked_for, model, tokenizer, held, prompts)
     record = {k: v for k, v in record.items() if k != "stopped"} | said
-    largest = longest_batch(learn, config.pass_size or config.batch_size)
+    largest = longest_batch(learn, share_of(config))
     activations = activation_bytes(model, pack(largest) if config.packing else collate(largest))
     with Log(folder, config, model, optimizer) as log:
         before = Score(**record["before"]["score"]).loss
