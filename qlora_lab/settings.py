@@ -104,7 +104,8 @@ def check_type(name: str, value, kind) -> None:
         expect(whole and abs(value) < 2 ** 63, name, value, "a whole number")
     if kind is float: expect(_is_real(value), name, value, WORDS.get(name, "a finite number"))
     if kind is bool: expect(isinstance(value, bool), name, value, "true or false")
-    if kind is str and name != "budget": expect(isinstance(value, (str, PathLike)), name, value, "text")
+    if kind is str and name != "budget":
+        expect(isinstance(value, (str, PathLike)) and not str(value).isspace(), name, value, "text")
     if get_origin(kind) is Literal:
         *others, last = map(str, get_args(kind))
         expect(value in get_args(kind), name, value, f"{', '.join(others)} or {last}")

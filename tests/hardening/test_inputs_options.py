@@ -65,7 +65,8 @@ def test_odd_words_on_the_line(command, capfd, monkeypatch, tmp_path):
     for seed in spoilings(14):
         rng = random.Random(seed)
         words = [w for _ in range(rng.choice((1, 1, 2))) for w in (rng.choice(known), rng.choice(WORDS))]
-        said = [printable(w) for w in (*words, *names(command), *OTHERS)]
+        there = [f.name for f in fields(cli.options_of(command))]
+        said = [printable(w)[:50] for w in (*words, *there, *OTHERS)]
         told([command, *place, *words], capfd, *place[-1:], *(w.lstrip("-") for w in said if w.strip(" -")))
     assert not list(tmp_path.iterdir())  # nothing was begun
 
