@@ -32,11 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/10_train.ipynb #7c1e50aa
-from .batches import longest_batch, regrouped, step_batches
+from .batches import longest_batch, step_batches
 from .checkpointing import checkpoint_layers
 from .checkpoints import Log, load_best, measured, through_quantizer
 from .data import Example, Split, collate, encode
-from .dealing import dealt, evened, in_order, in_turn, learned, share_of
+from .dealing import in_order, in_turn, learned, passes, share_of
 from .engine.dispatch import faster
 from .head_loss import place_losses
 from .linear4bit import saved_for_backward
@@ -47,8 +47,8 @@ from .methods import base_of, begin_from_weight, by_peft, lora_config, save_trai
 from .model import answer
 from .nonfinite import NotFinite, located, noting_a_stop
 from .open_run import base_as_held, hold_mark
-from .packing import check_packing, kept_apart, pack, packed_batches
-from .processes import by_first, is_first, rank, sum_gradients, total_of, world
+from .packing import check_packing, kept_apart, pack
+from .processes import by_first, is_first, rank, sum_gradients, total_of
 from .provenance import peak_memory_gib, provenance, release_memory
 from .rates import as_decided, make_optimizer, rates_at
 from .records import write_whole
@@ -179,22 +179,13 @@ def train_step(
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, learn: list, config: TrainConfig, step: int) -> dict:
     "One optimizer step, counted from 0, on the batches that are its own; returns what metrics.jsonl says of it."
     torch.manual_seed(config.seed * 1_000_003 + step + (rank() << 44))  # dropout follows from the step, not from before
-    lengths = [len(t.ids) for t in learn]
-    chosen = step_batches(lengths, config, step)
-    batches = _passes(model, learn, chosen, lengths, config)
+    chosen = step_batches([len(t.ids) for t in learn], config, step)
+    batches = passes(model, learn, chosen, config)
     rates, start = rates_at(config, step, optimizer), time.perf_counter()
     loss, norm = train_step(model, optimizer, batches, rates, config.max_grad_norm, learned(learn, chosen))
     release_memory()
-    seconds, tokens = time.perf_counter() - start, sum(lengths[i] for some in chosen for i in some)
+    seconds, tokens = time.perf_counter() - start, sum(len(learn[i].ids) for some in chosen for i in some)
     return {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": rates[0], "tokens": tokens, "seconds": seconds}
-
-def _passes(model: nn.Module, learn: list, chosen: list, lengths: list[int], config: TrainConfig) -> list[dict]:
-    "The batches of a step, of several processes those of this one."
-    size = config.pass_size or config.batch_size
-    if world() > 1: chosen = dealt(chosen, lengths, size)
-    if config.packing: batches = packed_batches(model, learn, chosen, size)
-    else: batches = [collate([learn[i] for i in some]) for some in regrouped(chosen, lengths, config.pass_size)]
-    return evened(batches) if config.sharding == "full" else batches
 
 def run_steps(log: Log, learn: list, held: list, watchers: Watchers) -> None:
     "The loop: from the last checkpoint to the last step, a line of metrics.jsonl each."

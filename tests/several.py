@@ -35,7 +35,8 @@ def _work(rank, asked, told):
 @contextmanager
 def several(most=MOST):
     "A function that has some processes carry out a function together, and gives their results by rank."
-    spawn = multiprocessing.get_context("spawn")
+    spawn = multiprocessing.get_context("forkserver")
+    spawn.set_forkserver_preload(["qlora_lab.train", "qlora_lab.loading"])  # what is slow to import, once
     asked, told = [spawn.Queue() for _ in range(most)], spawn.Queue()
     workers = [spawn.Process(target=_work, args=(i, asked[i], told), daemon=True) for i in range(most)]
     for worker in workers: worker.start()
@@ -55,5 +56,5 @@ def several(most=MOST):
     try: yield run
     finally:
         for queue in asked: queue.put(None)
-        for worker in workers: worker.join(5)
+        for worker in workers: worker.join(1)
         for worker in workers: worker.kill()
