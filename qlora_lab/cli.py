@@ -36,8 +36,8 @@ import tyro
 from rich.text import Text
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from .commands.report import console, defect, heading, show, table
-from .records import LabError, printable
+from .commands.report import complain, defect, heading, show, table
+from .records import LabError
 from .settings import check_fields
 
 # %% ../nbs/howto/command_line.ipynb #9cf2552a
@@ -160,8 +160,7 @@ def hush() -> None:
 
 def _fail(message: str, code: int = 2) -> int:
     if os.environ.get("QLORA_LAB_DEBUG") and sys.exc_info()[0]: raise
-    with suppress(OSError, ValueError):  # nobody may read the error stream any more
-        console(sys.stderr).print(Text.assemble(("qlora-lab:", "bold red"), " ", printable(message)))
+    complain(message)
     return code
 
 # %% ../nbs/howto/command_line.ipynb #6ea621fd

@@ -22,7 +22,9 @@ __all__ = ['DOCSTRINGS', 'data_of_run', 'device_of_run', 'outset', 'first_time',
 # says from which step the same command goes on. Built in nbs/commands/training.ipynb.
 
 # %% ../../nbs/commands/training.ipynb #369ae56e
+import os
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -33,13 +35,14 @@ from tyro.conf import Fixed, OmitArgPrefixes, Suppress, arg
 from ..assets import SMOLLM2, cache_folder
 from ..checkpoints import saved_step
 from ..data import Split, default_split, docstring_pairs, load_examples, split
-from ..loading import best_device
+from ..loading import best_device, find_model
 from ..locks import check_free
 from ..model import load_model
 from ..open_run import hold_mark
+from ..processes import by_first, is_first, joined, own_card, world
 from ..rates import steps_of
 from ..records import LabError
-from ..runs import fingerprint, open_folder
+from ..runs import Run, fingerprint, open_folder
 from ..settings import TrainConfig, count_of
 from ..train import train
 
@@ -137,6 +140,7 @@ def chosen(
     passes = f" ({config.epochs:g} passes)" if config.epochs else ""
     learns = "all weights" if config.method == "full" else f"rank {config.rank}{', DoRA' * (config.method == 'dora')}"
     lines = [f"run     {config.folder}: {steps} steps of {each} examples{passes}, {learns}"]
+    if world() > 1: lines += [f"shared  by {world()} processes{', the base too' * (config.sharding == 'full')}"]
     warm, plus = count_of(config.warmup, steps), config.loraplus_ratio
     faster = f", {plus:g} times as fast for B" if plus != 1 else ""
     lines += [f"rate    {config.lr:g}, {config.schedule}{f' after {warm} steps of warm-up' * (warm > 0)}{faster}"]
@@ -178,26 +182,39 @@ def _open_model(asked: Train, device: torch.device):
 
 # %% ../../nbs/commands/training.ipynb #bda7ccf3
 def start(asked: Train) -> int:
-    "Train, or go on, or show a finished run again; the exit code."
+    "Train, or go on, or show a finished run again, in each process that a launcher started; the exit code."
+    device = own_card(device_of_run(asked.device))
+    with joined(device):
+        if is_first(): return _start(asked, device)
+        with redirect_stdout(open(os.devnull, "w")): return _start(asked, device)
+
+def _start(asked: Train, device: torch.device) -> int:
     data, what, place = data_of_run(asked.data, asked.held_out)
     folder = Path(asked.out or place)
-    config, device = config_of_run(asked, folder), device_of_run(asked.device)
-    check_free(folder)  # before a model is loaded; `train` holds the folder
+    config = config_of_run(asked, folder)
+    by_first(lambda: check_free(folder))  # before a model is loaded; `train` holds the folder
     print(announce(asked, config, data, what, device), flush=True)
-    try:
-        first_time(asked.model)
-        with waiting("planning the memory"): line = foresee(asked, config, data, device)
-        print(line, flush=True)
-        with waiting("loading the model"): model, tokenizer = _open_model(asked, device)
-        begun = open_folder(folder, identity := fingerprint(model, data, config))
-        hold_mark(folder, begun, identity["model"])
-        print("\n" + outset(begun, saved_step(folder), config) + "\n", flush=True)
-        run = train(model, tokenizer, data, config)
+    try: run = _trained(asked, config, data, device)
     except KeyboardInterrupt:
         step = saved_step(folder)
         goes_on = f"goes on from step {step}" if step else "starts again"
-        print(f"\nqlora-lab: stopped; the same command {goes_on}", file=sys.stderr)
+        if is_first(): print(f"\nqlora-lab: stopped; the same command {goes_on}", file=sys.stderr)
         return 130
     print()
     show(*report(run).renderables)
     return 0
+
+def _trained(asked: Train, config: TrainConfig, data: Split, device: torch.device) -> Run:
+    "The run, with what is said on the way to its first step."
+    folder = Path(config.folder)
+    first_time(asked.model)
+    with waiting("planning the memory"): line = by_first(lambda: foresee(asked, config, data, device))
+    print(line, flush=True)
+    with waiting("loading the model"):
+        by_first(lambda: str(find_model(asked.model)))  # converted once
+        model, tokenizer = _open_model(asked, device)
+    identity = fingerprint(model, data, config)
+    begun = by_first(lambda: open_folder(folder, identity))
+    by_first(lambda: hold_mark(folder, begun, identity["model"]))
+    print("\n" + outset(begun, saved_step(folder), config) + "\n", flush=True)
+    return train(model, tokenizer, data, config)
