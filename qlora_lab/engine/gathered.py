@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..head_loss import of_torch
 from ..held import held_tensors
 from ..records import LabError
 from ..shards import is_shard, is_sharded
@@ -126,12 +127,21 @@ def _at(m: nn.Module, name: str) -> Tensor:
 def _refuse_pass(*_) -> None:
     raise LabError("no pass inside of unsharded(model): a layer's pass gives its gathered weights back")
 
-def _read_as_before(groups: list[Spread]) -> None:
+def _read_as_before(groups: list[Spread]) -> list[tuple]:
+    "Statistics are buffers, and torch does not cut anything up before a state dict; returns its hooks."
+    set_aside = []
     for group in groups:
         for m, name in group.buffers: m._buffers[name] = m._parameters.pop(name).data
+        for m in {m for m, _ in group.places}:
+            for key, hook in list(m._state_dict_pre_hooks.items()):
+                if not of_torch(hook): continue
+                set_aside.append((m._state_dict_pre_hooks, key, hook))
+                del m._state_dict_pre_hooks[key]
+    return set_aside
 
-def _cut_again(groups: list[Spread]) -> None:
+def _cut_again(groups: list[Spread], set_aside: list[tuple]) -> None:
     "The parts in their places; torch puts them where the whole tensors were."
+    for hooks, key, hook in set_aside: hooks[key] = hook
     for group in groups:
         for m, name in group.buffers: m._parameters[name] = nn.Parameter(m._buffers.pop(name), requires_grad=False)
         group.module.reshard()
@@ -156,13 +166,13 @@ def unsharded(
     hook = model.register_forward_pre_hook(_refuse_pass, prepend=True)
     try:
         for group in known.groups: group.module.unshard()
-        _read_as_before(known.groups)
+        set_aside = _read_as_before(known.groups)
         known.gathered, before = True, _marks(model, known.groups)
         yield model
         changed = _marks(model, known.groups) != before
     finally:
         hook.remove()
-        if known.gathered: _cut_again(known.groups)
+        if known.gathered: _cut_again(known.groups, set_aside)
         known.gathered = False
     if changed:
         raise LabError("the base was changed inside of unsharded(model), and the change is lost: each process holds the "

@@ -57,7 +57,7 @@ def replicated(
 
 def _alone(model: nn.Module) -> nn.Module | None:
     "The table of embeddings, where nobody else has its weight and nothing of it learns."
-    table = model.get_input_embeddings()
+    table = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(table, "weight", None)
     if not isinstance(table, nn.Embedding) or weight is None or weight.requires_grad: return None
     owners = sum(p is weight for m in model.modules() for p in m._parameters.values())
