@@ -141,7 +141,9 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def logical_numel(model: nn.Module) -> int:
     "How many weights a module stands for: a packed byte counts as two; shared weights count once."
-    packed = {m.weight: m.out_features * m.in_features for m in model.modules() if isinstance(m, PackedWeight)}
+    layers = [m for m in model.modules() if isinstance(m, PackedWeight)]
+    packed = {m.weight: m.out_features * m.in_features for m in layers}
+    packed |= {t: 0 for m in layers for t in (m.stats, m.absmax2) if t is not None}  # parameters in a spread base
     return sum(packed.get(p, p.numel() * (1 if p.is_floating_point() else 2)) for p in model.parameters())
 
 def _by_absmax(layer: nn.Module, *kind) -> QuantizedTensor: return quantize_4bit(weight_of(layer), *kind)

@@ -3,6 +3,7 @@
 Protects: 4-bit weights that are cut, sent, put together and decoded; what is refused; that nothing stays whole.
 """
 import copy
+import tempfile
 import warnings
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 from conftest import make_llama, make_tokenizer
@@ -25,7 +27,8 @@ from qlora_lab.engine.dispatch import faster
 from qlora_lab.engine.fusing import fits, fuse_layers, is_fused
 from qlora_lab.engine.gathered import bytes_held, gathered_bytes, unsharded
 from qlora_lab.engine.sharded_base import shard_base
-from qlora_lab.linear4bit import Linear4bit, PackedWeight, quantize_model
+from qlora_lab.linear4bit import Linear4bit, PackedWeight, logical_numel, quantize_model
+from qlora_lab.loading import kinds_of
 from qlora_lab.lora import add_lora, trainable
 from qlora_lab.memory import ledger
 from qlora_lab.merged_model import check_mergeable
@@ -175,9 +178,11 @@ def experts(folder):
     for name, build in {"mixtral": lambda: quantize_model(families.build("mixtral")),
                         "gpt_oss": lambda: quantize_model(families.build("gpt_oss")),
                         "mxfp4": lambda: test_mxfp4.opened(folder, dtype=torch.float32)}.items():
-        model = adapted(build().requires_grad_(False), ["q_proj", "o_proj"])
-        held = [m for m in model.modules() if hasattr(m, "decode")]
-        found[name] = len(held), spread_equals(model), raised(lambda held=held: held[0].decode(0, torch.float32))
+        for more in ({}, {"target_parameters": ["experts.down_proj"]}):
+            model = adapted(build().requires_grad_(False), ["q_proj", "o_proj"], **more)
+            held = [m for m in model.modules() if hasattr(m, "decode") and "LoRA" not in type(m).__name__]
+            same = spread_equals(model)
+            found[name, len(more)] = len(held), same, raised(lambda held=held: held[0].decode(0, torch.float32))
     return found
 
 
@@ -217,7 +222,12 @@ def bnb_kinds():
         model = by_bnb(storage)
         codes = next(m for m in model.modules() if hasattr(m, "quant_state")).weight
         assert codes.dtype == storage
-        found[storage] = spread_equals(model)
+        kinds, folder = kinds_of(model), tempfile.mkdtemp()
+        model.save_pretrained(f"{folder}/whole")
+        found[storage] = spread_equals(model) and kinds_of(model) == kinds != []
+        model.save_pretrained(f"{folder}/spread")  # adapters, by PEFT's own wrapper
+        a, b = (load_file(f"{folder}/{name}/adapter_model.safetensors") for name in ("whole", "spread"))
+        found[storage] &= a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items()) and len(a) > 0
         with torch.no_grad(): model.eval()(batch()["input_ids"])  # on some CPUs it would repack the codes
         found[storage] &= equal(both_ways(model.train()), both_ways(by_bnb(storage)))
         found["bill", storage] = memory_bill(model).loc["4-bit codes", "weights"]
@@ -394,8 +404,9 @@ def test_one_layer_is_whole_at_a_time(run, again):
 
 def held(offload):
     model = llama()
-    whole = memory_bill(model), bytes_held(model)
+    whole, weights = (memory_bill(model), bytes_held(model)), logical_numel(model)
     shard_base(model, offload=offload)
+    assert logical_numel(model) == weights
     table = bytes_held(model)
     both_ways(model)
     assert bytes_held(model).equals(table)

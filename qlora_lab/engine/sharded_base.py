@@ -179,7 +179,9 @@ def _mesh(mesh: "DeviceMesh | None") -> tuple["DeviceMesh", torch.device]:
     from torch.distributed.device_mesh import init_device_mesh
     if not (dist.is_available() and dist.is_initialized()):
         raise LabError("shard_base: no group of processes; start with torchrun, or call init_process_group first")
-    kind = "cuda" if "nccl" in str(dist.get_backend()) else "cpu"
+    if torch.torch_version.TorchVersion(torch.__version__) < (2, 8):
+        raise LabError(f"shard_base: torch {torch.__version__} gathers frozen tensors of one type only; take 2.8 or later")
+    kind = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
     mesh = mesh or init_device_mesh(kind, (dist.get_world_size(),))
     if mesh.ndim != 1: raise LabError(f"shard_base: a mesh of {mesh.ndim} axes; expected one, all processes in a row")
     index = torch.cuda.current_device() if mesh.device_type == "cuda" else None
