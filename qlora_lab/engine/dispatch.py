@@ -15,9 +15,8 @@ __all__ = ['Key', 'FASTER', 'ALWAYS', 'LACK', 'TRIAL', 'REHEARSED', 'IN_TORCH', 
 #
 # Most twins replace a piece: the same arguments, the same result, None for input that they do not take. Some make what
 # a piece asks for: a mover of pages, an optimizer, a block that keeps examples apart. Four do what has no plain piece:
-# fuse_layers and shard_base change a model, forward_backward does both passes of a batch, forget gives back what that
-# kept.
-# While torch.compile reads, no twin is looked up: engine.traced has operators for what is in no table then.
+# fuse_layers and shard_base change a model, forward_backward does both passes of a batch, forget gives back what it
+# kept. While torch.compile reads, no twin is looked up: engine.traced has operators for what is in no table then.
 #
 # Twins in FASTER save time, or memory of a step. `use_kernels(False)`, or QLORA_LAB_KERNELS=0, leaves them off, and
 # results stay (to the bit for quantizing, decoding and AdamW; up to rounding for products). Twins in ALWAYS keep what

@@ -126,7 +126,7 @@ def _as_defined(module: nn.Module, file: str) -> bool:
 
 def _known(layer: nn.Module, family: Family) -> bool:
     "Whether layer, attention and MLP are what one file of transformers says, and nothing is set that must not be."
-    file, parts = own_class(layer).__module__, (getattr(layer, family.attention, None), getattr(layer, family.mlp, None))
+    file, parts = own_class(layer).__module__, [getattr(layer, name, None) for name in (family.attention, family.mlp)]
     if not file.startswith("transformers.models."): return False
     if not all(_as_defined(m, file) for m in (layer, *parts)): return False
     attention, config = parts[0], getattr(parts[0], "config", None)

@@ -175,5 +175,5 @@ def unsharded(
         if known.gathered: _cut_again(known.groups, set_aside)
         known.gathered = False
     if changed:
-        raise LabError("the base was changed inside of unsharded(model), and the change is lost: each process holds the "
+        raise LabError("the base was changed inside of unsharded(model), and the change is lost: processes hold their "
                        "parts as they were; change a model that is whole, before shard_base")

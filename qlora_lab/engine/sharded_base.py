@@ -29,14 +29,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ..bnb_state import as_bytes
 from ..checkpointing import decoder_layers
 from .byte_hashes import hash_tensors
 from .dispatch import faster, twin
-from .gathered import Sharding, ShardedModel, Spread
+from .gathered import ShardedModel, Sharding, Spread
 from .mxfp4 import ExpertsMX
 from ..linear4bit import PackedWeight
 from ..methods import is_full
@@ -78,11 +77,13 @@ def _inside(model: nn.Module, groups: dict[str, nn.Module]) -> dict[str, Inside]
     "The modules of each group; raises LabError for one that is in two."
     found, whose = {name: [] for name in groups}, {}
     for name, m in model.named_modules(remove_duplicate=False):
-        own = max((g for g in groups if not g or name == g or name.startswith(f"{g}.")), key=len)
-        if whose.setdefault(id(m), own) != own:
+        own = name
+        while own not in groups: own = own.rpartition(".")[0]
+        if id(m) not in whose: found[own].append((name.removeprefix(f"{own}."), m))
+        elif whose[id(m)] != own:
             raise LabError(f"{name}: this module is also in {whose[id(m)] or 'the rest of the model'}; layers that "
                            "share a module cannot be spread, layers that share a weight can")
-        if all(m is not there for _, there in found[own]): found[own].append((name.removeprefix(f"{own}."), m))
+        whose[id(m)] = own
     return found
 
 def _in_bnb(m: nn.Module) -> object | None:
@@ -148,7 +149,7 @@ def _prepare(inside: dict[str, Inside], kept: set[nn.Parameter], device: torch.d
 def _of_all(mesh: "DeviceMesh", mine) -> list:
     "What every process says, by rank."
     found = [None] * mesh.size()
-    dist.all_gather_object(found, mine, group=mesh.get_group())
+    distributed.all_gather_object(found, mine, group=mesh.get_group())
     return found
 
 def _hold_equal(mesh: "DeviceMesh", mine: dict[str, str]) -> None:
@@ -177,12 +178,12 @@ def _hold_gathered(known: Sharding, inside: dict[str, Inside], kept: set[nn.Para
 def _mesh(mesh: "DeviceMesh | None") -> tuple["DeviceMesh", torch.device]:
     "All processes in a row, and the device of this one."
     from torch.distributed.device_mesh import init_device_mesh
-    if not (dist.is_available() and dist.is_initialized()):
+    if not (distributed.is_available() and distributed.is_initialized()):
         raise LabError("shard_base: no group of processes; start with torchrun, or call init_process_group first")
     if torch.torch_version.TorchVersion(torch.__version__) < (2, 8):
-        raise LabError(f"shard_base: torch {torch.__version__} gathers frozen tensors of one type only; take 2.8 or later")
-    kind = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
-    mesh = mesh or init_device_mesh(kind, (dist.get_world_size(),))
+        raise LabError(f"shard_base: torch {torch.__version__} gathers frozen tensors of one type alone; take 2.8")
+    kind = "cuda" if "nccl" in distributed.get_backend_config() else "cpu"
+    mesh = mesh or init_device_mesh(kind, (distributed.get_world_size(),))
     if mesh.ndim != 1: raise LabError(f"shard_base: a mesh of {mesh.ndim} axes; expected one, all processes in a row")
     index = torch.cuda.current_device() if mesh.device_type == "cuda" else None
     return mesh, torch.device(mesh.device_type, index) if index is not None else torch.device(mesh.device_type)
@@ -190,18 +191,21 @@ def _mesh(mesh: "DeviceMesh | None") -> tuple["DeviceMesh", torch.device]:
 def _check(model: nn.Module, kept: set[nn.Parameter]) -> None:
     "Raise LabError for a base that cannot be spread."
     if is_sharded(model): raise LabError("shard_base: this model's base is spread over the processes already")
-    layers = [p for p in decoder_layers(model).parameters() if p not in kept]
-    if is_full(model) or not layers:
+    if is_full(model) or all(p in kept for p in decoder_layers(model).parameters()):
         raise LabError("shard_base: the base of this model trains (method='full'), and what is spread here is never "
                        "written; train adapters (method='lora'), or take sharding='none'")
-    if any(p.is_meta for p in layers): raise LabError("shard_base: this model has no bytes (device 'meta')")
+    for name, p in model.named_parameters():
+        if p.is_meta: raise LabError(f"shard_base: {name} has no bytes (device 'meta')")
+        if p in kept or type(p) is nn.Parameter or getattr(p, "quant_state", None) is not None: continue
+        raise LabError(f"shard_base: {name} is of type {type(p).__name__}, and nobody knows what a part of its bytes "
+                       "would lose; take the lab's 4-bit layers, bitsandbytes' (quantized by now), or none")
 
+# %% ../../nbs/engine/sharded_base.ipynb #5330e186
 def _wrap(module: nn.Module, how: dict, offload: bool) -> None:
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
     more = {"offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available())} if offload else {}
     fully_shard(module, **how, **more)
 
-# %% ../../nbs/engine/sharded_base.ipynb #5330e186
 def _refusing(model: nn.Module) -> None:
     "Give a model the refusals of `ShardedModel`, under its own class's name."
     kind, own = type(model), own_class(model)
@@ -214,6 +218,7 @@ def _tell(model: nn.Module, device: torch.device) -> None:
     warnings.warn("the base is spread over processes: no step is recorded, since a recording holds addresses that are "
                   "given back after each layer; fused layers stay", stacklevel=3)
 
+# %% ../../nbs/engine/sharded_base.ipynb #e5d191aa
 @torch.no_grad()
 def shard_base(
     model: nn.Module,                   # frozen, with adapters or without; on any device, all of it
