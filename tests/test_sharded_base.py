@@ -206,6 +206,7 @@ def by_bnb(storage, nested=True):
             new.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4", module=new,
                                            compress_statistics=nested, quant_storage=storage)
             setattr(parent, name, new.to("cpu"))
+            if storage == torch.uint8: new.quant_state = None  # then the parameter alone knows it
     model.is_loaded_in_4bit = True
     model = get_peft_model(model.requires_grad_(False), LoraConfig(r=4, target_modules="all-linear"))
     for p in trainable(model): p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.05
@@ -222,6 +223,7 @@ def bnb_kinds():
         codes = next(m for m in model.modules() if hasattr(m, "quant_state")).weight
         assert codes.dtype == storage
         kinds, folder = kinds_of(model), tempfile.mkdtemp()
+        assert len(kinds) == 1
         model.save_pretrained(f"{folder}/whole")
         found[storage] = spread_equals(model) and kinds_of(model) == kinds != []
         model.save_pretrained(f"{folder}/spread")  # adapters, by PEFT's own wrapper
@@ -379,8 +381,9 @@ def test_beside_checkpoints_offload_and_fused_layers(run):
 
 def dropped(again):
     "The groups that are whole at each moment of a step, and what is left of their memory after it."
-    model, seen, storages = llama(tie=False), [], []
+    model, seen, storages, rests = llama(tie=False), [], [], []
     if again: checkpoint_layers(model)
+    rest = model.model.norm.weight.nbytes + model.lm_head.weight.nbytes  # the table of embeddings is given back
     shard_base(model)
     for layer in decoder_layers(model):
         projection = layer.mlp.down_proj
@@ -389,7 +392,9 @@ def dropped(again):
             storages.append(m.base_layer.weight.untyped_storage())
         projection.register_forward_hook(look)
         projection.lora_B.weight.register_hook(lambda grad: seen.append(tuple(sorted(gathered_bytes(model)))))
+    model.lm_head.register_forward_hook(lambda *_: rests.append(gathered_bytes(model)))
     summed_loss(model, batch()).backward()
+    assert all(found == {"": rest} for found in rests) and len(rests) > 1
     return seen, gathered_bytes(model), [s.nbytes() for s in storages]
 
 
@@ -423,6 +428,7 @@ def test_bytes_of_each_process(run):
         assert parts == total // 2 and table.loc["adapters", "everywhere"] == whole.loc["adapters", "everywhere"]
         assert after.loc["4-bit codes", "bytes"] == parts and entries.loc[("4-bit codes", "uint8"), "bytes"] == parts
         assert table["spread"].sum() < 0.51 * whole.drop("adapters")["everywhere"].sum()
+        assert table.loc["quantization statistics", "everywhere"] == 4 * 21  # offsets, one number a layer
     for kind in ("4-bit codes", "embeddings", "norms and biases"):
         assert sum(after.loc[kind, "weights"] for _, _, after, _ in results) == bill.loc[kind, "weights"]
 
