@@ -47,6 +47,7 @@ from .linear4bit import Linear4bit, PackedWeight
 from .linear_layers import weight_of
 from .records import LabError, whole_folder, write_whole
 from .replacing import no_plain_saving
+from .shards import refuse_shards
 
 # %% ../nbs/reference/bnb_files.ipynb #6f7ab61b
 def save_quantized(
@@ -57,6 +58,7 @@ def save_quantized(
     decode: bool = True,  # False: what transformers has no 4-bit layer for stays in 4 bits, for the lab alone
 ) -> Path:                # the folder
     "Write a bitsandbytes 4-bit checkpoint that transformers opens; raises LabError for a model it would not describe."
+    refuse_shards(model, "save_quantized")
     shipped = faster("save_as_shipped", torch.device("cpu"), model, folder, tokenizer, shard_size)
     if shipped is not None: return shipped
     kind, (state, untied), (names, lost) = _describable(model), _tensors(model), skip_list(model)

@@ -17,6 +17,8 @@ __all__ = ['component', 'four_bit_parts', 'held_tensors']
 # 4-bit layers are the lab's or bitsandbytes'. The lab keeps statistics as buffers of the layer, bitsandbytes in the
 # `quant_state` of the weight; both are found, or their bills could not be compared.
 #
+# Of a base that is spread over processes each tensor is the part that lies in this one, and stands for as many weights.
+#
 # Used by lessons 08 and 12. Built in nbs/reference/held.ipynb.
 
 # %% ../nbs/reference/held.ipynb #82b57ad7
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 from .linear4bit import PackedWeight
 from .linear_layers import looks_linear
+from .shards import here
 
 # %% ../nbs/reference/held.ipynb #869a45d8
 def component(
@@ -42,9 +45,10 @@ def component(
 def four_bit_parts(m: nn.Module) -> tuple | None:
     "(codes, number of weights, statistics) of a 4-bit layer, the lab's or bitsandbytes'; None for any other."
     if hasattr(m, "packed_parts"): return m.packed_parts()  # experts in MXFP4
-    if isinstance(m, PackedWeight): return m.weight, m.quantized.shape.numel(), (m.stats, m.absmax2, m.offset)
-    state = getattr(getattr(m, "weight", None), "quant_state", None)
-    if state is None: return None
+    if isinstance(m, PackedWeight): return m.weight, m.out_features * m.in_features, (m.stats, m.absmax2, m.offset)
+    weight = getattr(m, "weight", None)
+    state = getattr(weight, "quant_state", None) or getattr(m, "quant_state", None)  # a shard has no such attribute
+    if weight is None or state is None: return None
     second = state.state2.absmax if state.nested else None
     return m.weight, state.shape.numel(), (state.absmax, second, state.offset)
 
@@ -60,4 +64,5 @@ def held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
         for kind, t, weights in own:
             if t is None or id(t) in seen: continue
             seen.add(id(t))
-            yield kind, t, weights
+            part = here(t)
+            yield kind, part, weights if part is t else weights * part.numel() // t.numel()

@@ -38,6 +38,7 @@ from .engine.dispatch import faster
 from .linear_layers import known, quantizable, weight_of
 from .records import LabError
 from .replacing import no_plain_saving, refuse_unfit, replace_layer, sharing, tell_share, weights_by_name
+from .shards import whole
 
 # %% ../nbs/05_linear4bit.ipynb #91f9bf7d
 @contextmanager
@@ -91,9 +92,9 @@ class PackedWeight(nn.Module):
 
     @property
     def quantized(self) -> QuantizedTensor:
-        "The weight as a QuantizedTensor over the same memory."
+        "The weight as a QuantizedTensor over the same memory; raises LabError for a shard of it."
         shape = torch.Size((self.out_features, self.in_features))
-        return QuantizedTensor(self.weight.detach(), self.stats, shape, self.weight_dtype, self.blocksize,
+        return QuantizedTensor(whole(self.weight).detach(), self.stats, shape, self.weight_dtype, self.blocksize,
                                self.quant_type, self.absmax2, self.offset)
 
     def _apply(self, fn, recurse=True):
@@ -140,7 +141,9 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def logical_numel(model: nn.Module) -> int:
     "How many weights a module stands for: a packed byte counts as two; shared weights count once."
-    packed = {m.weight: m.quantized.shape.numel() for m in model.modules() if isinstance(m, PackedWeight)}
+    layers = [m for m in model.modules() if isinstance(m, PackedWeight)]
+    packed = {m.weight: m.out_features * m.in_features for m in layers}
+    packed |= {t: 0 for m in layers for t in (m.stats, m.absmax2) if t is not None}  # parameters in a spread base
     return sum(packed.get(p, p.numel() * (1 if p.is_floating_point() else 2)) for p in model.parameters())
 
 def _by_absmax(layer: nn.Module, *kind) -> QuantizedTensor: return quantize_4bit(weight_of(layer), *kind)

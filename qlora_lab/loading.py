@@ -252,5 +252,5 @@ def kinds_of(model) -> list[Kind]:
     "The kinds of a model's 4-bit layers, the lab's or bitsandbytes'."
     packed = [m for m in model.modules() if isinstance(m, PackedWeight)]
     ours = [Kind(m.quant_type, m.blocksize, m.absmax2 is not None) for m in packed]
-    states = [getattr(p, "quant_state", None) for p in model.parameters()]
+    states = [getattr(at, "quant_state", None) for at in (*model.parameters(), *model.modules())]
     return list({*ours, *(Kind(s.quant_type, s.blocksize, s.nested) for s in states if s)})

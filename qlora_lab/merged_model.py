@@ -40,6 +40,7 @@ from .original_base import OriginalBase
 from .plain_again import empty_layer, not_quantized, plain_layer, settle_ties, taken_off
 from .records import LabError, whole_folder
 from .replacing import no_plain_saving, replace_layer
+from .shards import refuse_shards
 
 # %% ../nbs/reference/merged_model.ipynb #5cb25de7
 def check_mergeable(
@@ -47,6 +48,7 @@ def check_mergeable(
     how: str,          # "dequantized", "4bit", "original"
 ) -> None:
     "Raise LabError for a model without an adapter, without the 4 bits asked for, or with a bias that has no place."
+    refuse_shards(model, "merge")
     if not hasattr(model, "lora_config"): raise LabError("the model has no adapter; load one with load_adapter")
     packed = any(isinstance(m, PackedWeight) for m in model.modules())
     if how != "dequantized" and not packed:
@@ -114,6 +116,7 @@ def save_merged(
     tokenizer=None,       # saved beside it when given, with its chat template
 ) -> Path:                # the folder
     "Write a merged model as transformers opens it, whole or not at all; one in 4 bits as a bitsandbytes checkpoint."
+    refuse_shards(model, "save_merged")
     if any(isinstance(m, PackedWeight) for m in model.modules()): return save_quantized(model, folder, tokenizer)
     settings, model.generation_config = model.generation_config, GenerationConfig()
     try:

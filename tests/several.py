@@ -30,6 +30,9 @@ def _work(rank, asked, told):
         except BaseException as e: told.put((rank, None, e))
         finally:
             if dist.is_initialized(): dist.destroy_process_group()
+    told.close()
+    told.join_thread()
+    os._exit(0)  # threads of a group that is gone would keep the interpreter for seconds
 
 
 @contextmanager

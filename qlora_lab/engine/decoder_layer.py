@@ -191,7 +191,7 @@ class DecoderLayer(torch.autograd.Function):
         ctx.save_for_backward(cos, sin, *kept, *more, *params, *f.frozen)
         ctx.f, ctx.again, ctx.batch, ctx.counts = f, again, len(x), (len(kept), len(kept) + len(more))
         ctx.kernel, ctx.segments = None if result is None else result.kernel, segments
-        return y.view(x.shape)
+        return torch.ops.aten._unsafe_view(y, x.shape)  # no view for autograd: FSDP2 warns of those that are hooked
 
     @staticmethod
     @once_differentiable

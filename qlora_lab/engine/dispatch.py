@@ -14,9 +14,9 @@ __all__ = ['Key', 'FASTER', 'ALWAYS', 'LACK', 'TRIAL', 'REHEARSED', 'IN_TORCH', 
 # the twins as text, "module.function" below the package.
 #
 # Most twins replace a piece: the same arguments, the same result, None for input that they do not take. Some make what
-# a piece asks for: a mover of pages, an optimizer, a block that keeps examples apart. Three do what has no plain
-# piece: fuse_layers changes a model, forward_backward does both passes of a batch, forget gives back what that kept.
-# While torch.compile reads, no twin is looked up: engine.traced has operators for what is in no table then.
+# a piece asks for: a mover of pages, an optimizer, a block that keeps examples apart. Four do what has no plain piece:
+# fuse_layers and shard_base change a model, forward_backward does both passes of a batch, forget gives back what it
+# kept. While torch.compile reads, no twin is looked up: engine.traced has operators for what is in no table then.
 #
 # Twins in FASTER save time, or memory of a step. `use_kernels(False)`, or QLORA_LAB_KERNELS=0, leaves them off, and
 # results stay (to the bit for quantizing, decoding and AdamW; up to rounding for products). Twins in ALWAYS keep what
@@ -75,7 +75,8 @@ ALWAYS |= _on("cuda", "meta", host_checkpoints="engine.host_checkpoints.keep_on_
 ALWAYS |= _on("cpu", "cuda", dequantize_packed="engine.tables.dequantize_by_table",
     quantize_exactly="engine.rounding.quantize_blocks", quantize_absmax_exactly="engine.rounding.quantize_absmax",
     within_budget="engine.budget.within_budget", optimizer="engine.paged_adamw.optimizer",
-    repair="engine.repair.repair", save_base="engine.repair.save_base")
+    repair="engine.repair.repair", save_base="engine.repair.save_base",
+    shard_base="engine.sharded_base.shard_base")
 ALWAYS |= _on("cpu", "cuda", "meta", quantize_experts="engine.experts.quantize_experts",
     experts_left_alone="engine.experts.experts_left_alone",
     adapt_parameters="engine.adapted_parameters.adapt_parameters",

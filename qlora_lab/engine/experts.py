@@ -37,6 +37,7 @@ from ..double_quant import STATS_BLOCK, QuantizedTensor, quantize_4bit
 from .held_experts import HeldExperts, NamedExperts, choose_forward, hold
 from ..linear4bit import PackedWeight
 from ..linear_layers import kept_in_float32
+from ..shards import whole
 
 # %% ../../nbs/engine/experts.ipynb #d613ae47
 class _Packed(NamedExperts, PackedWeight):
@@ -95,7 +96,7 @@ class Experts4bit(_Stored):
         start, stop = first // every * every, min(ceil(end / every) * every, prod(self.shape))
         def cut(t, of): return None if t is None else t[start // of:ceil(stop / of)]
         return QuantizedTensor(
-            cut(self.weight.detach(), 2), cut(self.stats, self.blocksize), torch.Size((stop - start,)),
+            cut(whole(self.weight).detach(), 2), cut(self.stats, self.blocksize), torch.Size((stop - start,)),
             self.weight_dtype, self.blocksize, self.quant_type, cut(self.absmax2, every), self.offset), first - start
 
 # %% ../../nbs/engine/experts.ipynb #fcf63c16

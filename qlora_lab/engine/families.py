@@ -31,6 +31,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..shards import own_class
+
 # %% ../../nbs/engine/families.ipynb #2659d18e
 class Family(NamedTuple):
     "Where the parts of a decoder layer are, and what it does otherwise than Llama's."
@@ -119,12 +121,12 @@ class Parts(NamedTuple):
 # %% ../../nbs/engine/families.ipynb #66315115
 def _as_defined(module: nn.Module, file: str) -> bool:
     "Whether a module's class is of that file of transformers, with the forward pass that it has there."
-    kind = type(module)
+    kind = own_class(module)
     return kind.__module__ == file and getattr(kind.forward, "__module__", None) == file
 
 def _known(layer: nn.Module, family: Family) -> bool:
     "Whether layer, attention and MLP are what one file of transformers says, and nothing is set that must not be."
-    file, parts = type(layer).__module__, (getattr(layer, family.attention, None), getattr(layer, family.mlp, None))
+    file, parts = own_class(layer).__module__, [getattr(layer, name, None) for name in (family.attention, family.mlp)]
     if not file.startswith("transformers.models."): return False
     if not all(_as_defined(m, file) for m in (layer, *parts)): return False
     attention, config = parts[0], getattr(parts[0], "config", None)
@@ -139,7 +141,7 @@ def parts_of(
     layer: nn.Module,  # any
 ) -> Parts | None:     # None where the layer's class is not known, or something in it is not as transformers made it
     "The parts of a decoder layer."
-    family = LAYERS.get(type(layer).__name__)
+    family = LAYERS.get(own_class(layer).__name__)
     if family is None or not _known(layer, family): return None
     a, m = getattr(layer, family.attention), getattr(layer, family.mlp)
     own = type(m).__name__ == family.experts

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from .dispatch import faster
 from ..linear4bit import MatMul4Bit
 from ..records import LabError
+from ..shards import whole
 
 # %% ../../nbs/engine/held_experts.ipynb #f315df0d
 class _Sized:
@@ -202,8 +203,8 @@ class DenseExperts(NamedExperts):
     @property
     def device(self) -> torch.device: return self.weight.device
 
-    def decode(self, e: int, dtype: torch.dtype) -> Tensor: return self.weight[e].to(dtype)
-    def decode_some(self, first, end, dtype): return self.weight[first:end].to(dtype)
+    def decode(self, e: int, dtype: torch.dtype) -> Tensor: return whole(self.weight)[e].to(dtype)
+    def decode_some(self, first, end, dtype): return whole(self.weight)[first:end].to(dtype)
     def kept(self) -> tuple[Tensor, ...]: return (self.weight,)
     def extra_repr(self) -> str: return f"{tuple(self.shape)}, {self.dtype}"
 

@@ -42,6 +42,7 @@ from .held_experts import NamedExperts, choose_forward, hold
 from ..linear4bit import PackedWeight, quantize_model
 from ..records import LabError, whole_folder, write_whole
 from ..replacing import no_plain_saving
+from ..shards import refuse_shards, whole
 
 # %% ../../nbs/engine/mxfp4.ipynb #38c7ed4c
 BLOCK = 32                                    # numbers that share a scale
@@ -118,7 +119,7 @@ class ExpertsMX(_Blocks):
     def decode(self, e: int, dtype: torch.dtype) -> Tensor: return self.decode_some(e, e + 1, dtype)[0]
 
     def decode_some(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
-        return decode_mxfp4(self.weight.detach()[first:end], self.scales[first:end], dtype).transpose(1, 2)
+        return decode_mxfp4(whole(self.weight).detach()[first:end], self.scales[first:end], dtype).transpose(1, 2)
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         "[E, in, out]: all of them."
@@ -248,6 +249,7 @@ def save_mxfp4(
 # %% ../../nbs/engine/mxfp4.ipynb #f77da1bc
 def _can_be_shipped(model: nn.Module) -> None:
     "Raise LabError for a model of which the format cannot say what it holds."
+    refuse_shards(model, "save_mxfp4")
     if not any(isinstance(m, ExpertsMX) for m in model.modules()):
         raise LabError("the model has no experts in MXFP4; open it with quantize='mxfp4'")
     if any("lora_" in n for n, _ in model.named_parameters()):

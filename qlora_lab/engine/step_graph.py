@@ -38,6 +38,7 @@ from .gpu import on_device
 from .packed_rows import Row, filled_row, row_losses, same_angles
 from .rotary_tables import held_tables
 from ..lora import trainable
+from ..shards import is_sharded
 
 # %% ../../nbs/engine/step_graph.ipynb #4a7b030e
 PATIENCE = 8  # batches of known shapes that find gradients and no places for them, before places are made
@@ -274,6 +275,7 @@ def forward_backward(
     total: int,                # learned tokens of the whole step
 ) -> Tensor | None:            # the batch's share of the loss; None where the plain path has to take over
     "One pass each way of a causal model, as a graph."
+    if is_sharded(model): return None  # a recording would keep addresses that are given back after each layer
     if torch.is_autocast_enabled(next(model.parameters()).device.type): return None  # a recording would keep its casts
     row = filled_row(batch) if "position_ids" in batch else None
     if not (takes(model, batch) if row is None else same_angles(model, row)): return None
