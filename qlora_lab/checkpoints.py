@@ -73,6 +73,7 @@ def _same_shapes(here: dict, saved: dict) -> None:
 def _read(path: Path) -> tuple[int, dict]:
     with safe_open(path, "pt") as f: return int(f.metadata()["step"]), {k: f.get_tensor(k) for k in f.keys()}
 
+# %% ../nbs/reference/checkpoints.ipynb #3898ecd6
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     "Steps done by the last checkpoint, its state restored; 0 where there is none; raises LabError for a damaged file."
     path, whole = _state(folder), optimizer.state_dict()
@@ -115,11 +116,13 @@ def read_best(folder: Path, model: nn.Module, step: int) -> dict[str, Tensor]:
         raise LabError(f"{path}: the best adapter so far is damaged or gone ({e}); "
                        "delete the folder to start the run anew") from None
 
+# %% ../nbs/reference/checkpoints.ipynb #1788eb62
 def load_best(folder: Path, model: nn.Module, step: int) -> None:
     "The same, into the model."
     saved = by_first(lambda: read_best(folder, model, step))
     for n, p in trained_tensors(model).items(): p.data.copy_(saved[n])
 
+# %% ../nbs/reference/checkpoints.ipynb #68a5b264
 def best_row(
     rows: list[dict],  # of metrics.jsonl
     after: int = 0,    # only steps after this one
@@ -239,6 +242,10 @@ class _Written(_Back):
         save_checkpoint(self.folder, self.model, self.optimizer, self.done)
         self.tidy()
 
+
+# %% ../nbs/reference/checkpoints.ipynb #4bc4d645
+class _Opened(_Written):
+    "Where a run goes on."
     def begin(self) -> None:
         "Open metrics.jsonl with the lines that count; raises LabError where the best adapter so far is gone."
         if self.best and not best_path(self.folder, self.best["step"]).exists():
@@ -247,8 +254,8 @@ class _Written(_Back):
         self.file = open(self.folder / "metrics.jsonl", "a")
         self.tidy()
 
-# %% ../nbs/reference/checkpoints.ipynb #4bc4d645
-class Log(_Written):
+# %% ../nbs/reference/checkpoints.ipynb #fd13c969
+class Log(_Opened):
     "A run on its way: opened where its checkpoint ends, written step by step."
     def __init__(self, folder: Path, config: "TrainConfig", model: nn.Module, optimizer: torch.optim.Optimizer):
         self.model, self.optimizer = model, optimizer

@@ -88,6 +88,7 @@ def _explained(e: Exception, what: str) -> LabError:
         return LabError(f"{what}: no answer at {place}; see that all processes were started, and what they said")
     return LabError(f"{what}: {' '.join(str(e).split())[:200]}")
 
+# %% ../nbs/reference/processes.ipynb #ff302ad7
 @contextmanager
 def joined(
     device: torch.device,             # that this process computes on: NCCL for a card, gloo for a CPU
@@ -127,6 +128,7 @@ def total_of(
     dist.all_reduce(t)
     return t.item()
 
+# %% ../nbs/reference/processes.ipynb #f687a590
 def _flat_sum(tensors: list[Tensor]) -> None:
     flat = torch.cat([t.reshape(-1) for t in tensors])
     dist.all_reduce(flat)

@@ -133,7 +133,20 @@ def check_fields(options) -> None:
         if f.name == "targets": expect(_is_targets(value), f.name, value, "a layer's name, or several in a tuple")
 
 # %% ../nbs/reference/settings.ipynb #be819c14
-class _Together:
+class _Shared:
+    "What settings say of a base that is shared out."
+    def _check_sharded(self):
+        "What cannot be where no process has the whole base."
+        if self.offload and self.sharding == "none":
+            raise LabError("offload=True: it is a sharded base that waits in host memory; set sharding='full' too")
+        if self.sharding == "none": return
+        for name, has in (("method", self.method == "full"), ("init", self.init in FROM_THE_WEIGHT),
+                          ("merge_aware", self.merge_aware), ("budget", self.budget)):
+            if has: raise LabError(f"sharding='full' and {name}={getattr(self, name)!r}: that needs the whole base in "
+                                   "each process; leave one of them out")
+
+# %% ../nbs/reference/settings.ipynb #a041f8cb
+class _Together(_Shared):
     "What settings say of one another."
     def _check_together(self):
         "Raise LabError for settings that contradict each other."
@@ -152,16 +165,6 @@ class _Together:
                            "leave it out")
         if self.method == "full": self._check_full()
         self._check_sharded()
-
-    def _check_sharded(self):
-        "What cannot be where no process has the whole base."
-        if self.offload and self.sharding == "none":
-            raise LabError("offload=True: it is a sharded base that waits in host memory; set sharding='full' too")
-        if self.sharding == "none": return
-        for name, has in (("method", self.method == "full"), ("init", self.init in FROM_THE_WEIGHT),
-                          ("merge_aware", self.merge_aware), ("budget", self.budget)):
-            if has: raise LabError(f"sharding='full' and {name}={getattr(self, name)!r}: that needs the whole base in "
-                                   "each process; leave one of them out")
 
     def _check_full(self):
         "Where all weights learn, nothing may speak of adapters."

@@ -22,7 +22,6 @@ __all__ = ['answer_places', 'answer_losses', 'score', 'dropout_off', 'attach_ada
 # What learns: `methods`. Errors of losses: `scoring`. Order: `batches`. Built in nbs/10_train.ipynb.
 
 # %% ../nbs/10_train.ipynb #2563e113
-import json
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,24 +35,22 @@ from .batches import longest_batch, step_batches
 from .checkpointing import checkpoint_layers
 from .checkpoints import Log, load_best, measured, through_quantizer
 from .data import Example, Split, collate, encode
-from .dealing import in_order, in_turn, learned, passes, share_of
+from .dealing import by_turns, learned, passes, share_of
 from .engine.dispatch import faster
 from .head_loss import place_losses
 from .linear4bit import saved_for_backward
-from .locks import check_standing
 from .lora import add_lora, trainable
 from .manifest import keep_record
-from .methods import base_of, begin_from_weight, by_peft, lora_config, save_trained, train_all
+from .methods import base_of, begin_from_weight, by_peft, lora_config, train_all
 from .model import answer
 from .nonfinite import NotFinite, located, noting_a_stop
 from .open_run import base_as_held, hold_mark
 from .packing import check_packing, kept_apart, pack
-from .processes import by_first, is_first, rank, sum_gradients, total_of
+from .processes import by_first, rank, sum_gradients, total_of
 from .provenance import peak_memory_gib, provenance, release_memory
 from .rates import as_decided, make_optimizer, rates_at
-from .records import write_whole
 from .runs import Run, fingerprint, step_memory
-from .same_run import check_alike, check_group, held_by_first, spread_base, watched_by_first
+from .same_run import check_group, held_by_first, in_group, keep_trained, watched_by_first, write_record
 from .scoring import Score, recorded, spread
 from .settings import FROM_THE_WEIGHT, TrainConfig, as_json
 from .starting_point import take_over
@@ -87,16 +84,13 @@ def score(
     batch_size: int = 8,
 ) -> Score:
     "Held-out loss over the answers' tokens."
+    def sums(part):
+        losses, rows = answer_losses(model, collate(part))
+        zeros = torch.zeros(len(part), dtype=torch.float64, device=losses.device)
+        return zeros.index_add_(0, rows, losses.double()).tolist()
     parts = [tokens[i:i + batch_size] for i in range(0, len(tokens), batch_size)]
-    with dropout_off(model): own = [_sums(model, part) for part in in_turn(parts)]
-    sums = tuple(nats for part in in_order(own, len(parts)) for nats in part)
-    return Score(sums, tuple(int(t.mask[1:].sum()) for t in tokens), tuple(t.example.stays_with for t in tokens))
-
-def _sums(model: nn.Module, part: list) -> list[float]:
-    "The surprise at each example of a part."
-    losses, rows = answer_losses(model, collate(part))
-    zeros = torch.zeros(len(part), dtype=torch.float64, device=losses.device)
-    return zeros.index_add_(0, rows, losses.double()).tolist()
+    with dropout_off(model): nats = tuple(n for found in by_turns(sums, parts) for n in found)
+    return Score(nats, tuple(int(t.mask[1:].sum()) for t in tokens), tuple(t.example.stays_with for t in tokens))
 
 @contextmanager
 def dropout_off(model: nn.Module):
@@ -126,7 +120,6 @@ def attach_adapters(
     if config.checkpointing:
         checkpoint_layers(model, layers=config.checkpointed_layers or None, where=config.checkpoints_in)
     faster("fuse_layers", device, model)
-    if config.sharding == "full": return spread_base(model, config.offload)
     return trim_between_layers(model) if device.type == "cpu" else model
 
 # %% ../nbs/10_train.ipynb #15a14700
@@ -209,9 +202,7 @@ def begin(
               "base": base_as_held(model), "before": _sound(model, held, "before the first step")}
     answers = _answers(model, tokenizer, [e.prompt for e in asked])
     record["answers"] = [{"prompt": e.prompt, "reference": e.answer, "before": a} for e, a in zip(asked, answers)]
-    if is_first():
-        check_standing(folder)
-        write_whole(folder / "run.json", json.dumps(record, indent=1))
+    write_record(folder, record)
     return record
 
 def _sound(model: nn.Module, held: list, when: str) -> dict:
@@ -229,17 +220,15 @@ def finish(folder: Path, record: dict, log: Log, tokenizer, held: list, memory: 
     "Score, answer, save what was trained, at its best where there was a choice, and only then call the run done."
     model, kept = log.model, log.outcome()
     if kept["adapter_step"] != log.done:
-        if is_first(): save_trained(model, tokenizer, folder, last=True)
+        keep_trained(model, tokenizer, folder, last=True)
         load_best(folder, model, kept["adapter_step"])
     record |= kept | {"after": _sound(model, held, "after training")}
     answers = _answers(model, tokenizer, [r["prompt"] for r in record["answers"]])
     for row, text in zip(record["answers"], answers): row["after"] = text
     seconds = sum(row["seconds"] for row in log.rows)
     record |= {"memory": memory, "peak_memory_gib": peak_memory_gib(), "seconds": seconds}
-    if not is_first(): return
-    check_standing(folder)
-    save_trained(model, tokenizer, folder)
-    write_whole(folder / "run.json", json.dumps(record | {"state": "done"}, indent=1))
+    keep_trained(model, tokenizer, folder)
+    write_record(folder, record | {"state": "done"})
 
 def _explained(e: NotFinite, log: Log, learn: list, held: list) -> NotFinite:
     "The same error with the examples and the layer at fault, where those are not known yet."
@@ -286,7 +275,7 @@ def _carry_out(folder, identity, record, model, tokenizer, data, asked_for, look
     if asked_for.packing: check_packing(model)
     config, said = by_first(lambda: as_decided(asked_for, model, learn))
     model = attach_adapters(model, config, learn).train()
-    check_alike(model)
+    model = in_group(model, config)
     if config.merge_aware: through_quantizer(model, check=True)
     optimizer = make_optimizer(model, config)
     if record is None: record = begin(folder, identity, asked_for, model, tokenizer, held, prompts)

@@ -188,6 +188,7 @@ def start(asked: Train) -> int:
         if is_first(): return _start(asked, device)
         with redirect_stdout(open(os.devnull, "w")): return _start(asked, device)
 
+# %% ../../nbs/commands/training.ipynb #c9affd72
 def _start(asked: Train, device: torch.device) -> int:
     data, what, place = data_of_run(asked.data, asked.held_out)
     folder = Path(asked.out or place)
@@ -204,6 +205,7 @@ def _start(asked: Train, device: torch.device) -> int:
     show(*report(run).renderables)
     return 0
 
+# %% ../../nbs/commands/training.ipynb #43869856
 def _trained(asked: Train, config: TrainConfig, data: Split, device: torch.device) -> Run:
     "The run, with what is said on the way to its first step."
     folder = Path(config.folder)
