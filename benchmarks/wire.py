@@ -16,10 +16,10 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._profiler import _EventType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
-from torch._C._profiler import _EventType
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -96,7 +96,7 @@ def passes(model, batches):
 
 
 class LendsCopies(AllGather):
-    "Gathers by way of copies: gloo's threads hold on to what they are given for a while, and nobody sees when they let go."
+    "Gathers by way of copies: gloo's threads hold on for a while to what they are given, and let go unseen."
     def allocate(self, size, *, dtype, device): return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(self, output_tensor, input_tensor, group, async_op=False):

@@ -110,8 +110,8 @@ class StepOptions(Settings):
 @dataclass(frozen=True)
 class SpreadOptions(Spread):
     "Over how many cards, and how."
-    wire_gbs: _Speed = None  # what a card receives from the others
-    bus_gbs: _Speed = None   # what a card reads from host memory
+    wire_gbs: _Speed = None  # GB a second that a card receives from the others
+    bus_gbs: _Speed = None   # GB a second that a card reads from host memory
 
 # %% ../../nbs/commands/planning.ipynb #ae0f1cb4
 @dataclass(frozen=True)

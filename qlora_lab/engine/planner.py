@@ -174,7 +174,8 @@ _SPREAD = [f.name for f in fields(Spread)]
 def _of_one(text: str, s: Settings, process_bytes: int, recording: bool) -> tuple:
     "What was rehearsed of a step, what is held, the moments, the bytes in host memory."
     kernels = tuple(twin(operation, s.device) if s.kernels else None for operation in REHEARSED)
-    alike = replace(s, optimizer_bits=32, device_budget=None)  # what a forward and a backward pass depend on
+    one_more = min(2, s.accumulation)  # a second pass is as the third
+    alike = replace(s, optimizer_bits=32, device_budget=None, accumulation=one_more)  # what passes depend on
     r = rehearsed(text, alike, kernels)
     if not recording: r = r._replace(fused=False)
     first = rehearsed(text, replace(alike, accumulation=1), kernels).gradients if s.accumulation > 1 else 0

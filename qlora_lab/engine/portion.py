@@ -59,7 +59,7 @@ class _Checked:
 @dataclass(frozen=True)
 class Spread(_Checked):
     "Over how many cards, and how; raises LabError for what cannot be."
-    cards: int = 1                 # a process each
+    cards: int = 1                 # that take a step together, a process each
     sharding: Literal["none", "full"] = "none"  # the whole base on each, or an equal share of each frozen tensor
     offload: bool = False          # the shards wait in host memory
     wire_gbs: float | None = None  # GB a second that a card receives from the others; what is known by default

@@ -14,7 +14,7 @@ __all__ = ['RATE', 'DECODING', 'STARTING', 'WIRES', 'BUS', 'IN_A_HOST', 'COMMUNI
 #
 # Layers that arrive: bytes over the speed of the wire. The gathers of the layers run beside the work on the layer
 # before, so a pass takes the longer of the two; the first layer of each direction, the root group and the gradients'
-# sum have nothing to hide behind. Shards in host memory come over the bus first, then over the wire, one after the other.
+# sum have nothing to hide behind. Shards in host memory come over the bus first, then over the wire, one by one.
 #
 # The speed of the wire is `wire_gbs` where it is given; otherwise what benchmarks/results/gpus.json recorded between
 # cards of one host, where that is there; otherwise a nominal one (`WIRES`), which no collective quite reaches.
@@ -54,12 +54,12 @@ def weights_met(p: "MemoryPlan") -> float:
 # %% ../../nbs/engine/scaling.ipynb #0fd54e7e
 def _operations(p: "MemoryPlan", own: Settings, again: float) -> float:
     "Of a step, on one card's examples."
-    config, learned = model_config(json.loads(p.config)).get_text_config(), own.learned or own.batch_size * own.sequence
+    config, places = model_config(json.loads(p.config)).get_text_config(), own.batch_size * own.sequence
     tokens = p.settings.batch_size * p.settings.accumulation // p.spread.cards * own.sequence
     heads = getattr(config, "num_attention_heads", 0)
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1))
     attention = 2 * p.layers * width * own.sequence  # a token, forward: two products over half of the places
-    head = 4 * learned / (own.batch_size * own.sequence) * config.vocab_size * config.hidden_size
+    head = 4 * (own.learned or places) / places * config.vocab_size * config.hidden_size
     return tokens * ((4 + 2 * again) * weights_met(p) + (3.5 + again) * attention + head)
 
 # %% ../../nbs/engine/scaling.ipynb #85f4c507
@@ -186,7 +186,8 @@ def in_words(
     rows = [f"  {size / 2 ** 30:>9.2f} GiB of {name}" for name, size in p.travels.wire.items()]
     lines = ["on the wire     a step, to each card", *rows] if rows else []
     if p.travels.bus:
-        lines += [f"from the host   {p.travels.bus / 2 ** 30:.2f} GiB a step; {p.travels.host / 2 ** 30:.2f} wait there"]
+        bus, host = p.travels.bus / 2 ** 30, p.travels.host / 2 ** 30
+        lines += [f"from the host   {bus:.2f} GiB a step; {host:.2f} wait there"]
     if why := unknown(p): return "\n".join([*lines, f"a step takes    (no rate is known {why})"])
     t = p.time
     known = {k: v for k, v in asdict(t).items() if isinstance(v, float) and k != "gbs" and v >= 5e-4}
