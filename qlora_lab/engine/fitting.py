@@ -106,6 +106,7 @@ def _changes(s: "Settings", spread: "Spread") -> list[tuple[str, dict, bool]]:
             (f"rank {min(8, s.rank)}", {"rank": 8}, s.rank > 8),
             ("let the shards wait in host memory", {"offload": True}, full and not spread.offload)]
 
+# %% ../../nbs/engine/fitting.ipynb #9ee0cc98
 def _over(p: "MemoryPlan") -> "tuple[str, MemoryPlan] | None":
     "The step over the fewest cards on which it fits, the base shared out; None if 64 are not enough."
     s = p.settings

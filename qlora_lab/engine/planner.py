@@ -76,8 +76,8 @@ def _optimizer(padded: int, s: Settings, kernels: tuple) -> tuple[int, int, int]
     return (budget // page_bytes * page_bytes, state, work) if budget < state else (state, 0, work)
 
 # %% ../../nbs/engine/planner.ipynb #a085e692
-class _Sums:
-    "What follows from what a plan holds: its peak, and whether that fits."
+class _Peak:
+    "What follows from what a plan holds: its peak."
     @property
     def peak(self) -> str:
         "The name of the highest moment."
@@ -95,17 +95,20 @@ class _Sums:
         return sum(self.parts.values()) / 2 ** 30
 
     @property
+    def _taken(self) -> int:
+        "Bytes, with all that the pool of gathering buffers ever had, which nothing else gets."
+        rest = max(m.total - getattr(m, "buffers", 0) for m in self.moments.values())
+        return max(sum(self.held.values()) + rest + self.travels.pool, sum(self.parts.values()))
+
+# %% ../../nbs/engine/planner.ipynb #79e66e8b
+class _Sums(_Peak):
+    "What follows from the peak: what the card must offer, whether that fits, and how long a step takes."
+    @property
     def card_gib(self) -> float:
         "What the card must offer: the total and, on a GPU, what CUDA takes and what the allocator loses to fragments."
         if self.settings.device != "cuda": return self.total_gib
         others = COMMUNICATOR_GIB if self.spread.cards > 1 else 0
         return self._taken / 2 ** 30 * (1 + FRAGMENTS) + CONTEXT_GIB + others
-
-    @property
-    def _taken(self) -> int:
-        "Bytes, with all that the pool of gathering buffers ever had, which nothing else gets."
-        rest = max(m.total - getattr(m, "buffers", 0) for m in self.moments.values())
-        return max(sum(self.held.values()) + rest + self.travels.pool, sum(self.parts.values()))
 
     @property
     def fits(self) -> bool | None:
