@@ -17,12 +17,14 @@ __all__ = ['CARDS', 'cards', 'resized', 'largest', 'advice']
 # what fragments and CUDA itself take (see engine.allocator). A desktop takes its own share of a card, which nobody
 # here knows.
 #
+# Where nothing else helps, more cards of the kind do: the base is shared out over the fewest that are enough.
+#
 # Changing the size of a batch keeps the number of tokens that the loss counts in proportion, where that was given.
 #
 # Built in nbs/engine/fitting.ipynb, for lesson 12.
 
 # %% ../../nbs/engine/fitting.ipynb #2a080d04
-from math import ceil
+from math import ceil, gcd
 from typing import TYPE_CHECKING
 
 from .rehearsal import MOST_TOKENS
@@ -30,6 +32,7 @@ from ..records import LabError
 
 if TYPE_CHECKING:
     from qlora_lab.engine.planner import MemoryPlan
+    from qlora_lab.engine.portion import Spread
     from qlora_lab.engine.rehearsal import Settings
 
 # %% ../../nbs/engine/fitting.ipynb #578365d8
@@ -72,13 +75,13 @@ def _search(fits, room: dict[int, float], top: int) -> int:
 def largest(
     p: "MemoryPlan",          # with gpu_gib
     what: str = "sequence",   # or "batch_size"
-    step: int | None = None,  # in multiples of this: 64 tokens, 1 example
+    step: int | None = None,  # in multiples of this: 64 tokens, or as few examples as can be dealt out evenly
     limit: int = 1 << 20,
 ) -> int:                     # 0 if not even one step fits
     "The longest sequence, or the largest batch, that still fits."
-    steps = {"sequence": 64, "batch_size": 1}
-    if what not in steps: raise LabError(f"largest {what!r}: expected 'sequence' or 'batch_size'")
-    step, room = step or steps[what], {}
+    if what not in ("sequence", "batch_size"): raise LabError(f"largest {what!r}: expected 'sequence' or 'batch_size'")
+    even = p.spread.cards // gcd(p.spread.cards, p.settings.accumulation)  # examples that can be dealt out
+    step, room = step or {"sequence": 64, "batch_size": even}[what], {}
     size = {"batch_size": p.settings.batch_size, "sequence": p.settings.sequence}
     other = size["sequence"] * size["batch_size"] // size[what]
     def fits(k):
@@ -87,19 +90,34 @@ def largest(
     return step * _search(fits, room, min(limit, MOST_TOKENS // other - 1) // step)
 
 # %% ../../nbs/engine/fitting.ipynb #9cdeb8f3
-def _changes(s: "Settings") -> list[tuple[str, dict, bool]]:
+def _changes(s: "Settings", spread: "Spread") -> list[tuple[str, dict, bool]]:
     "What can be changed, by which settings, and whether that applies."
-    in_turn = {"batch_size": 1, "accumulation": s.batch_size * s.accumulation}
+    in_turn, full = {"batch_size": 1, "accumulation": s.batch_size * s.accumulation}, spread.sharding == "full"
     nf4 = {"quantize": "nf4", "double_quant": True}
     twice = s.quantize is not None and not s.double_quant
     budget = {"device_budget": 256 << 20}
-    return [("recompute activations (checkpointing)", {"checkpointing": True}, not s.checkpointing),
+    return [(f"share the base out over the {spread.cards} cards", {"sharding": "full"}, spread.cards > 1 and not full),
+            ("recompute activations (checkpointing)", {"checkpointing": True}, not s.checkpointing),
             (f"{s.batch_size} times a batch of 1, gradients accumulated", in_turn, s.batch_size > 1),
             ("quantize the base to NF4", nf4, s.quantize is None),
             ("quantize the statistics too (double quantization)", {"double_quant": True}, twice),
             ("adapters in bfloat16", {"adapter_dtype": "bfloat16"}, s.adapter_dtype == "float32"),
             ("page the optimizer, 256 MiB of its state on the device", budget, s.device_budget is None),
-            (f"rank {min(8, s.rank)}", {"rank": 8}, s.rank > 8)]
+            (f"rank {min(8, s.rank)}", {"rank": 8}, s.rank > 8),
+            ("let the shards wait in host memory", {"offload": True}, full and not spread.offload)]
+
+# %% ../../nbs/engine/fitting.ipynb #9ee0cc98
+def _over(p: "MemoryPlan") -> "tuple[str, MemoryPlan] | None":
+    "The step over the fewest cards on which it fits, the base shared out; None if 64 are not enough."
+    s = p.settings
+    if s.device != "cuda": return None
+    for cards in (n for n in (2, 4, 8, 16, 32, 64) if n > p.spread.cards):
+        passes = s.accumulation
+        while s.batch_size * passes % cards: passes += 1
+        after = p.again(cards=cards, sharding="full", accumulation=passes)
+        more = f", {s.batch_size * passes} examples a step" if passes != s.accumulation else ""
+        if after.fits: return f"share it over {cards} cards{more}", after
+    return None
 
 # %% ../../nbs/engine/fitting.ipynb #47ff4101
 def advice(
@@ -107,7 +125,7 @@ def advice(
 ) -> list[tuple[str, "MemoryPlan"]]:  # what to change, one after the other, with the plan after each; empty if it fits
     "Changes that make a step fit, those that cost least first; stops at the first that is enough."
     s, found = p.settings, []
-    for what, change, applies in _changes(s):
+    for what, change, applies in _changes(s, p.spread):
         if _room(p) >= 0: return found
         if not applies: continue
         after = resized(p, **{"batch_size": p.settings.batch_size, "sequence": s.sequence} | change)
@@ -116,4 +134,5 @@ def advice(
             p = after
     if _room(p) < 0 and (n := largest(p)):
         found.append((f"sequences of {n} tokens", resized(p, p.settings.batch_size, n)))
+    elif _room(p) < 0 and (more := _over(p)): found.append(more)
     return found

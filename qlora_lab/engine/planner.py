@@ -17,6 +17,9 @@ __all__ = ['MemoryPlan', 'plan']
 # There is no fixed place for the peak. It may be the loss, a layer of the backward pass, or the update; `peak` names
 # it, `parts` is its bill, `total_gib` the most that torch will have allocated, `card_gib` what the card must offer.
 #
+# A step over several cards is planned for one of them: engine.portion says what it holds and is sent, engine.scaling
+# how long that takes.
+#
 # Calculators elsewhere multiply weights by a factor, or add up formulas for a peak in a fixed place. Here the layers,
 # the loss and the optimizer that will be used are asked themselves, so a change to them changes the plan.
 #
@@ -24,7 +27,7 @@ __all__ = ['MemoryPlan', 'plan']
 
 # %% ../../nbs/engine/planner.ipynb #d67cf71f
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +39,9 @@ from .dispatch import REHEARSED, twin
 from .host_checkpoints import piece_bytes
 from .known_models import longest_text, model_config
 from .packed_rows import filled
+from .portion import Spread, Travels, portioned, share
 from .rehearsal import Rehearsal, Settings, dtype_named, rehearsed, rehearsing
+from .scaling import COMMUNICATOR_GIB, StepTime, step_time
 from .state_formats import FORMATS, page_parameters, read_moments, state_bytes, write_moments
 from ..memory import Moment
 from ..paged import adamw
@@ -71,8 +76,8 @@ def _optimizer(padded: int, s: Settings, kernels: tuple) -> tuple[int, int, int]
     return (budget // page_bytes * page_bytes, state, work) if budget < state else (state, 0, work)
 
 # %% ../../nbs/engine/planner.ipynb #a085e692
-class _Sums:
-    "What follows from what a plan holds: its peak, and whether that fits."
+class _Peak:
+    "What follows from what a plan holds: its peak."
     @property
     def peak(self) -> str:
         "The name of the highest moment."
@@ -90,14 +95,30 @@ class _Sums:
         return sum(self.parts.values()) / 2 ** 30
 
     @property
+    def _taken(self) -> int:
+        "Bytes, with all that the pool of gathering buffers ever had, which nothing else gets."
+        rest = max(m.total - getattr(m, "buffers", 0) for m in self.moments.values())
+        return max(sum(self.held.values()) + rest + self.travels.pool, sum(self.parts.values()))
+
+# %% ../../nbs/engine/planner.ipynb #79e66e8b
+class _Sums(_Peak):
+    "What follows from the peak: what the card must offer, whether that fits, and how long a step takes."
+    @property
     def card_gib(self) -> float:
         "What the card must offer: the total and, on a GPU, what CUDA takes and what the allocator loses to fragments."
-        return self.total_gib * (1 + FRAGMENTS) + CONTEXT_GIB if self.settings.device == "cuda" else self.total_gib
+        if self.settings.device != "cuda": return self.total_gib
+        others = COMMUNICATOR_GIB if self.spread.cards > 1 else 0
+        return self._taken / 2 ** 30 * (1 + FRAGMENTS) + CONTEXT_GIB + others
 
     @property
     def fits(self) -> bool | None:
         "Whether the step fits into `gpu_gib`; None if no card was named."
         return None if self.gpu_gib is None else self.card_gib <= self.gpu_gib
+
+    @property
+    def time(self) -> StepTime:
+        "About how long a step takes, by part; an estimate for H100s (see engine.scaling)."
+        return step_time(self)
 
 # %% ../../nbs/engine/planner.ipynb #334b85f1
 @dataclass(frozen=True)
@@ -114,10 +135,12 @@ class MemoryPlan(_Sums):
     recorded: bool = False       # whether the GPU's kernels fuse the layers and record the step
     layers: int = 0              # of the model
     host_inputs: int = 0         # bytes of host memory for what checkpointed layers keep there
+    spread: Spread = Spread()    # over several cards; bytes are those of one of them, settings those of the whole step
+    travels: Travels = Travels({})  # bytes that one card is sent in a step
 
     def again(self, **changes) -> "MemoryPlan":
         "The same with other settings."
-        settings = asdict(self.settings) | changes
+        settings = asdict(self.settings) | asdict(self.spread) | changes
         return plan(json.loads(self.config), self.gpu_gib, self.model, self.process_bytes, **settings)
 
 # %% ../../nbs/engine/planner.ipynb #b5cac222
@@ -149,25 +172,37 @@ def _host_inputs(config: "PretrainedConfig", s: Settings, layers: int, fused: bo
     return ((s.checkpointed_layers or layers) - 1) * piece_bytes(size)
 
 # %% ../../nbs/engine/planner.ipynb #0d6f567b
+_SPREAD = [f.name for f in fields(Spread)]
+
+def _of_one(text: str, s: Settings, process_bytes: int, recording: bool) -> tuple:
+    "What was rehearsed of a step, what is held, the moments, the bytes in host memory."
+    kernels = tuple(twin(operation, s.device) if s.kernels else None for operation in REHEARSED)
+    one_more = min(2, s.accumulation)  # a second pass is as the third
+    alike = replace(s, optimizer_bits=32, device_budget=None, accumulation=one_more)  # what passes depend on
+    r = rehearsed(text, alike, kernels)
+    if not recording: r = r._replace(fused=False)
+    first = rehearsed(text, replace(alike, accumulation=1), kernels).gradients if s.accumulation > 1 else 0
+    return r, *_completed(r, s, kernels, process_bytes, first)
+
+# %% ../../nbs/engine/planner.ipynb #5ad54866
 def plan(
     model: "str | Path | dict | PretrainedConfig",  # a known name, a config.json or its folder, or its content
     gpu_gib: float | None = None,  # memory of the card
     name: str | None = None,       # what to call it
     process_bytes: int = 0,        # on a CPU: what Python and its libraries hold already
-    **settings,                    # of `Settings`
+    **settings,                    # of `Settings`, and of `Spread`: cards, sharding, offload
 ) -> MemoryPlan:
     "Plan the memory of a training step, before anything is loaded; raises LabError for what cannot be planned."
-    config, s = model_config(model), Settings(**settings)
+    config, over = model_config(model), {k: settings.pop(k) for k in _SPREAD if k in settings}
+    whole, spread = Settings(**settings), Spread(**over)
     check_numbers(gpu_gib=gpu_gib)
-    most = longest_text(config)
+    s, most = share(whole, spread.cards), longest_text(config)
     if most and s.sequence > most: raise LabError(f"sequence={s.sequence}: this {config.model_type} has {most} places")
     name = name or str(model if isinstance(model, (str, Path)) else config.model_type)
     text = json.dumps(config.to_dict(), default=str)
-    kernels = tuple(twin(operation, s.device) if s.kernels else None for operation in REHEARSED)
-    alike = replace(s, optimizer_bits=32, device_budget=None)  # what a forward and a backward pass depend on
-    r = rehearsed(text, alike, kernels)
-    first = rehearsed(text, replace(alike, accumulation=1), kernels).gradients if s.accumulation > 1 else 0
-    held, moments, host = _completed(r, s, kernels, process_bytes, first)
+    r, held, moments, host = _of_one(text, s, process_bytes, spread.sharding == "none")
     inputs = _host_inputs(config, s, r.layers, r.fused)
     inputs += r.results if inputs else 0
-    return MemoryPlan(name, s, held, moments, host, gpu_gib, text, process_bytes, r.fused, r.layers, inputs)
+    held, moments, travels = portioned(held, moments, text, s, spread, ROUNDED[s.device])
+    return MemoryPlan(name, whole, held, moments, host, gpu_gib, text, process_bytes, r.fused, r.layers, inputs,
+                      spread, travels)

@@ -1,0 +1,208 @@
+"""What travels between cards and what a card holds: counted in a real step, and timed.
+
+    torchrun --nproc-per-node 2 -m benchmarks.wire              # two cards: bandwidth, and steps against their plans
+    torchrun --nproc-per-node 2 -m benchmarks.wire --only wire  # bandwidth alone
+
+Prints one JSON object, the parts "wire" and "plans" of results/gpus.json (qlora_lab.engine.scaling reads "wire").
+"""
+import argparse
+import json
+import os
+import statistics
+import time
+from dataclasses import asdict
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._profiler import _EventType
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.common import random_batch, random_model
+from qlora_lab import plan
+from qlora_lab.checkpointing import decoder_layers
+from qlora_lab.engine.known_models import model_config
+from qlora_lab.engine.paged_adamw import PagedAdamW
+from qlora_lab.engine.portion import share
+from qlora_lab.linear4bit import PackedWeight
+from qlora_lab.lora import trainable
+from qlora_lab.provenance import provenance, release_memory
+from qlora_lab.train import summed_loss
+
+SIZES = [1 << n for n in range(20, 31, 2)]  # bytes that a card has after a collective
+STEPS = [  # of the whole step, over two cards
+    ("llama-7b", dict(rank=64, adapter_dtype="bfloat16", checkpointing=True, batch_size=2, sharding="full")),
+    ("llama-3-8b", dict(rank=16, adapter_dtype="bfloat16", checkpointing=True, batch_size=8, sequence=1024)),
+    ("llama-3-8b", dict(rank=16, adapter_dtype="bfloat16", checkpointing=True, batch_size=8, sequence=1024,
+                        sharding="full")),
+    ("llama-65b", dict(rank=64, adapter_dtype="bfloat16", checkpointing=True, batch_size=2, sharding="full")),
+]
+
+
+class Received(TorchDispatchMode):
+    "Bytes that collectives bring to this process, by kind; a ring's for a sum."
+    def __init__(self):
+        super().__init__()
+        self.bytes = {"gathers": 0, "sums": 0}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name, tensors = str(op), [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+        if "allgather" in name: self.bytes["gathers"] += tensors[0].nbytes - tensors[1].nbytes
+        cards = dist.get_world_size()
+        if "allreduce" in name: self.bytes["sums"] += 2 * (tensors[0].nbytes * (cards - 1) // cards)
+        return op(*args, **(kwargs or {}))
+
+
+def shard(model, device, offload=False):
+    "The base cut over all processes, a decoder layer a group; adapters stay whole."
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    for m in model.modules():
+        if not isinstance(m, PackedWeight): continue
+        for name in ("stats", "absmax2"):
+            t = m._buffers.pop(name)
+            m.register_parameter(name, None if t is None else nn.Parameter(t, requires_grad=False))
+    how = dict(mesh=mesh, ignored_params=set(trainable(model)))
+    if offload: how["offload_policy"] = CPUOffloadPolicy(pin_memory=device == "cuda")
+    for layer in decoder_layers(model): fully_shard(layer, **how)
+    return fully_shard(model, **how)
+
+
+def own_bytes(model):
+    "What this process holds of a model: shards, filled up, and whatever is whole; tables of positions aside."
+    named = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if "rotary" not in n)]
+    tensors = {id(t): t for _, t in named}.values()
+    shards = {s.data_ptr(): s.nbytes() for t in tensors if isinstance(t, DTensor)
+              for s in [t.to_local().untyped_storage()]}
+    whole = {t.untyped_storage().data_ptr(): t.nbytes for t in tensors if not isinstance(t, DTensor)}
+    return sum(shards.values()) + sum(whole.values())
+
+
+def passes(model, batches):
+    "Forward and backward passes, then the sum of all gradients in one flat float32 buffer."
+    for batch in batches: summed_loss(model, batch).backward()
+    grads = [p.grad for p in trainable(model)]
+    flat = torch.empty(sum(g.numel() for g in grads), device=grads[0].device)
+    parts = flat.split([g.numel() for g in grads])
+    for g, part in zip(grads, parts): part.copy_(g.flatten())
+    dist.all_reduce(flat)
+    for g, part in zip(grads, parts): g.copy_(part.view_as(g))
+
+
+class LendsCopies(AllGather):
+    "Gathers by way of copies: gloo's threads hold on for a while to what they are given, and let go unseen."
+    def allocate(self, size, *, dtype, device): return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, async_op=False):
+        with record_function("for gloo"):
+            whole, part = torch.empty_like(output_tensor), input_tensor.clone()
+            dist.all_gather_into_tensor(whole, part, group=group)
+            output_tensor.copy_(whole)
+
+
+def lend_copies(model):
+    "Have every group of a sharded model gather so."
+    for m in model.modules():
+        if isinstance(m, FSDPModule): m.set_custom_all_gather(LendsCopies())
+
+
+def _allocations(events, inside=False):
+    "(time, address, bytes, thread; 0 within a collective) of what tensors took and gave back, from a tree of events."
+    for e in events:
+        gloo, what = inside or "c10d" in e.name or "gloo" in e.name, e.extra_fields
+        if e.tag == _EventType.Allocation: yield e.start_time_ns, what.ptr, what.alloc_size, 0 if gloo else e.start_tid
+        yield from _allocations(e.children, gloo)
+
+
+def risen(work):
+    "The most bytes that tensors on the CPU took beside what was there; the copies that gloo makes aside."
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        with record_function("this thread"): work()
+    events = seen.profiler.kineto_results.experimental_event_tree()
+    here = next(e.start_tid for e in events if e.name == "this thread")
+    live, now, most = {}, 0, 0  # a place that is given twice was let go by a thread that nobody watched
+    for _, place, size, thread in sorted(_allocations(events)):
+        now -= live.pop(place, 0)
+        if size > 0 and thread == here: live[place] = size
+        now += live.get(place, 0)
+        most = max(most, now)
+    return most
+
+
+def timed(work, rounds=7):
+    "Seconds of a call on the card, the median; two calls are not counted."
+    seconds = []
+    for n in range(rounds + 2):
+        torch.cuda.synchronize()
+        dist.barrier()
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        if n >= 2: seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def bandwidths():
+    "GB a second that a card receives, for two collectives and growing sizes; a ring's bytes, as nccl-tests counts."
+    rows, cards = [], dist.get_world_size()
+    for size in SIZES:
+        whole = torch.zeros(size // 4, device="cuda")
+        part = torch.zeros(size // 4 // cards, device="cuda")
+        both = {"all_gather": (dist.all_gather_into_tensor, (whole[:cards * part.numel()], part), 1),
+                "all_reduce": (dist.all_reduce, (whole,), 2)}
+        for what, (call, tensors, factor) in both.items():
+            seconds = timed(partial(call, *tensors))
+            received = factor * tensors[0].nbytes * (cards - 1) / cards
+            rows.append({"cards": cards, "what": what, "bytes": size, "s": seconds, "gbs": received / seconds / 1e9})
+    return rows
+
+
+def step_row(name, **settings):
+    "A step of real shapes and random weights on this card, against its plan."
+    cards = dist.get_world_size()
+    p, config = plan(name, **settings, cards=cards), model_config(name)
+    own = share(p.settings, cards)
+    model = random_model(config, own)
+    if p.spread.sharding == "full": shard(model, "cuda", p.spread.offload)
+    batches = [{k: t.cuda() for k, t in random_batch(own.batch_size, own.sequence, own.learned).items()}] \
+        * own.accumulation
+    optimizer = PagedAdamW(trainable(model), lr=1e-4, bits=own.optimizer_bits, device_budget=own.device_budget)
+    def step():
+        passes(model, batches)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    seconds, (free, total) = timed(step, 3), torch.cuda.mem_get_info()
+    measured = torch.cuda.max_memory_allocated() / 2 ** 30
+    return {"model": name, "settings": asdict(p.settings), "spread": asdict(p.spread), "planned_gib": p.total_gib,
+            "measured_gib": measured, "memory_error": p.total_gib / measured - 1, "planned_card_gib": p.card_gib,
+            "reserved_gib": torch.cuda.max_memory_reserved() / 2 ** 30,
+            "outside_gib": (total - free - torch.cuda.memory_reserved()) / 2 ** 30,
+            "planned_s": p.time.total, "step_s": seconds, "time_error": p.time.total / seconds - 1}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("wire", "plans"))
+    only = parser.parse_args().only
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl")
+    found = {}
+    if only != "plans": found["wire"] = bandwidths()
+    if only != "wire":
+        found["plans"] = []
+        for name, settings in STEPS:
+            found["plans"].append(step_row(name, **settings))
+            release_memory()
+    if dist.get_rank() == 0: print(json.dumps({"provenance": provenance(), **found}, indent=1))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__": main()
