@@ -15,24 +15,22 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch._C._profiler import _EventType
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
-from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import random_batch, random_model
 from qlora_lab import plan
-from qlora_lab.checkpointing import decoder_layers
+from qlora_lab.engine.gathered import bytes_held
 from qlora_lab.engine.known_models import model_config
 from qlora_lab.engine.paged_adamw import PagedAdamW
 from qlora_lab.engine.portion import share
-from qlora_lab.linear4bit import PackedWeight
+from qlora_lab.engine.sharded_base import shard_base
 from qlora_lab.lora import trainable
+from qlora_lab.processes import sum_gradients
 from qlora_lab.provenance import provenance, release_memory
 from qlora_lab.train import summed_loss
 
@@ -60,39 +58,16 @@ class Received(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def shard(model, device, offload=False):
-    "The base cut over all processes, a decoder layer a group; adapters stay whole."
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
-    for m in model.modules():
-        if not isinstance(m, PackedWeight): continue
-        for name in ("stats", "absmax2"):
-            t = m._buffers.pop(name)
-            m.register_parameter(name, None if t is None else nn.Parameter(t, requires_grad=False))
-    how = dict(mesh=mesh, ignored_params=set(trainable(model)))
-    if offload: how["offload_policy"] = CPUOffloadPolicy(pin_memory=device == "cuda")
-    for layer in decoder_layers(model): fully_shard(layer, **how)
-    return fully_shard(model, **how)
-
-
-def own_bytes(model):
-    "What this process holds of a model: shards, filled up, and whatever is whole; tables of positions aside."
-    named = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if "rotary" not in n)]
-    tensors = {id(t): t for _, t in named}.values()
-    shards = {s.data_ptr(): s.nbytes() for t in tensors if isinstance(t, DTensor)
-              for s in [t.to_local().untyped_storage()]}
-    whole = {t.untyped_storage().data_ptr(): t.nbytes for t in tensors if not isinstance(t, DTensor)}
-    return sum(shards.values()) + sum(whole.values())
+def held(model):
+    "What this process holds of a model by component, as a plan counts it: tables of positions aside."
+    found = bytes_held(model).sum(axis=1).drop("tables and buffers", errors="ignore")
+    return {name: int(size) for name, size in found.items()}
 
 
 def passes(model, batches):
-    "Forward and backward passes, then the sum of all gradients in one flat float32 buffer."
+    "Forward and backward passes, then the sum of all gradients."
     for batch in batches: summed_loss(model, batch).backward()
-    grads = [p.grad for p in trainable(model)]
-    flat = torch.empty(sum(g.numel() for g in grads), device=grads[0].device)
-    parts = flat.split([g.numel() for g in grads])
-    for g, part in zip(grads, parts): part.copy_(g.flatten())
-    dist.all_reduce(flat)
-    for g, part in zip(grads, parts): g.copy_(part.view_as(g))
+    sum_gradients(trainable(model))
 
 
 class LendsCopies(AllGather):
@@ -169,7 +144,7 @@ def step_row(name, **settings):
     p, config = plan(name, **settings, cards=cards), model_config(name)
     own = share(p.settings, cards)
     model = random_model(config, own)
-    if p.spread.sharding == "full": shard(model, "cuda", p.spread.offload)
+    if p.spread.sharding == "full": shard_base(model, offload=p.spread.offload)
     batches = [{k: t.cuda() for k, t in random_batch(own.batch_size, own.sequence, own.learned).items()}] \
         * own.accumulation
     optimizer = PagedAdamW(trainable(model), lr=1e-4, bits=own.optimizer_bits, device_budget=own.device_budget)
