@@ -1,16 +1,6 @@
-"""What travels between cards and what a card holds: counted in a real step, and timed.
-
-    torchrun --nproc-per-node 2 -m benchmarks.wire              # two cards: bandwidth, and steps against their plans
-    torchrun --nproc-per-node 2 -m benchmarks.wire --only wire  # bandwidth alone
-
-Prints one JSON object, the parts "wire" and "plans" of results/gpus.json (qlora_lab.engine.scaling reads "wire").
-"""
-import argparse
-import json
-import os
+"""What travels between cards and what a card holds: counted in a real step, and timed; for tests and benchmarks.gpus."""
 import statistics
 import time
-from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -22,26 +12,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.common import random_batch, random_model
-from qlora_lab import plan
 from qlora_lab.engine.gathered import bytes_held
-from qlora_lab.engine.known_models import model_config
-from qlora_lab.engine.paged_adamw import PagedAdamW
-from qlora_lab.engine.portion import share
-from qlora_lab.engine.sharded_base import shard_base
 from qlora_lab.lora import trainable
-from qlora_lab.processes import sum_gradients
-from qlora_lab.provenance import provenance, release_memory
+from qlora_lab.processes import sum_gradients, world
 from qlora_lab.train import summed_loss
 
 SIZES = [1 << n for n in range(20, 31, 2)]  # bytes that a card has after a collective
-STEPS = [  # of the whole step, over two cards
-    ("llama-7b", dict(rank=64, adapter_dtype="bfloat16", checkpointing=True, batch_size=2, sharding="full")),
-    ("llama-3-8b", dict(rank=16, adapter_dtype="bfloat16", checkpointing=True, batch_size=8, sequence=1024)),
-    ("llama-3-8b", dict(rank=16, adapter_dtype="bfloat16", checkpointing=True, batch_size=8, sequence=1024,
-                        sharding="full")),
-    ("llama-65b", dict(rank=64, adapter_dtype="bfloat16", checkpointing=True, batch_size=2, sharding="full")),
-]
 
 
 class Received(TorchDispatchMode):
@@ -111,24 +87,24 @@ def risen(work):
 
 
 def timed(work, rounds=7):
-    "Seconds of a call on the card, the median; two calls are not counted."
-    seconds = []
+    "Seconds of a call that all processes make, the median; two calls are not counted."
+    wait, seconds = torch.cuda.synchronize if torch.cuda.is_available() else int, []
     for n in range(rounds + 2):
-        torch.cuda.synchronize()
-        dist.barrier()
+        wait()
+        if world() > 1: dist.barrier()
         start = time.perf_counter()
         work()
-        torch.cuda.synchronize()
+        wait()
         if n >= 2: seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 
 
-def bandwidths():
+def bandwidths(tiny=False):
     "GB a second that a card receives, for two collectives and growing sizes; a ring's bytes, as nccl-tests counts."
-    rows, cards = [], dist.get_world_size()
-    for size in SIZES:
-        whole = torch.zeros(size // 4, device="cuda")
-        part = torch.zeros(size // 4 // cards, device="cuda")
+    rows, cards, device = [], world(), "cpu" if tiny else "cuda"
+    for size in SIZES[:2] if tiny else SIZES:
+        whole = torch.zeros(size // 4, device=device)
+        part = torch.zeros(size // 4 // cards, device=device)
         both = {"all_gather": (dist.all_gather_into_tensor, (whole[:cards * part.numel()], part), 1),
                 "all_reduce": (dist.all_reduce, (whole,), 2)}
         for what, (call, tensors, factor) in both.items():
@@ -136,48 +112,3 @@ def bandwidths():
             received = factor * tensors[0].nbytes * (cards - 1) / cards
             rows.append({"cards": cards, "what": what, "bytes": size, "s": seconds, "gbs": received / seconds / 1e9})
     return rows
-
-
-def step_row(name, **settings):
-    "A step of real shapes and random weights on this card, against its plan."
-    cards = dist.get_world_size()
-    p, config = plan(name, **settings, cards=cards), model_config(name)
-    own = share(p.settings, cards)
-    model = random_model(config, own)
-    if p.spread.sharding == "full": shard_base(model, offload=p.spread.offload)
-    batches = [{k: t.cuda() for k, t in random_batch(own.batch_size, own.sequence, own.learned).items()}] \
-        * own.accumulation
-    optimizer = PagedAdamW(trainable(model), lr=1e-4, bits=own.optimizer_bits, device_budget=own.device_budget)
-    def step():
-        passes(model, batches)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    step()
-    torch.cuda.reset_peak_memory_stats()
-    seconds, (free, total) = timed(step, 3), torch.cuda.mem_get_info()
-    measured = torch.cuda.max_memory_allocated() / 2 ** 30
-    return {"model": name, "settings": asdict(p.settings), "spread": asdict(p.spread), "planned_gib": p.total_gib,
-            "measured_gib": measured, "memory_error": p.total_gib / measured - 1, "planned_card_gib": p.card_gib,
-            "reserved_gib": torch.cuda.max_memory_reserved() / 2 ** 30,
-            "outside_gib": (total - free - torch.cuda.memory_reserved()) / 2 ** 30,
-            "planned_s": p.time.total, "step_s": seconds, "time_error": p.time.total / seconds - 1}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("wire", "plans"))
-    only = parser.parse_args().only
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl")
-    found = {}
-    if only != "plans": found["wire"] = bandwidths()
-    if only != "wire":
-        found["plans"] = []
-        for name, settings in STEPS:
-            found["plans"].append(step_row(name, **settings))
-            release_memory()
-    if dist.get_rank() == 0: print(json.dumps({"provenance": provenance(), **found}, indent=1))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__": main()

@@ -166,6 +166,10 @@ def _of_all(mesh: "DeviceMesh", mine) -> list:
     distributed.all_gather_object(found, mine, group=mesh.get_group())
     return found
 
+def _digest(inside: Inside, kept: set[nn.Parameter], device: torch.device) -> str:
+    "A group's hash, made where it will compute: a card has it on the way, a launcher's processes have a thread each."
+    return hash_tensors((name, t.to(device)) for name, t in _frozen(inside, kept))
+
 def _hold_equal(mesh: "DeviceMesh", mine: dict[str, str]) -> None:
     "Raise LabError, on every process, where one has another base than the first."
     first, *others = _of_all(mesh, mine)
@@ -245,7 +249,7 @@ def shard_base(
     _check(model, kept)
     groups = group_modules(model)
     inside = _inside(model, groups)
-    digests = {name: hash_tensors(_frozen(some, kept)) for name, some in inside.items()}
+    digests = {name: _digest(some, kept, device) for name, some in inside.items()}
     _hold_equal(mesh, digests)
     buffers, spread, layers = _prepare(inside, kept, device), [], set(decoder_layers(model))
     for name, module in groups.items():
