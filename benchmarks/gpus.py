@@ -11,7 +11,7 @@ wire     bandwidth of two collectives (qlora_lab.engine.scaling reads it)
 ddp      8B, the base whole on each card: two cards against one
 shard65  65B spread over two cards that may take 24 GiB beside activations, on the card and on the host; one card
 qwen32   Qwen3-32B, 4 x 2048 tokens, spread over two; one card with half of it
-peers    peft + bitsandbytes under accelerate's FSDP2, the work of qwen32; are the bytes gathered those that were loaded?
+peers    peft + bitsandbytes under accelerate's FSDP2, the work of qwen32; are the bytes gathered those it loaded?
 plans    further steps against their plans; every row of the others has its plan beside it, too
 """
 import argparse

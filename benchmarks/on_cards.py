@@ -17,7 +17,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 
 from benchmarks.common import random_batch, random_model
-from benchmarks.wire import bandwidths, held, timed
+from benchmarks.wire import bandwidths, held, memory, timed
 from qlora_lab import plan
 from qlora_lab.engine.allocator import CONTEXT_GIB
 from qlora_lab.engine.dispatch import faster
@@ -75,15 +75,6 @@ def built(p) -> tuple:
     return model, PagedAdamW(trainable(model), lr=1e-4, bits=bits, device_budget=budget), seconds
 
 
-def memory() -> dict:
-    "Of this card, GiB."
-    if not torch.cuda.is_available(): return {}
-    free, total = torch.cuda.mem_get_info()
-    return {"measured_gib": torch.cuda.max_memory_allocated() / GIB,
-            "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
-            "outside_gib": (total - free - torch.cuda.memory_reserved()) / GIB}
-
-
 def errors(p, found: dict) -> dict:
     "A plan beside what was measured."
     said = {"planned_gib": p.total_gib, "planned_card_gib": p.card_gib, "moment": p.peak}
@@ -128,7 +119,8 @@ def shard65(tiny: bool) -> list[dict]:
 def plans(tiny: bool) -> list[dict]:
     "Further steps: another rank, gradients accumulated, the base whole and spread."
     return [*rows("llama-7b", tiny, (1,), rank=64, sharding="full"),
-            *rows("llama-3-8b", tiny, (4,), sequence=1024), *rows("llama-3-8b", tiny, (4,), sequence=1024, sharding="full"),
+            *rows("llama-3-8b", tiny, (4,), sequence=1024),
+            *rows("llama-3-8b", tiny, (4,), sequence=1024, sharding="full"),
             *rows("qwen3-8b", tiny, (1,), accumulation=4, sequence=1024, sharding="full", offload=True)]
 
 
@@ -138,7 +130,7 @@ def peers(tiny: bool) -> dict:
     ours = rows("qwen3-32b", tiny, (2,), sequence=2048, sharding="full")[0]
     emptied()
     p = planned("qwen3-32b", tiny, 2, sequence=2048)
-    theirs = peer_row(model_config(json.loads(p.config)), share(p.settings, world())) | memory()
+    theirs = peer_row(model_config(json.loads(p.config)), share(p.settings, world()))
     tokens = world() * ours["each"] * ours["sequence"]
     return {"ours": ours, "theirs": theirs | {"tokens_per_s": tokens / theirs["step_s"]},
             "ratio": theirs["step_s"] / ours["step_s"]}

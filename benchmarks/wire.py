@@ -1,4 +1,4 @@
-"""What travels between cards and what a card holds: counted in a real step, and timed; for tests and benchmarks.gpus."""
+"""What travels between cards and what a card holds: counted in a real step, and timed."""
 import statistics
 import time
 from functools import partial
@@ -97,6 +97,15 @@ def timed(work, rounds=7):
         wait()
         if n >= 2: seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
+
+
+def memory() -> dict:
+    "Of this card, GiB."
+    if not torch.cuda.is_available(): return {}
+    free, total = torch.cuda.mem_get_info()
+    return {"measured_gib": torch.cuda.max_memory_allocated() / 2 ** 30,
+            "reserved_gib": torch.cuda.max_memory_reserved() / 2 ** 30,
+            "outside_gib": (total - free - torch.cuda.memory_reserved()) / 2 ** 30}
 
 
 def bandwidths(tiny=False):

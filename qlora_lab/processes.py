@@ -142,6 +142,7 @@ def flat_pieces(
         room -= t.nbytes
     return found
 
+# %% ../nbs/reference/processes.ipynb #a7774a79
 def _flat_sum(tensors: list[Tensor]) -> None:
     flat = torch.cat([t.reshape(-1) for t in tensors])
     dist.all_reduce(flat)

@@ -18,7 +18,8 @@ SLOW = [  # to import: once, by the process of which all workers are forked
     "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.nn", "torch.profiler", "torch._dynamo",
     "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "transformers.generation",
     "peft", "bitsandbytes", "accelerate", "pandas", "pytest", "hypothesis",
-    "qlora_lab.train", "qlora_lab.loading", "qlora_lab.cli", "qlora_lab.engine.sharded_base", "qlora_lab.engine.planner",
+    "qlora_lab.train", "qlora_lab.loading", "qlora_lab.cli", "qlora_lab.engine.sharded_base",
+    "qlora_lab.engine.planner",
 ]
 
 

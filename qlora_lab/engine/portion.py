@@ -13,8 +13,8 @@ __all__ = ['ALIKE', 'Spread', 'share', 'Piece', 'Pieces', 'frozen_pieces', 'summ
 # the last pass the gradients are summed by `sum_gradients`, in flat pieces of their own type.
 #
 # With sharding="full" `shard_base` has torch's fully_shard cut each frozen tensor along its first dimension into as
-# many pieces as there are cards, the last one filled up. A decoder layer is a group, so is a table of embeddings that is
-# nobody else's; the rest (output head, last norm, a tied table) is the root. Before a group works, a buffer receives
+# many pieces as there are cards, the last one filled up. A decoder layer is a group, so is a table of embeddings that
+# nobody shares; the rest (output head, last norm, a tied table) is the root. Before a group works, a buffer receives
 # everybody's pieces; they are copied out into whole tensors, and the buffer is let go: in the forward pass only once
 # the next group's has been filled, in the backward pass at once, whereupon the next group's is asked for. After its
 # work a group's tensors are dropped. The root's stay until the end of the backward pass.
@@ -201,26 +201,22 @@ def _backward(moments: dict, layers: list[Sizes], table: Sizes, root: int, broug
     return found
 
 # %% ../../nbs/engine/portion.ipynb #84bf3d23
-def _two(layers: list[Sizes]) -> int:
-    "Buffers of two layers, one behind another."
-    return max(a.buffer + b.buffer for a, b in zip(layers, layers[1:] or layers))
-
-def _begins(layers: list[Sizes], table: Sizes, root: Sizes, states: int, offload: bool) -> dict[str, GatheredMoment]:
+def _begins(layers: list[Sizes], table: Sizes, root: Sizes, states: int) -> dict[str, GatheredMoment]:
     "The root is gathered, then the table, then the first layer; the buffer before each is still there."
-    empty, first = Moment(0, 0, 0, 0), Moment(0, states, 0, layers[0].sent * offload)
-    if not table.whole: return {"gathering the root": _with(first, root.whole, root.buffer + layers[0].buffer)}
-    more = max(root.buffer, table.whole)  # the root's buffer goes when the table's is full
-    return {"gathering the root": _with(empty, root.whole, root.buffer),
-            "gathering the table": _with(empty, root.whole, table.buffer + more),
-            "looking up": _with(Moment(0, states, 0, 0), root.whole + table.whole, table.buffer),
-            "gathering the first layer": _with(first, root.whole, table.buffer + layers[0].buffer)}
+    first, looked_up = layers[0], Moment(0, states, 0, 0)
+    def moment(m, now, before): return _with(m, root.whole + now.whole, now.buffer + before.buffer)
+    if not table.whole: return {"gathering the root": moment(looked_up, first, root)}
+    return {"gathering the table": moment(Moment(0, 0, 0, 0), table, root),
+            "looking up": _with(looked_up, root.whole + table.whole, table.buffer),
+            "gathering the first layer": moment(looked_up, first, table)}
 
 # %% ../../nbs/engine/portion.ipynb #fc6bc6e4
-def _forward(moments: dict, layers: list[Sizes], root: Sizes, offload: bool) -> dict[str, GatheredMoment]:
+def _forward(moments: dict, layers: list[Sizes], root: Sizes) -> dict[str, GatheredMoment]:
     "The moments of the way there, layer after layer; the loss has the root alone."
-    brought, kept = max(n.sent for n in layers) * offload, moments["forward"].activations
+    kept, pairs = moments["forward"].activations, list(zip(layers, layers[1:] or layers))
+    before, now = max(pairs, key=lambda pair: pair[0].buffer + pair[1].buffer + pair[1].whole)
     work = max(layers, key=lambda n: n.whole + n.buffer)
-    return {"gathering a layer": _with(Moment(0, kept, 0, brought), root.whole, _two(layers)),
+    return {"gathering a layer": _with(Moment(0, kept, 0, 0), root.whole + now.whole, before.buffer + now.buffer),
             "forward": _with(moments["forward"], root.whole + work.whole, work.buffer),
             "loss": _with(moments["loss"], root.whole, 0)}
 
@@ -236,8 +232,9 @@ def _received(buffer: int, cards: int) -> int: return buffer * (cards - 1) // ca
 
 def _pool(layers: list[Sizes], table: Sizes, root: Sizes) -> int:
     "Most bytes of gathering buffers at one time."
+    two = max(a.buffer + b.buffer for a, b in zip(layers, layers[1:] or layers))
     begins = [root.buffer + table.buffer, table.buffer + layers[0].buffer]
-    return max(_two(layers), *(begins if table.whole else [root.buffer + layers[0].buffer]))
+    return max(two, *(begins if table.whole else [root.buffer + layers[0].buffer]))
 
 def _travels(p: Pieces, layers: list[Sizes], table: Sizes, root: Sizes, passes: int, s: Spread) -> Travels:
     "What a step of some passes has sent to one card."
@@ -286,6 +283,6 @@ def portioned(
     if s.sharding == "none": return held, moments, travels
     width = model_config(json.loads(config_json)).get_text_config().hidden_size
     states = own.batch_size * own.sequence * width * dtype_named(own.dtype).itemsize
-    moments |= _begins(layers, table, root, states, s.offload) | _forward(moments, layers, root, s.offload)
+    moments |= _begins(layers, table, root, states) | _forward(moments, layers, root)
     moments |= _backward(moments, layers, table, root.whole, max(n.sent for n in layers) * s.offload)
     return _held(held, p, s, rounded), moments, travels

@@ -14,7 +14,7 @@ __all__ = ['RATE', 'DECODING', 'STARTING', 'WIRES', 'BUS', 'IN_A_HOST', 'COMMUNI
 #
 # Layers that arrive: bytes over the speed of the wire. The gathers of the layers run beside the work on the layer
 # before, so a pass takes the longer of the two; the first layer of each direction, the root group and the gradients'
-# sum have nothing to hide behind. Layers' shards in host memory come over the bus first, then over the wire, one by one.
+# sum have nothing to hide behind. Layers' shards in host memory come over the bus first, then over the wire.
 #
 # The speed of the wire is `wire_gbs` where it is given; otherwise what benchmarks/results/gpus.json recorded between
 # cards of one host, where that is there; otherwise a nominal one (`WIRES`), which no collective quite reaches.
@@ -45,7 +45,8 @@ def weights_met(p: "MemoryPlan") -> float:
     "Linear weights that each token meets, the output head aside; of the whole base."
     s, config = p.settings, model_config(json.loads(p.config)).get_text_config()
     found = pieces(p.config, Settings(**{name: getattr(s, name) for name in ALIKE}))
-    kinds = [(piece.kind, piece.rows * piece.row) for group in (*found.layers, found.table, found.root) for piece in group]
+    groups = *found.layers, found.table, found.root
+    kinds = [(piece.kind, piece.rows * piece.row) for group in groups for piece in group]
     per_byte = {"4-bit codes": 2, "other linear weights": 1 / dtype_named(s.dtype).itemsize}
     every = sum(per_byte.get(kind, 0) * size for kind, size in kinds)
     return every if config.tie_word_embeddings else every - config.vocab_size * config.hidden_size

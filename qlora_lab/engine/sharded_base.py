@@ -118,6 +118,7 @@ def _cut_buffers(inside: Inside) -> list[tuple[nn.Module, str]]:
             places.append((m, name))
     return places
 
+# %% ../../nbs/engine/sharded_base.ipynb #630307aa
 def _plain_bytes(m: nn.Module, made: dict, device: torch.device) -> None:
     "bitsandbytes' codes as a parameter of bytes; raises LabError where a CPU has repacked them."
     if (state := _in_bnb(m)) is None: return
@@ -170,6 +171,7 @@ def _digest(inside: Inside, kept: set[nn.Parameter], device: torch.device) -> st
     "A group's hash, made where it will compute: a card has it on the way, a launcher's processes have a thread each."
     return hash_tensors((name, t.to(device)) for name, t in _frozen(inside, kept))
 
+# %% ../../nbs/engine/sharded_base.ipynb #db2be881
 def _hold_equal(mesh: "DeviceMesh", mine: dict[str, str]) -> None:
     "Raise LabError, on every process, where one has another base than the first."
     first, *others = _of_all(mesh, mine)
