@@ -168,8 +168,8 @@ def _of_all(mesh: "DeviceMesh", mine) -> list:
     return found
 
 def _digest(inside: Inside, kept: set[nn.Parameter], device: torch.device) -> str:
-    "A group's hash, made where it will compute: a card has it on the way, a launcher's processes have a thread each."
-    return hash_tensors((name, t.to(device)) for name, t in _frozen(inside, kept))
+    "A group's hash, made where it will compute: on a card, since a launcher gives each process a single thread."
+    return hash_tensors((name, t.detach().as_subclass(Tensor).to(device)) for name, t in _frozen(inside, kept))
 
 # %% ../../nbs/engine/sharded_base.ipynb #db2be881
 def _hold_equal(mesh: "DeviceMesh", mine: dict[str, str]) -> None:
