@@ -20,8 +20,7 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'saved_step', 'best_path', 'rea
 # their steps are taken again.
 #
 # A loss, a gradient or a weight that is not finite ends the run before anything is written down (`nonfinite`), so a
-# checkpoint never holds one. transformers' Trainer keeps its best checkpoint by
-# a path in trainer_state.json, and goes on training with a loss of nan.
+# checkpoint never holds one. transformers' Trainer goes on training with a loss of nan.
 #
 # Used by lesson 10. Built in nbs/reference/checkpoints.ipynb.
 

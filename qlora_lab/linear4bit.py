@@ -38,7 +38,7 @@ from .engine.dispatch import faster
 from .linear_layers import known, quantizable, weight_of
 from .records import LabError
 from .replacing import no_plain_saving, refuse_unfit, replace_layer, sharing, tell_share, weights_by_name
-from .shards import whole
+from .shards import holder, whole
 
 # %% ../nbs/05_linear4bit.ipynb #91f9bf7d
 @contextmanager
@@ -46,11 +46,10 @@ def saved_for_backward(
     ignore: nn.Module | None = None,  # its parameters and buffers are in memory anyway and do not count
 ):
     "A dict that fills, while the block runs, with what autograd keeps: storage address to (shape, dtype, bytes)."
-    kept, known = {}, set()
-    if ignore is not None: known = {t.untyped_storage().data_ptr() for t in (*ignore.parameters(), *ignore.buffers())}
+    kept, known = {}, holder(ignore)
     def pack(t):
         storage = t.untyped_storage()
-        if storage.data_ptr() not in known: kept[storage.data_ptr()] = (tuple(t.shape), t.dtype, storage.nbytes())
+        if not known(storage.data_ptr()): kept[storage.data_ptr()] = (tuple(t.shape), t.dtype, storage.nbytes())
         return t.detach()  # an output that its own node keeps would otherwise keep itself alive for good
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): yield kept
 

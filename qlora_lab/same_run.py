@@ -64,7 +64,10 @@ def in_group(model: nn.Module, config: "TrainConfig") -> nn.Module:
     if config.sharding == "none": return model
     if twin("shard_base", device.type) is None:
         raise LabError(f"sharding='full': nothing shares a base out on {device.type}; leave it out")
-    return faster("shard_base", device, model, None, config.offload)  # nbs/engine/sharded_base
+    model = faster("shard_base", device, model, None, config.offload)  # nbs/engine/sharded_base
+    now = next(model.parameters()).device
+    if now.type != device.type: faster("fuse_layers", now, model)  # it was opened in host memory
+    return model
 
 # %% ../nbs/reference/same_run.ipynb #840926f2
 @contextmanager

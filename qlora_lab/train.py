@@ -150,9 +150,8 @@ def train_step(
     total: int | None = None, # learned tokens, where other processes have some of them
 ) -> tuple[float, float]:  # loss in nats a token; length of the gradient before clipping
     "One optimizer step; the loss is the mean over all learned tokens, however they fall into batches."
-    device = next(model.parameters()).device
+    device, parts = next(model.parameters()).device, []
     total = total or sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
-    parts = []
     for batch in batches:
         part = faster("forward_backward", device, model, batch, total)
         if part is None:

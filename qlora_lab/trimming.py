@@ -36,7 +36,7 @@ def trim_between_layers(
     that later tensors do not fit."""
     def trim(module, args, out):
         hidden = out[0] if isinstance(out, tuple) else out
-        if not torch.is_grad_enabled() or not hidden.requires_grad: return
+        if not torch.is_grad_enabled() or not hidden.requires_grad or hidden.device.type != "cpu": return
         release_memory()
         hidden.register_hook(lambda grad: release_memory())
     with suppress(LabError):  # a model without a list of layers trains all the same

@@ -147,7 +147,7 @@ def prepare_notebook(
     steps += [Text, Code]
     if renderer == "quarto": steps.append(RawTables)
     NBProcessor(nb=nb, procs=[*steps, ApiLinks(index, page)]).process()
-    if module and module != "__init__":
+    if module and not module.startswith("__"):  # the package itself, and what `python -m` runs, have no page
         link = f"{os.path.relpath(API, page.parent)}/{short(module)}.qmd"
         nb.cells.append(mk_cell(f"What this page exports, by name: [`{CFG.lib_name}.{module}`]({link}).", "markdown"))
     target.parent.mkdir(parents=True, exist_ok=True)

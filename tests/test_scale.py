@@ -1,5 +1,8 @@
 """Several processes, one run: the steps, the bytes and the files of one process, and what may not differ."""
 import json
+import os
+import subprocess
+import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib import import_module
@@ -11,10 +14,13 @@ from safetensors.torch import load_file
 from several import several
 from torch import nn
 
+from qlora_lab import cli
+from qlora_lab.checkpoints import saved_step
 from qlora_lab.data import collate, encode
 from qlora_lab.dealing import dealt, learned
 from qlora_lab.lora import add_lora, trainable
 from qlora_lab.model import load_model
+from qlora_lab.nonfinite import first_odd
 from qlora_lab.processes import hash_of, rank, sum_gradients, world
 from qlora_lab.records import LabError
 from qlora_lab.settings import TrainConfig
@@ -31,7 +37,8 @@ def group():
 
 def trained(tiny, data, folder, stop=None, **settings):
     "Train, in however many processes; what each of them has afterwards."
-    model, tokenizer = load_model(tiny, compute_dtype=torch.float32, device="cpu")
+    backend = settings.pop("backend", "lab")
+    model, tokenizer = load_model(tiny, backend=backend, compute_dtype=torch.float32, device="cpu")
     config = TrainConfig(folder=str(folder), **SHORT | settings)
     if stop:
         class Ends:
@@ -103,6 +110,92 @@ def test_with_other_settings(how, group, tiny, data, tmp_path):
 
 
 def with_settings(tiny, data, folder, how): return trained(tiny, data, folder, **how)
+
+
+@pytest.mark.parametrize("how", [dict(), dict(packing=True, checkpointing=True), dict(offload=True, backend="bnb")],
+                         ids=["whole", "packed", "bitsandbytes"])
+def test_a_shared_base_takes_the_steps_of_one(how, group, alone, tiny, data, tmp_path):
+    "Parts of the base in each process; the losses, the adapter, the answers of one that has it all."
+    steps = {} if not how else {"steps": 5}
+    made = group(2, with_settings, tiny, data, tmp_path / "two", how | steps | {"sharding": "full"})
+    here = {k: v for k, v in how.items() if k != "offload"} | steps
+    one = alone[0] if not how else trained(tiny, data, tmp_path / "one", **here)
+    assert made[0] == made[1] and made[0]["answers"] == one["answers"]
+    assert max(abs(a - b) for a, b in zip(made[0]["losses"], one["losses"], strict=True)) < 1e-5
+    if not how: close(made[0], alone, tmp_path / "two")
+
+
+def test_a_base_is_shared_by_several(tiny, data, tmp_path):
+    with pytest.raises(LabError, match="nobody to share the base with"):
+        trained(tiny, data, tmp_path / "run", sharding="full")
+    for odd in (dict(offload=True), dict(sharding="full", method="full"), dict(sharding="full", merge_aware=3),
+                dict(sharding="full", init="loftq"), dict(sharding="full", budget="2GiB")):
+        with pytest.raises(LabError, match="sharding='full'"): TrainConfig(**odd)
+
+
+def test_shares_that_do_not_divide(group, tiny, data, tmp_path):
+    "One sentence, in all processes."
+    with pytest.raises(LabError, match="3 processes cannot share 4 examples a step equally .* take a multiple of 3"):
+        group(3, with_settings, tiny, data, tmp_path / "run", dict(batch_size=2, accumulation=2))
+
+
+def launched(tmp_path, what, *words):
+    "Exit code, output and what is said of errors, by two processes of torchrun."
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *what]
+    env = {k: v for k, v in os.environ.items() if k != "QLORA_LAB_DEBUG"} | {"OMP_NUM_THREADS": "1"}
+    start += map(str, words)
+    done = subprocess.run(start, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
+    return done.returncode, done.stdout, [line for line in done.stderr.splitlines() if line.startswith("qlora-lab")]
+
+
+LAB = "-m", "qlora_lab"
+
+
+def options(tiny, jsonl, out):
+    return ["train", "--data", jsonl, "--model", tiny, "--out", out, "--steps", "3", "--rank", "4",
+            "--eval-examples", "4", "--eval-prompts", "1", "--compute-dtype", "float32"]
+
+
+def test_the_same_command_in_each_process(tiny, jsonl, tmp_path, capsys):
+    "One voice, one run; the finished run is shown again by one process alone."
+    code, out, said = launched(tmp_path, LAB, *options(tiny, jsonl, "run"), "--sharding", "full")
+    assert code == 0 and out.count("model   ") == 1 and out.count("Held-out loss") == 1 and "by 2 processes" in out, out
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "done"
+    assert cli.main([str(w) for w in options(tiny, jsonl, tmp_path / "run")]) == 0
+    def told(text): return text[text.index("Held-out loss"):text.index("What next")]
+    assert told(capsys.readouterr().out.replace(f"{tmp_path}/", "")) == told(out)
+
+
+DIES = """
+import os, sys
+from unittest.mock import patch
+from importlib import import_module
+from qlora_lab import cli
+lesson = import_module("qlora_lab.train")
+def at(*args, real=lesson.one_step):
+    if args[-1] == 6 and os.environ["RANK"] == sys.argv[1]: raise RuntimeError("something of this process alone")
+    return real(*args)
+with patch.object(lesson, "one_step", at): raise SystemExit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_one_that_dies_ends_all(who, tiny, jsonl, tmp_path):
+    "Within seconds, its own message first, the last checkpoint whole."
+    (tmp_path / "dies.py").write_text(DIES)
+    words = [*options(tiny, jsonl, "run"), "--steps", "9", "--checkpoint-every", "2"]
+    code, _, said = launched(tmp_path, ["dies.py", str(who)], *words)
+    assert code and "something of this process alone" in said[0], said
+    assert len(said) == 1 or "another process ended" in said[1]
+    assert saved_step(tmp_path / "run") == 6 and first_odd(load_file(
+        tmp_path / "run" / "checkpoint" / "state.safetensors").items()) is None
+
+
+def test_a_mistake_is_said_once(tiny, jsonl, tmp_path):
+    code, _, said = launched(tmp_path, LAB, *options(tiny, jsonl, "run"), "--batch-size", "3", "--accumulation", "1")
+    assert code and len(said) == 1 and "2 processes cannot share 3 examples" in said[0], said
+    code, _, said = launched(tmp_path, LAB, *options(tiny, jsonl, "run"), "--lr", "nan")
+    assert code and len(said) == 1 and "lr" in said[0], said
 
 
 def by_torch(tiny, data):

@@ -236,9 +236,9 @@ def test_groups_step_as_torchs_adamw(budget):
 def test_each_group_has_its_rate(tiny, data, tmp_path, monkeypatch):
     "With a schedule: the rate of B is ratio times that of A at every step, as LambdaLR has it."
     seen, real = [], TRAIN.train_step
-    def step(model, optimizer, batches, lr, norm):
+    def step(model, optimizer, batches, lr, *more):
         seen.append(lr)
-        return real(model, optimizer, batches, lr, norm)
+        return real(model, optimizer, batches, lr, *more)
     monkeypatch.setattr(TRAIN, "train_step", step)
     done = run(tiny, data, tmp_path / "run", steps=6, schedule="linear", warmup=2, loraplus_ratio=8.)
     assert [m["lr"] for m in done.metrics] == [a for a, _ in seen] == [0., .01, .02, .015, .01, .005]

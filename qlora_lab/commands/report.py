@@ -85,6 +85,7 @@ def complain(message: str) -> None:
     who = f" (process {told})" if told.isdecimal() and int(told) else ""
     if who: time.sleep(PATIENCE)
     with suppress(OSError, ValueError):  # nobody may read the error stream any more
+        if who: console(sys.stderr).print()  # the first one's progress bar may stand there
         console(sys.stderr).print(Text.assemble((f"qlora-lab{who}:", "bold red"), " ", printable(message)))
 
 DEFECT = 70  # an exit code: EX_SOFTWARE of sysexits.h

@@ -177,6 +177,7 @@ def announce(
 def _open_model(asked: Train, device: torch.device):
     "The model that the options name."
     wish = wish_of(asked)
+    if asked.training.sharding == "full": device = torch.device("cpu")  # no card need hold it whole
     return load_model(asked.model, wish.quantize, asked.backend, wish.compute_dtype, device=device,
                       double_quant=wish.double_quant)
 
