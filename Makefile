@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-serve test-compress test-machines test-latest fuzz harden mutation lab docs bench bench-gpu bench-quality clean
+.PHONY: help setup train test test-serve test-compress test-machines test-latest fuzz harden mutation lab docs bench bench-gpu bench-gpus bench-quality clean
 
 help:  ## this list
 	@echo "QLoRA Lab"; sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -85,6 +85,9 @@ bench: $(STAMP)  ## the lab beside peft + bitsandbytes, on the same work; alone,
 
 bench-gpu: $(STAMP)  ## the same on a GPU, decoding to training steps
 	@$(PY) -m benchmarks.gpu $(ARGS)
+
+bench-gpus: $(STAMP)  ## over two GPUs: a base spread over both, beside one card and beside accelerate's FSDP2
+	@$(PY) -m benchmarks.gpus $(ARGS)
 
 bench-quality: $(STAMP)  ## does 4-bit keep the quality: several hundred runs on a GPU; goes on where it was cut short
 	@$(PY) -m benchmarks.quality $(ARGS)

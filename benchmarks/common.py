@@ -42,10 +42,11 @@ def put_buffers(model, config, device: str) -> None:
         if not b.is_meta: model.get_submodule(parent)._buffers[last] = b.to(device)
 
 
-def random_model(config, settings, device: str = "cuda", seed: int = 0):
+def random_model(config, settings, device: str = "cuda", seed: int = 0, home: str | None = None):
     """The model of a `rehearsal.Settings` with random weights, live on a device and ready to train.
 
-    The shapes are real, the words are not.
+    The shapes are real, the words are not. `home` is where the weights stay, made on the device one by one; it is the
+    device itself by default, on which layers are then fused.
     """
     import torch
     from torch import nn
@@ -62,13 +63,14 @@ def random_model(config, settings, device: str = "cuda", seed: int = 0):
             if p.dtype == torch.uint8: t.random_(0, 256, generator=generator)
             elif "Norm" in type(module).__name__: t.fill_(1)
             else: t.normal_(0, 0.02, generator=generator)
-            module._parameters[name] = nn.Parameter(t, requires_grad=p.requires_grad)
+            module._parameters[name] = nn.Parameter(t.to(home or device), requires_grad=p.requires_grad)
         for name, b in module._buffers.items():
             if b is None or not b.is_meta: continue
             t = torch.empty(b.shape, dtype=b.dtype, device=device)
-            module._buffers[name] = t.random_(0, 256, generator=generator) if b.dtype == torch.uint8 else t.fill_(0.02)
+            t = t.random_(0, 256, generator=generator) if b.dtype == torch.uint8 else t.fill_(0.02)
+            module._buffers[name] = t.to(home or device)
     if config.tie_word_embeddings: model.tie_weights()
-    faster("fuse_layers", torch.device(device), model)
+    if home is None: faster("fuse_layers", torch.device(device), model)
     return model
 
 
@@ -81,7 +83,7 @@ def random_batch(batch_size: int, sequence: int, learned: int | None = None, voc
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def random_peer(config, settings, device: str = "cuda", seed: int = 0):
+def random_peer(config, settings, device: str = "cuda", seed: int = 0, storage=None):
     "The same shapes by peft and bitsandbytes: their 4-bit layers, their adapters, transformers' checkpointing."
     import bitsandbytes as bnb
     import torch
@@ -90,16 +92,17 @@ def random_peer(config, settings, device: str = "cuda", seed: int = 0):
     from transformers import AutoModelForCausalLM
 
     from qlora_lab.linear4bit import set_submodule
-    dtype = getattr(torch, settings.dtype)
+    dtype, stored = getattr(torch, settings.dtype), {"quant_storage": storage or torch.uint8}
     with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     generator = torch.Generator(device).manual_seed(seed)
     def random(p): return torch.empty(p.shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
     for name, m in list(model.named_modules()):
         if type(m) is not nn.Linear or name.endswith("lm_head"): continue
         layer = bnb.nn.Linear4bit(m.in_features, m.out_features, bias=m.bias is not None, compute_dtype=dtype,
-                                  quant_type="nf4", compress_statistics=settings.double_quant, device="meta")
+                                  quant_type="nf4", compress_statistics=settings.double_quant, device="meta", **stored)
         layer.weight = bnb.nn.Params4bit(random(m.weight), requires_grad=False, quant_type="nf4",
-                                         compress_statistics=settings.double_quant)._quantize(device)
+                                         compress_statistics=settings.double_quant, **stored)._quantize(device)
+        layer.quant_state = layer.weight.quant_state  # where it is looked for once FSDP has the parameter
         set_submodule(model, name, layer)
     for module in model.modules():
         for name, p in module._parameters.items():

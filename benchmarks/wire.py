@@ -1,49 +1,23 @@
-"""What travels between cards and what a card holds: counted in a real step, and timed.
-
-    torchrun --nproc-per-node 2 -m benchmarks.wire              # two cards: bandwidth, and steps against their plans
-    torchrun --nproc-per-node 2 -m benchmarks.wire --only wire  # bandwidth alone
-
-Prints one JSON object, the parts "wire" and "plans" of results/gpus.json (qlora_lab.engine.scaling reads "wire").
-"""
-import argparse
-import json
-import os
+"""What travels between cards and what a card holds: counted in a real step, and timed."""
 import statistics
 import time
-from dataclasses import asdict
 from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch._C._profiler import _EventType
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
-from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.common import random_batch, random_model
-from qlora_lab import plan
-from qlora_lab.checkpointing import decoder_layers
-from qlora_lab.engine.known_models import model_config
-from qlora_lab.engine.paged_adamw import PagedAdamW
-from qlora_lab.engine.portion import share
-from qlora_lab.linear4bit import PackedWeight
+from qlora_lab.engine.gathered import bytes_held
 from qlora_lab.lora import trainable
-from qlora_lab.provenance import provenance, release_memory
+from qlora_lab.processes import sum_gradients, world
 from qlora_lab.train import summed_loss
 
 SIZES = [1 << n for n in range(20, 31, 2)]  # bytes that a card has after a collective
-STEPS = [  # of the whole step, over two cards
-    ("llama-7b", dict(rank=64, adapter_dtype="bfloat16", checkpointing=True, batch_size=2, sharding="full")),
-    ("llama-3-8b", dict(rank=16, adapter_dtype="bfloat16", checkpointing=True, batch_size=8, sequence=1024)),
-    ("llama-3-8b", dict(rank=16, adapter_dtype="bfloat16", checkpointing=True, batch_size=8, sequence=1024,
-                        sharding="full")),
-    ("llama-65b", dict(rank=64, adapter_dtype="bfloat16", checkpointing=True, batch_size=2, sharding="full")),
-]
 
 
 class Received(TorchDispatchMode):
@@ -60,39 +34,16 @@ class Received(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def shard(model, device, offload=False):
-    "The base cut over all processes, a decoder layer a group; adapters stay whole."
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
-    for m in model.modules():
-        if not isinstance(m, PackedWeight): continue
-        for name in ("stats", "absmax2"):
-            t = m._buffers.pop(name)
-            m.register_parameter(name, None if t is None else nn.Parameter(t, requires_grad=False))
-    how = dict(mesh=mesh, ignored_params=set(trainable(model)))
-    if offload: how["offload_policy"] = CPUOffloadPolicy(pin_memory=device == "cuda")
-    for layer in decoder_layers(model): fully_shard(layer, **how)
-    return fully_shard(model, **how)
-
-
-def own_bytes(model):
-    "What this process holds of a model: shards, filled up, and whatever is whole; tables of positions aside."
-    named = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if "rotary" not in n)]
-    tensors = {id(t): t for _, t in named}.values()
-    shards = {s.data_ptr(): s.nbytes() for t in tensors if isinstance(t, DTensor)
-              for s in [t.to_local().untyped_storage()]}
-    whole = {t.untyped_storage().data_ptr(): t.nbytes for t in tensors if not isinstance(t, DTensor)}
-    return sum(shards.values()) + sum(whole.values())
+def held(model):
+    "What this process holds of a model by component, as a plan counts it: tables of positions aside."
+    found = bytes_held(model).sum(axis=1).drop("tables and buffers", errors="ignore")
+    return {name: int(size) for name, size in found.items()}
 
 
 def passes(model, batches):
-    "Forward and backward passes, then the sum of all gradients in one flat float32 buffer."
+    "Forward and backward passes, then the sum of all gradients."
     for batch in batches: summed_loss(model, batch).backward()
-    grads = [p.grad for p in trainable(model)]
-    flat = torch.empty(sum(g.numel() for g in grads), device=grads[0].device)
-    parts = flat.split([g.numel() for g in grads])
-    for g, part in zip(grads, parts): part.copy_(g.flatten())
-    dist.all_reduce(flat)
-    for g, part in zip(grads, parts): g.copy_(part.view_as(g))
+    sum_gradients(trainable(model))
 
 
 class LendsCopies(AllGather):
@@ -136,24 +87,33 @@ def risen(work):
 
 
 def timed(work, rounds=7):
-    "Seconds of a call on the card, the median; two calls are not counted."
-    seconds = []
+    "Seconds of a call that all processes make, the median; two calls are not counted."
+    wait, seconds = torch.cuda.synchronize if torch.cuda.is_available() else int, []
     for n in range(rounds + 2):
-        torch.cuda.synchronize()
-        dist.barrier()
+        wait()
+        if world() > 1: dist.barrier()
         start = time.perf_counter()
         work()
-        torch.cuda.synchronize()
+        wait()
         if n >= 2: seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 
 
-def bandwidths():
+def memory() -> dict:
+    "Of this card, GiB."
+    if not torch.cuda.is_available(): return {}
+    free, total = torch.cuda.mem_get_info()
+    return {"measured_gib": torch.cuda.max_memory_allocated() / 2 ** 30,
+            "reserved_gib": torch.cuda.max_memory_reserved() / 2 ** 30,
+            "outside_gib": (total - free - torch.cuda.memory_reserved()) / 2 ** 30}
+
+
+def bandwidths(tiny=False):
     "GB a second that a card receives, for two collectives and growing sizes; a ring's bytes, as nccl-tests counts."
-    rows, cards = [], dist.get_world_size()
-    for size in SIZES:
-        whole = torch.zeros(size // 4, device="cuda")
-        part = torch.zeros(size // 4 // cards, device="cuda")
+    rows, cards, device = [], world(), "cpu" if tiny else "cuda"
+    for size in SIZES[:2] if tiny else SIZES:
+        whole = torch.zeros(size // 4, device=device)
+        part = torch.zeros(size // 4 // cards, device=device)
         both = {"all_gather": (dist.all_gather_into_tensor, (whole[:cards * part.numel()], part), 1),
                 "all_reduce": (dist.all_reduce, (whole,), 2)}
         for what, (call, tensors, factor) in both.items():
@@ -161,48 +121,3 @@ def bandwidths():
             received = factor * tensors[0].nbytes * (cards - 1) / cards
             rows.append({"cards": cards, "what": what, "bytes": size, "s": seconds, "gbs": received / seconds / 1e9})
     return rows
-
-
-def step_row(name, **settings):
-    "A step of real shapes and random weights on this card, against its plan."
-    cards = dist.get_world_size()
-    p, config = plan(name, **settings, cards=cards), model_config(name)
-    own = share(p.settings, cards)
-    model = random_model(config, own)
-    if p.spread.sharding == "full": shard(model, "cuda", p.spread.offload)
-    batches = [{k: t.cuda() for k, t in random_batch(own.batch_size, own.sequence, own.learned).items()}] \
-        * own.accumulation
-    optimizer = PagedAdamW(trainable(model), lr=1e-4, bits=own.optimizer_bits, device_budget=own.device_budget)
-    def step():
-        passes(model, batches)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    step()
-    torch.cuda.reset_peak_memory_stats()
-    seconds, (free, total) = timed(step, 3), torch.cuda.mem_get_info()
-    measured = torch.cuda.max_memory_allocated() / 2 ** 30
-    return {"model": name, "settings": asdict(p.settings), "spread": asdict(p.spread), "planned_gib": p.total_gib,
-            "measured_gib": measured, "memory_error": p.total_gib / measured - 1, "planned_card_gib": p.card_gib,
-            "reserved_gib": torch.cuda.max_memory_reserved() / 2 ** 30,
-            "outside_gib": (total - free - torch.cuda.memory_reserved()) / 2 ** 30,
-            "planned_s": p.time.total, "step_s": seconds, "time_error": p.time.total / seconds - 1}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("wire", "plans"))
-    only = parser.parse_args().only
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl")
-    found = {}
-    if only != "plans": found["wire"] = bandwidths()
-    if only != "wire":
-        found["plans"] = []
-        for name, settings in STEPS:
-            found["plans"].append(step_row(name, **settings))
-            release_memory()
-    if dist.get_rank() == 0: print(json.dumps({"provenance": provenance(), **found}, indent=1))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__": main()

@@ -14,6 +14,13 @@ from pathlib import Path
 from queue import Empty
 
 MOST = 3
+SLOW = [  # to import: once, by the process of which all workers are forked
+    "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.nn", "torch.profiler", "torch._dynamo",
+    "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "transformers.generation",
+    "peft", "bitsandbytes", "accelerate", "pandas", "pytest", "hypothesis",
+    "qlora_lab.train", "qlora_lab.loading", "qlora_lab.cli", "qlora_lab.engine.sharded_base",
+    "qlora_lab.engine.planner",
+]
 
 
 def _work(rank, asked, told):
@@ -39,7 +46,7 @@ def _work(rank, asked, told):
 def several(most=MOST):
     "A function that has some processes carry out a function together, and gives their results by rank."
     spawn = multiprocessing.get_context("forkserver")
-    spawn.set_forkserver_preload(["qlora_lab.train", "qlora_lab.loading"])  # what is slow to import, once
+    spawn.set_forkserver_preload(SLOW)
     asked, told = [spawn.Queue() for _ in range(most)], spawn.Queue()
     workers = [spawn.Process(target=_work, args=(i, asked[i], told), daemon=True) for i in range(most)]
     for worker in workers: worker.start()

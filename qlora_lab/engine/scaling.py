@@ -14,7 +14,7 @@ __all__ = ['RATE', 'DECODING', 'STARTING', 'WIRES', 'BUS', 'IN_A_HOST', 'COMMUNI
 #
 # Layers that arrive: bytes over the speed of the wire. The gathers of the layers run beside the work on the layer
 # before, so a pass takes the longer of the two; the first layer of each direction, the root group and the gradients'
-# sum have nothing to hide behind. Shards in host memory come over the bus first, then over the wire, one by one.
+# sum have nothing to hide behind. Layers' shards in host memory come over the bus first, then over the wire.
 #
 # The speed of the wire is `wire_gbs` where it is given; otherwise what benchmarks/results/gpus.json recorded between
 # cards of one host, where that is there; otherwise a nominal one (`WIRES`), which no collective quite reaches.
@@ -27,13 +27,12 @@ __all__ = ['RATE', 'DECODING', 'STARTING', 'WIRES', 'BUS', 'IN_A_HOST', 'COMMUNI
 # %% ../../nbs/engine/scaling.ipynb #80ffbde9
 import json
 from dataclasses import asdict, dataclass
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import records
 from .known_models import model_config
-from .portion import ALIKE, pieces, share
+from .portion import ALIKE, cut, pieces, share
 from .rehearsal import Settings, dtype_named
 from ..records import LabError, read_json
 
@@ -46,7 +45,8 @@ def weights_met(p: "MemoryPlan") -> float:
     "Linear weights that each token meets, the output head aside; of the whole base."
     s, config = p.settings, model_config(json.loads(p.config)).get_text_config()
     found = pieces(p.config, Settings(**{name: getattr(s, name) for name in ALIKE}))
-    kinds = [(piece.kind, piece.rows * piece.row) for group in (*found.layers, found.root) for piece in group]
+    groups = *found.layers, found.table, found.root
+    kinds = [(piece.kind, piece.rows * piece.row) for group in groups for piece in group]
     per_byte = {"4-bit codes": 2, "other linear weights": 1 / dtype_named(s.dtype).itemsize}
     every = sum(per_byte.get(kind, 0) * size for kind, size in kinds)
     return every if config.tie_word_embeddings else every - config.vocab_size * config.hidden_size
@@ -131,7 +131,7 @@ class StepTime:
     "Seconds of a step, by part."
     working: float     # of one card
     waiting: float     # for layers that arrive more slowly than they are worked on, and for the first
-    root: float        # gathering embeddings and head
+    root: float        # gathering the head, and the table of embeddings
     gradients: float   # summing them
     paging: float      # moving the optimizer's pages
     gbs: float         # speed of the wire, GB a second
@@ -152,21 +152,19 @@ def step_time(
     wire, bus = {k: n / gbs / 1e9 for k, n in p.travels.wire.items()}, (p.spread.bus_gbs or BUS / 1e9) * 1e9
     there, back = wire.get("layers, forward", 0), wire.get("layers, backward", 0)
     root, gradients = wire.get("embeddings and head", 0), wire.get("gradients", 0)
-    if p.travels.bus:  # by the shares that the groups have of the shards
-        sent = _brought(p)
-        there, back, root = (t + n / bus for t, n in zip((there, back, root), sent))
+    if p.travels.bus: there, back = (t + n / bus for t, n in zip((there, back), _brought(p)))
     forward = work / (2 + _again(p))
     waiting = max(0, there - forward) + max(0, back - work + forward) + (there + back) / p.layers
     paging = max(0, p.host - p.held["optimizer state"]) / BUS if p.host else 0
     return StepTime(work, waiting, root, gradients, paging, gbs, source)
 
-def _brought(p: "MemoryPlan") -> tuple[float, float, float]:
-    "Bytes from host memory for the layers on the way there, on the way back, and for the root."
+def _brought(p: "MemoryPlan") -> tuple[int, int]:
+    "Bytes from host memory for the layers on the way there and on the way back."
     found = pieces(p.config, Settings(**{name: getattr(p.settings, name) for name in ALIKE}))
-    def shard(group): return sum(ceil(piece.rows / p.spread.cards) * piece.row for piece in group)
+    def shard(group): return sum(cut(piece, p.spread.cards) for piece in group)
     passes = share(p.settings, p.spread.cards).accumulation
-    parts = found.layers, found.layers[found.back:], (found.root,)
-    return tuple(passes * sum(map(shard, groups)) for groups in parts)
+    there, back = (sum(map(shard, some)) for some in (found.layers, found.layers[max(0, found.back):]))
+    return passes * there, passes * back
 
 # %% ../../nbs/engine/scaling.ipynb #d5e5c5a8
 def as_dict(

@@ -1,0 +1,96 @@
+"""Two cards: what travels, what a base spread over them takes and yields, beside one card and beside others.
+
+    make bench-gpus                                # two GPUs; about twelve minutes
+    python -m benchmarks.gpus wire ddp             # some parts alone
+    python -m benchmarks.gpus --tiny               # the same code by gloo on a CPU, in small; nothing is written
+
+Each part is processes of their own, started by torchrun (benchmarks.on_cards), and goes into results/gpus.json as soon
+as it is done; one that fails, or takes too long, leaves the others.
+
+wire     bandwidth of two collectives (qlora_lab.engine.scaling reads it)
+ddp      8B, the base whole on each card: two cards against one
+shard65  65B spread over two cards that may take 24 GiB beside activations, on the card and on the host; one card
+qwen32   Qwen3-32B, 4 x 2048 tokens, spread over two; one card with half of it
+peers    peft + bitsandbytes under accelerate's FSDP2, the work of qwen32; are the bytes gathered those it loaded?
+plans    further steps against their plans; every row of the others has its plan beside it, too
+"""
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.common import RESULTS
+from qlora_lab.provenance import provenance
+from qlora_lab.records import write_whole
+
+PARTS = {"wire": (2,), "ddp": (2, 1), "shard65": (2, 1), "qwen32": (2, 1), "peers": (2,), "plans": (2,)}  # processes
+LIMIT = 300  # seconds of a start
+NAMES = {1: "one", 2: "two"}
+
+
+def launched(part: str, count: int, tiny: bool) -> object:
+    "What some processes found; raises RuntimeError, with the last that they said."
+    with tempfile.TemporaryDirectory() as place:
+        told = Path(place) / "found.json"
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
+                "-m", "benchmarks.on_cards", part, "--to", str(told), *["--tiny"] * tiny]
+        threads = "1" if tiny else str(max(1, (os.cpu_count() or 1) // count))  # torchrun's own default is 1
+        env = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": threads} | os.environ
+        run = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
+                               start_new_session=True)
+        try: said = run.communicate(timeout=LIMIT)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            raise RuntimeError(f"{part}, {count} processes: not done in {LIMIT} s") from None
+        if run.returncode or not told.exists(): raise RuntimeError(f"{part}, {count} processes:\n{said[-4000:]}")
+        return json.loads(told.read_text())
+
+
+def ratios(found: dict) -> list[float]:
+    "Tokens a second over two cards to those of one, by row of the same work a card."
+    one = {(r["model"], r["each"], r["sequence"]): r["tokens_per_s"] for r in found["one"]}
+    return [r["tokens_per_s"] / one[r["model"], r["each"], r["sequence"]] for r in found["two"]]
+
+
+def measured(part: str, tiny: bool) -> object:
+    "A part of the record."
+    counts = PARTS[part]
+    if len(counts) == 1: return launched(part, counts[0], tiny)
+    found = {NAMES[count]: launched(part, count, tiny) for count in counts}
+    return found | {"ratio_to_one": ratios(found)}
+
+
+def kept(path: Path, part: str, found: object, seconds: float) -> None:
+    "Write a part into the record, with its own date and versions."
+    before = json.loads(path.read_text()) if path.exists() else {}
+    about = before.get("about", {}) | {part: {"seconds": seconds, **provenance()}}
+    write_whole(path, json.dumps(before | {"provenance": provenance(), "about": about, part: found}, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"all by default: {', '.join(PARTS)}")
+    parser.add_argument("--tiny", action="store_true", help="by gloo on a CPU, in small; nothing is written")
+    parser.add_argument("--to", type=Path, help="the record; results/gpus.json, or nothing where it is tiny")
+    args = parser.parse_args(argv)
+    if wrong := set(args.parts) - set(PARTS): parser.error(f"no part {', '.join(wrong)}; parts: {', '.join(PARTS)}")
+    path, failed = args.to or (None if args.tiny else RESULTS / "gpus.json"), []
+    for part in args.parts or PARTS:
+        start = time.perf_counter()
+        try: found = measured(part, args.tiny)
+        except RuntimeError as e:
+            failed.append(part)
+            print(e, file=sys.stderr, flush=True)
+            continue
+        seconds = time.perf_counter() - start
+        print(f"{part}: {seconds:.0f} s", json.dumps(found), flush=True)
+        if path: kept(path, part, found, seconds)
+    if failed: raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__": main()
