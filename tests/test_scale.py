@@ -179,12 +179,11 @@ with patch.object(lesson, "one_step", at): raise SystemExit(cli.main(sys.argv[2:
 """
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_one_that_dies_ends_all(who, tiny, jsonl, tmp_path):
+def test_one_that_dies_ends_all(tiny, jsonl, tmp_path):
     "Within seconds, its own message first, the last checkpoint whole."
     (tmp_path / "dies.py").write_text(DIES)
     words = [*options(tiny, jsonl, "run"), "--steps", "9", "--checkpoint-every", "2"]
-    code, _, said = launched(tmp_path, ["dies.py", str(who)], *words)
+    code, _, said = launched(tmp_path, ["dies.py", "1"], *words)
     assert code and "something of this process alone" in said[0], said
     assert len(said) == 1 or "another process ended" in said[1]
     assert saved_step(tmp_path / "run") == 6 and first_odd(load_file(
@@ -194,8 +193,6 @@ def test_one_that_dies_ends_all(who, tiny, jsonl, tmp_path):
 def test_a_mistake_is_said_once(tiny, jsonl, tmp_path):
     code, _, said = launched(tmp_path, LAB, *options(tiny, jsonl, "run"), "--batch-size", "3", "--accumulation", "1")
     assert code and len(said) == 1 and "2 processes cannot share 3 examples" in said[0], said
-    code, _, said = launched(tmp_path, LAB, *options(tiny, jsonl, "run"), "--lr", "nan")
-    assert code and len(said) == 1 and "lr" in said[0], said
 
 
 def by_torch(tiny, data):

@@ -76,7 +76,7 @@ def heading(text: str) -> Text:
     return Text(text, style="bold")
 
 # %% ../../nbs/commands/report.ipynb #7f25ce08
-PATIENCE = 1.5  # seconds, within which a launcher ends the other processes of one that has failed
+PATIENCE = 5  # seconds, within which a launcher ends the other processes of one that has failed
 
 def complain(message: str) -> None:
     "One line on the error stream; of several processes the first, and whoever is at fault, speaks before the others."
