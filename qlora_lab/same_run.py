@@ -59,7 +59,7 @@ def in_group(model: nn.Module, config: "TrainConfig") -> nn.Module:
     """The model ready to train with the others': its base shared out where that is asked for; raises LabError, in all
     processes, where what learns does not begin with the same bytes."""
     if world() == 1: return model
-    agree({"beginning of what learns": hash_of(trainable(model))})
+    agree({"hash of what learns": hash_of(trainable(model))})
     device = next(model.parameters()).device
     if config.sharding == "none": return model
     if twin("shard_base", device.type) is None:

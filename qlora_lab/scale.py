@@ -14,9 +14,9 @@ __all__ = ['SETTINGS', 'WAYS', 'together', 'two_collectives', 'prepared', 'bytes
 # `Wire` notes each collective of torch: what it was for, and how many bytes came in.
 #
 # `SpreadLinear` is a 4-bit layer cut over processes: each holds an equal part of its codes and statistics, as bytes,
-# and asks the others for theirs in the forward pass and again in the backward pass. FSDP2 of torch does this for whole
-# decoder layers, one ahead of the computation; the lab's `shard_base` (nbs/engine/sharded_base) hands it the bytes, and
-# holds what it gathers against a hash. Elsewhere 4-bit weights have come out of it changed, and nothing was said.
+# and asks the others for theirs in the forward pass and again in the backward pass. FSDP2, torch's own way to share out
+# parameters, does so for whole decoder layers, one ahead of the computation; the lab's `shard_base`
+# (nbs/engine/sharded_base) hands it the bytes, and holds what it gathers against a hash.
 #
 # What trains is small: adapters, gradients and AdamW's state stay whole in each process.
 #
@@ -42,7 +42,7 @@ from .double_quant import QuantizedTensor
 from .linear4bit import Linear4bit
 from .lora import trainable
 from .model import load_model
-from .processes import agree, hash_of, joined, rank, world
+from .processes import hash_of, joined, rank, world
 from .rates import make_optimizer
 from .records import LabError
 from .same_run import in_group
@@ -103,9 +103,9 @@ def prepared(seed: int = 0) -> tuple[nn.Module, list]:
 
 def bytes_here(model: nn.Module) -> dict[str, int]:
     "Bytes of a model in this process: of a part of the base, of what is whole and frozen, of what trains."
-    held, seen = {"part of the base": 0, "whole base": 0, "adapters": 0}, set()
+    held, seen = {"base, a part": 0, "base, whole": 0, "adapters": 0}, set()
     for t in (*model.parameters(), *model.buffers()):
-        kind = "part of the base" if is_shard(t) else "adapters" if t.requires_grad else "whole base"
+        kind = "base, a part" if is_shard(t) else "adapters" if t.requires_grad else "base, whole"
         storage = here(t).untyped_storage()
         if storage.data_ptr() not in seen: held[kind] += here(t).nbytes
         seen.add(storage.data_ptr())
@@ -173,11 +173,11 @@ class SpreadLinear(nn.Module):
         q = layer.quantized
         tensors = {name: t for name in self.NAMES if (t := getattr(q, name)) is not None}
         self.parts = {name: own_part(t) for name, t in tensors.items()}
-        self.shape = replace(q, **{name: t.to("meta") for name, t in tensors.items()})
+        self.empty = replace(q, **{name: t.to("meta") for name, t in tensors.items()})
 
-    def gathered(self) -> QuantizedTensor:
+    def whole(self) -> QuantizedTensor:
         "The whole weight in 4 bits, for a moment."
-        return replace(self.shape, **{name: gathered(p, getattr(self.shape, name)) for name, p in self.parts.items()})
+        return replace(self.empty, **{name: gathered(p, getattr(self.empty, name)) for name, p in self.parts.items()})
 
     def forward(self, x: Tensor) -> Tensor: return SpreadMatMul.apply(x, self)
 
@@ -186,10 +186,10 @@ class SpreadMatMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        return F.linear(x, layer.gathered().dequantize(x.dtype))
+        return F.linear(x, layer.whole().dequantize(x.dtype))
 
     @staticmethod
-    def backward(ctx, grad): return grad @ ctx.layer.gathered().dequantize(grad.dtype), None
+    def backward(ctx, grad): return grad @ ctx.layer.whole().dequantize(grad.dtype), None
 
 # %% ../nbs/15_scale.ipynb #ff94af6c
 def against_whole(rows: int, columns: int) -> dict:
@@ -202,8 +202,8 @@ def against_whole(rows: int, columns: int) -> dict:
         y = f(x)
         results.append((y.detach(), *torch.autograd.grad(y.square().sum(), x)))
     equal = all(torch.equal(a, b) for a, b in zip(*results))
-    return {"held": sum(p.nbytes for p in spread.parts.values()), "whole": layer.weight.nbytes + layer.stats.nbytes,
-            "equal": equal}
+    whole = sum(getattr(spread.empty, name).nbytes for name in spread.parts)
+    return {"held": sum(p.nbytes for p in spread.parts.values()), "whole": whole, "equal": equal}
 
 # %% ../nbs/15_scale.ipynb #0176ba24
 def decoded_apart(q: QuantizedTensor, count: int = 2) -> Tensor:
@@ -215,7 +215,7 @@ def decoded_apart(q: QuantizedTensor, count: int = 2) -> Tensor:
 # %% ../nbs/15_scale.ipynb #1f16d7e0
 def with_own_seeds() -> str:
     "What is said where each process draws its adapters by its own seed."
-    torch.manual_seed(rank())
-    try: agree({"steps": 100, "adapters": hash_of([torch.randn(4, 64)])})
+    model, _ = prepared(seed=rank())
+    try: in_group(model, SETTINGS)
     except LabError as e: return str(e)
     return "nothing"

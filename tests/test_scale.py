@@ -241,7 +241,7 @@ def differing(tiny, data, folder, what):
 
 @pytest.mark.parametrize(("what", "named"), [
     ("seed", "another seed (1) than process 0 (0)"), ("data", "another data"), ("versions", "another versions"),
-    ("adapters", "beginning of what learns")])
+    ("adapters", "hash of what learns")])
 def test_what_differs_is_refused_before_the_first_step(what, named, group, tiny, data, tmp_path):
     "By all processes, in one sentence; nothing is written."
     said = group(2, differing, tiny, data, tmp_path / "run", what)
