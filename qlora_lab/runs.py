@@ -173,7 +173,6 @@ def open_folder(folder: Path, identity: dict) -> dict | None:
                            "name another folder, so that nothing of yours is overwritten")
         return None
     record = read_record(folder)
-    for name in ("state", "before", "answers"): part_of(record, name, folder)  # which each run has from its begin
     held = {f.name: f.default for f in fields(TrainConfig)} | record.get("identity", {})  # as older runs had it
     odd = [k for k in (*identity, *UNSEEN) if held.get(k) != identity.get(k)]
     if odd:
@@ -187,10 +186,13 @@ def open_folder(folder: Path, identity: dict) -> dict | None:
 def held_open(folder: Path, identity: dict):
     "The record of a run's folder, which no other process may train in meanwhile; a run that is done is only read."
     record = open_folder(folder, identity)
-    if record and record["state"] == "done":
+    if record and part_of(record, "state", folder) == "done":
         yield record
         return
-    with locked(folder): yield open_folder(folder, identity)  # as it is now that nobody else is at work in it
+    with locked(folder):
+        record = open_folder(folder, identity)  # as it is now that nobody else is at work in it
+        for name in ("state", "before", "answers") if record else (): part_of(record, name, folder)  # from its begin on
+        yield record
 
 # %% ../nbs/reference/runs.ipynb #40c0de4f
 def step_memory(

@@ -97,9 +97,9 @@ SCORE = {"sums": [1.0, 10**400], "tokens": [1, 1], "groups": ["a", "b"]}
 ODD_PARTS = [
     ("before", {"score": SCORE}), ("after", {"score": SCORE}), ("memory", {"codes": [1]}),
     ("memory", {"codes": [10**400] * 3}), ("base", {"held": {"quantize": ["a", 1]}}), ("base", {"held": {"": ""}}),
-    ("base", {"held": {"blocksize": 10**400}}), ("base", {"held": {}, "mark": [1]}), ("answers", [{"reference": "a"}]), ("ended", {"step": None}),
-    ("steps", "x"), ("peak_memory_gib", None), ("provenance", {"command": 1}), ("before", ...), ("after", ...),
-    ("memory", ...), ("answers", ...), ("identity", ...), ("identity", {})]
+    ("base", {"held": {"blocksize": 10**400}}), ("base", {"held": {}, "mark": [1]}), ("answers", [{"reference": "a"}]),
+    ("ended", {"step": None}), ("steps", "x"), ("peak_memory_gib", None), ("provenance", {"command": 1}),
+    ("before", ...), ("after", ...), ("memory", ...), ("answers", ...), ("identity", ...), ("identity", {})]
 
 
 @pytest.mark.parametrize("name, value", ODD_PARTS, ids=range(len(ODD_PARTS)))
