@@ -12,6 +12,7 @@ from qlora_lab.engine.gguf_files import contents, to_gguf
 from qlora_lab.manifest import verify
 from qlora_lab.model import load_model
 from qlora_lab.open_run import open_run
+from qlora_lab.results import results
 from qlora_lab.runs import Run
 from qlora_lab.settings import TrainConfig
 from qlora_lab.train import train
@@ -109,6 +110,20 @@ def test_an_odd_part_of_a_record(name, value, done, tmp_path):
     (tmp_path / "run").mkdir()
     written(tmp_path / "run/run.json", as_text({k: v for k, v in record.items() if v is not ...}))
     assert name in refused(looked_at, tmp_path / "run", "run.json") or name == "identity"
+
+
+SWEPT = [("cell.json", {"settings": []}), ("cell.json", {}), ("measures.json", {"measures": []}),
+         ("measures.json", {"measures": {"a": {"score": SCORE}}}),
+         ("measures.json", {"measures": {"a": {"value": "x"}}}), ("measures.json", {"measures": {"a": {"score": {}}}}), ("run.json", {"identity": []})]
+
+
+@pytest.mark.parametrize("file, content", SWEPT, ids=range(len(SWEPT)))
+def test_an_odd_file_of_a_cell(file, content, done, tmp_path):
+    "What a sweep puts beside a run, and the run's own record, as its table reads them."
+    folder = shutil.copytree(done, tmp_path / "run")
+    assert len(results(folder)) == 1
+    written(folder / file, as_text(content))
+    refused(results, folder, file)
 
 
 @pytest.mark.parametrize("name", ["state", "before", "answers"])
