@@ -45,6 +45,7 @@ def _texts(v: Any) -> bool: return isinstance(v, list) and all(isinstance(t, str
 
 def _numbers(v: Any) -> bool: return isinstance(v, list) and all(map(_number, v))
 
+# %% ../nbs/reference/run_records.ipynb #f4c6ead1
 def _score(v: Any) -> bool:
     "Whether a value is a measurement: sums of losses, numbers of tokens, and the group of each example."
     if not isinstance(v, dict) or not isinstance(score := v.get("score"), dict): return False
@@ -57,6 +58,7 @@ def is_measures(v: Any) -> bool:
     def one(m): return isinstance(m, dict) and (_score(m) if "score" in m else _number(m.get("value")))
     return isinstance(v, dict) and all(map(one, v.values()))
 
+# %% ../nbs/reference/run_records.ipynb #ce4dd387
 def _bill(v: Any) -> bool:
     "Whether a value is a bill of memory: rows of the same columns."
     return isinstance(v, dict) and all(map(_numbers, v.values())) and len({len(row) for row in v.values()}) <= 1
