@@ -90,6 +90,17 @@ def test_a_token_with_a_number_out_of_proportion(where, sound, tmp_path):
     assert "no vocabulary is that large" in refused(opened, folder, "tokenizer.json")
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_cannot_be_quantized(odd, sound, tmp_path):
+    "The model and the layer are named."
+    folder = shutil.copytree(sound / "model", tmp_path / "folder")
+    state = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.gate_proj"
+    state[f"{name}.weight"][3, 4] = odd
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert name in refused(opened, folder, "model.safetensors")
+
+
 @pytest.mark.parametrize("added", [1, True, "x", {"a": 1}, [1], [[]]])
 def test_added_tokens_that_are_no_list(added, sound, tmp_path):
     "Looked through for numbers out of proportion; what they are besides is the library's to refuse."
