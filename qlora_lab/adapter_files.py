@@ -35,7 +35,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from .adapter_settings import check_config, check_method, check_unknown
+from .adapter_settings import check_config, check_file
+from .claimed_sizes import told_of
 from .records import LabError, read_json
 from .safe_files import check_folder
 from .together import write_together
@@ -78,13 +79,10 @@ def read_config(path: Path) -> "LoraConfig":
     from peft import LoraConfig
     settings = read_json(path)  # whose message names the file
     try:
-        check_method(settings.get("peft_type"))
-        check_unknown(settings)
-        config = LoraConfig.from_pretrained(str(path.parent))
+        check_file(settings)  # before PEFT builds objects of what is refused
+        with told_of("PEFT does not take these settings"): config = LoraConfig.from_pretrained(str(path.parent))
         check_config(config)
     except LabError as e: raise LabError(f"{path}: {e}") from None
-    except (AttributeError, ImportError, TypeError, ValueError) as e:
-        raise LabError(f"{path}: PEFT does not take these settings ({e})") from None
     return config
 
 # %% ../nbs/reference/adapter_files.ipynb #a112fa35

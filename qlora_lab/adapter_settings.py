@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DONE', 'NO_SAY', 'WHY', 'IN_THE_BASE', 'INITIALIZERS', 'KINDS', 'PATTERNED', 'check_kinds', 'check_method',
-           'check_config', 'check_unknown']
+           'check_left_out', 'check_config', 'check_unknown', 'check_file']
 
 # %% ../nbs/reference/adapter_settings.ipynb #c11a8a99
 # The fields of peft.LoraConfig (PEFT 0.21): what is done, what has no effect, what is refused.
@@ -26,6 +26,7 @@ __all__ = ['DONE', 'NO_SAY', 'WHY', 'IN_THE_BASE', 'INITIALIZERS', 'KINDS', 'PAT
 import re
 from dataclasses import fields
 from math import isfinite
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from .records import LabError
@@ -73,7 +74,9 @@ def _check_initializer(value: bool | str) -> None:
 
 # %% ../nbs/reference/adapter_settings.ipynb #f8854ec1
 def _whole(v): return isinstance(v, int) and not isinstance(v, bool) and v >= 1
-def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and isfinite(v)
+def _number(v):
+    if isinstance(v, int): return not isinstance(v, bool) and abs(v) < 2**63  # JSON has some that no float holds
+    return isinstance(v, float) and isfinite(v)
 def _names(v): return isinstance(v, (list, tuple, set)) and all(isinstance(n, str) for n in v)
 def _indices(v): return isinstance(v, (list, tuple)) and all(isinstance(n, int) and n >= 0 for n in v)
 def _table(v, kind): return isinstance(v, dict) and all(isinstance(k, str) and kind(n) for k, n in v.items())
@@ -130,16 +133,21 @@ def check_method(kind: str | None) -> None:
     raise LabError(f"peft_type={kind!r}: the lab reads and trains adapters of the type 'LORA'; use PEFT for this one "
                    "(backend='bnb')")
 
-def check_config(config: "LoraConfig") -> None:
-    "Refuse what the lab's adapters would silently ignore; raises LabError that names field, value, reason and way out."
-    check_method(getattr(config.peft_type, "value", config.peft_type))
-    check_kinds(config)
-    plain = type(config)()
-    for name in (f.name for f in fields(config) if f.name not in DONE | NO_SAY):
-        value = getattr(config, name)
+def check_left_out(settings: dict) -> None:
+    "Refuse values of fields that the lab's adapters would silently ignore."
+    from peft import LoraConfig
+    plain = LoraConfig()
+    for name in (f.name for f in fields(LoraConfig) if f.name not in DONE | NO_SAY):
+        value = settings.get(name)
         if not value or value == getattr(plain, name): continue
         why = WHY.get(name, "not something the lab's adapters do; leave it at its default, or use PEFT")
         raise LabError(f"LoraConfig.{name}={value!r:.200}: {why}")
+
+def check_config(config: "LoraConfig") -> None:
+    "Refuse what the lab's adapters do not do; raises LabError that names field, value, reason and way out."
+    check_method(getattr(config.peft_type, "value", config.peft_type))
+    check_kinds(config)
+    check_left_out({f.name: getattr(config, f.name) for f in fields(config)})
     _check_initializer(config.init_lora_weights)
     if config.bias not in ("none", "all", "lora_only"):
         raise LabError(f"LoraConfig.bias={config.bias!r}: expected 'none', 'all' or 'lora_only'")
@@ -153,3 +161,11 @@ def check_unknown(settings: dict) -> None:
         if name in known or not value: continue
         raise LabError(f"{name}={value!r:.200}: the installed PEFT has no such setting; the adapter was written by "
                        f"PEFT {settings.get('peft_version', 'of an unknown version')}, open it with that one")
+
+def check_file(settings: dict) -> None:
+    "Refuse what a config file must not hold; PEFT calls itself without an end for values of some other kinds."
+    from peft import LoraConfig
+    check_method(settings.get("peft_type"))
+    check_unknown(settings)
+    check_left_out(settings)
+    check_kinds(SimpleNamespace(**vars(LoraConfig()) | settings))

@@ -104,8 +104,11 @@ def stored_kind(
     if method != LAB_METHOD and not quant.get("load_in_4bit"):
         raise LabError(f"{source}: its weights are in bitsandbytes' 8 bits; the lab reads its 4 bits, or take the "
                        "unquantized checkpoint")
-    return Kind(quant.get("bnb_4bit_quant_type", "fp4"), quant.get("blocksize"),
-                bool(quant.get("bnb_4bit_use_double_quant", False)))
+    quant_type, blocksize = quant.get("bnb_4bit_quant_type", "fp4"), quant.get("blocksize")
+    if not isinstance(quant_type, str) or not isinstance(blocksize, int | None):
+        raise LabError(f"{source}/config.json: its weights are in {quant_type!r:.60} with the block size "
+                       f"{blocksize!r:.60}; expected a text and a whole number")
+    return Kind(quant_type, blocksize, bool(quant.get("bnb_4bit_use_double_quant", False)))
 
 # %% ../nbs/reference/admission.ipynb #c0e01bac
 class Wish(NamedTuple):
@@ -124,7 +127,9 @@ def settle_kind(
     if wish.quantize is None: return None
     base, asked = stored or Kind(), Kind(wish.quantize, wish.blocksize, wish.double_quant)
     given = {name: value for name, value in asked._asdict().items() if value not in (None, "auto")}
-    if "quant_type" in given: codebook(given["quant_type"])
+    if "quant_type" in given:
+        if not isinstance(wish.quantize, str): raise LabError(f"quantize={wish.quantize!r:.60}: expected a text")
+        codebook(wish.quantize)
     if stored: hold_wish(source, wish, [stored])
     return base._replace(**given)
 

@@ -185,7 +185,7 @@ class _Plan(_Rows):
 
     def outcome(self) -> dict:
         "What run.json says of how a run ended, and of the step whose adapter it gives."
-        def told(row): return {k: row[k] for k in ("step", "held_out", "held_out_stderr")}
+        def told(row): return {k: row.get(k) for k in ("step", "held_out", "held_out_stderr")}
         said = {"ended": {"step": self.done, "why": self.ended}, "adapter_step": self.done}
         if self.best is None: return said
         return said | {"adapter_step": self.best["step"], "best": told(self.best), "last": told(self.rows[-1])}

@@ -109,7 +109,8 @@ def check_vocabulary(
     model, added = told.get("model"), told.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     found = list(vocabulary.items()) if isinstance(vocabulary, dict) else []
-    found += [(t.get("content"), t.get("id")) for t in added or () if isinstance(t, dict)]
+    added = added if isinstance(added, list) else []  # else the library says what is wrong with it
+    found += [(t.get("content"), t.get("id")) for t in added if isinstance(t, dict)]
     for text, number in found:
         if isinstance(number, int) and number > MOST_TOKENS:
             raise LabError(f"{file}: the token {text!r:.60} has the number {number}; no vocabulary is that large")

@@ -36,6 +36,7 @@ from .manifest_file import MANIFEST, edited, empty, parsed, plain, read_manifest
 from .origins import base_of
 from .provenance import PACKAGES, versions
 from .records import LabError, read_json
+from .run_records import read_record
 from .scoring import Score, improvement
 
 # %% ../nbs/reference/manifest.ipynb #140cb81c
@@ -136,7 +137,7 @@ def history(
 # %% ../nbs/reference/manifest.ipynb #32f0a37a
 def _of_run(folder: Path, base: Mapping | None = None) -> dict:
     "A manifest's content, from the run.json of a run that is done; raises LabError."
-    record = read_json(folder / "run.json")
+    record = read_record(folder)
     if record.get("state") != "done": raise LabError(f"{folder}: a run that is not done; train it to its end first")
     try:
         identity, made = record["identity"], record["provenance"]

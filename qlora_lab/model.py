@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from .admission import Wish
 from .assets import SMOLLM2, quiet
 from .casting import cast
+from .claimed_sizes import told_of
 from .head_loss import place_losses
 from .held import held_tensors
 from .linear4bit import quantize_model
@@ -59,7 +60,8 @@ def load_model(
     device, compute_dtype, dtype = settle(device, compute_dtype, dtype)
     model, tokenizer, kind = open_model(name, wish, backend, compute_dtype, dtype, device)
     if choice: choice = choice_of(model, tokenizer, kind, device, **choice)
-    if kind: cast(quantize_model(model, *kind, compute_dtype, **choice), dtype)
+    if kind:
+        with told_of(name): cast(quantize_model(model, *kind, compute_dtype, **choice), dtype)
     model.requires_grad_(False)
     model.lab_source = str(name)
     if getattr(model, "is_loaded_in_4bit", False): return model.train(), tokenizer  # eval mode would repack it

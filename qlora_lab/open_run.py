@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from .adapter_files import ADAPTER_FILES, check_fits, layer_name, read_tensors
 from .against_file import Stored, stored_files
+from .claimed_sizes import told_of
 from .engine.dispatch import twin
 from .held import four_bit_parts
 from .loading import find_model, kinds_of
@@ -131,13 +132,10 @@ def _taken(model: nn.Module, folder: Path, name: str) -> nn.Module:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # `check_fits` makes an error of it
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # of an adapter that was refused
-        try:
+        with told_of(f"{folder}: PEFT cannot put this adapter on {getattr(model, 'lab_source', 'the model')!r}"):
             if not hasattr(model, "peft_config"): return PeftModel.from_pretrained(model, str(folder), name)
             model.load_adapter(str(folder), name)
             return model
-        except (RuntimeError, ValueError, TypeError, KeyError) as e:
-            raise LabError(f"{folder}: PEFT cannot put this adapter on {getattr(model, 'lab_source', 'the model')!r} "
-                           f"({' '.join(str(e).split())[:200]})") from None
 
 # %% ../nbs/reference/open_run.ipynb #a587d6cb
 def to_answer(model: nn.Module) -> nn.Module:

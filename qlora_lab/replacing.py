@@ -39,12 +39,12 @@ def refuse_unfit(
     layers: dict[str, nn.Module],  # name to layer that is to be quantized
     *kind,                         # quant_type, blocksize, double_quant
 ) -> None:
-    "Raise ValueError that names the first layer whose weight cannot be quantized."
+    "Raise LabError that names the first layer whose weight cannot be quantized."
     for name, layer in layers.items():
         w = weight_of(layer).detach()
         if not w.is_meta and w.numel() and w.abs().max() < SAFE: continue
         try: quantize_4bit(w, *kind)
-        except ValueError as e: raise ValueError(f"layer {name or '(the model itself)'}: {e}") from None
+        except ValueError as e: raise LabError(f"layer {name or '(the model itself)'}: {e}") from None
     if "" in layers: raise ValueError("the model is itself a linear layer; take Linear4bit.from_linear")
 
 # %% ../nbs/reference/replacing.ipynb #e596df53

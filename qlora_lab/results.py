@@ -28,10 +28,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from .cell_folders import CELL, FAILED, MEASURES, CellFolder
+from .cell_folders import CELL, FAILED, MEASURES, CellFolder, settings_in
 from .grids import DEFAULTS, SETTINGS, names
 from .open_run import held_as_told
-from .records import LabError, read_json
+from .records import LabError
+from .run_records import read_record
 from .runs import Run
 from .scoring import Score, improvement
 
@@ -55,9 +56,9 @@ def _base_told(record: dict) -> dict:
 def settings_of(folder: Path) -> dict:
     "The settings of a run: as its sweep wrote them, or as far as its run.json tells."
     swept, done = (folder / CELL).exists(), (folder / "run.json").exists()
-    record = read_json(folder / "run.json") if done or not swept else {}
+    record = read_record(folder) if done or not swept else {}
     if swept:
-        own = DEFAULTS | read_json(folder / CELL)["settings"]
+        own = DEFAULTS | settings_in(folder)
         if own["quant_type"] is None and done:  # the base was handed over
             own |= {k: v for k, v in _base_told(record).items() if own[k] is None}
     else:

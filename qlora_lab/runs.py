@@ -31,7 +31,7 @@ import json
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -41,7 +41,7 @@ from .lora import trainable
 from .methods import CHANGED_BASE, is_full, kept_name
 from .model import memory_bill
 from .records import LabError
-from .run_records import read_metrics, read_record
+from .run_records import part_of, read_metrics, read_record
 from .scoring import Score
 from .settings import TrainConfig
 from .starting_point import adapter_hash
@@ -64,6 +64,10 @@ class RunFolder:
         folder = Path(folder)
         return cls(folder, read_record(folder), read_metrics(folder / "metrics.jsonl"))
 
+    def part(self, name: str) -> Any:
+        "A part of run.json; raises LabError where it is not there."
+        return part_of(self.record, name, self.folder)
+
 # %% ../nbs/reference/runs.ipynb #f803f4b6
 class _Asked(RunFolder):
     "What was trained, and where it lies."
@@ -81,7 +85,7 @@ class _Asked(RunFolder):
     def base(self) -> str:
         "The model that it belongs to: the run's own base, where the start of the adapters changed it."
         own = self.folder / CHANGED_BASE
-        return str(own) if own.is_dir() else self.record["identity"]["model"]
+        return str(own) if own.is_dir() else part_of(self.part("identity"), "model", self.folder)
 
 # %% ../nbs/reference/runs.ipynb #a3e7b04b
 class _Losses(_Asked):
@@ -92,10 +96,10 @@ class _Losses(_Asked):
         return [m["loss"] for m in self.metrics]
 
     @property
-    def before(self) -> Score: return Score(**self.record["before"]["score"])
+    def before(self) -> Score: return Score(**self.part("before")["score"])
 
     @property
-    def after(self) -> Score: return Score(**self.record["after"]["score"])
+    def after(self) -> Score: return Score(**self.part("after")["score"])
 
     @property
     def held_out(self) -> list[tuple[int, float]]:
@@ -114,14 +118,17 @@ class Run(_Losses):
     def answers(self) -> "DataFrame":
         "Held-out prompts with the reference and the answers before and after."
         import pandas as pd
-        return pd.DataFrame(self.record["answers"])
+        return pd.DataFrame(self.part("answers"))
 
     @property
     def memory(self) -> "DataFrame":
         "Bytes by component, beside LoRA on a 16-bit base and full fine-tuning in 16 bit with 32-bit Adam."
         import pandas as pd
         columns = ["this run", "16-bit full"] if self.whole else ["QLoRA", "16-bit LoRA", "16-bit full"]
-        return pd.DataFrame.from_dict(self.record["memory"], orient="index", columns=columns)
+        bill = self.part("memory")
+        if any(len(row) != len(columns) for row in bill.values()):
+            raise LabError(f"{self.folder / 'run.json'}: memory has not {len(columns)} columns; the file was changed")
+        return pd.DataFrame.from_dict(bill, orient="index", columns=columns)
 
     def plot(self) -> "Figure":
         "Losses with the held-out loss and its error, the rate, and what the step held, in one figure."
@@ -179,10 +186,13 @@ def open_folder(folder: Path, identity: dict) -> dict | None:
 def held_open(folder: Path, identity: dict):
     "The record of a run's folder, which no other process may train in meanwhile; a run that is done is only read."
     record = open_folder(folder, identity)
-    if record and record["state"] == "done":
+    if record and part_of(record, "state", folder) == "done":
         yield record
         return
-    with locked(folder): yield open_folder(folder, identity)  # as it is now that nobody else is at work in it
+    with locked(folder):
+        record = open_folder(folder, identity)  # as it is now that nobody else is at work in it
+        for name in ("state", "before", "answers") if record else (): part_of(record, name, folder)  # from its begin on
+        yield record
 
 # %% ../nbs/reference/runs.ipynb #40c0de4f
 def step_memory(

@@ -242,7 +242,7 @@ def test_a_run_gets_its_record(run, trained):
 def test_a_run_that_cannot_have_a_record(run, trained):
     record = json.loads((run / "run.json").read_text())
     for change, told in (({"state": "running"}, "not done"), ({"identity": {}}, "not the whole record"),
-                         ({"after": {}}, "not the whole record")):
+                         ({"after": {}}, "run.json: after is {}, expected a score")):
         (run / "run.json").write_text(json.dumps(record | change))
         with pytest.raises(LabError, match=told): record_run(run)
     gone = record["identity"] | {"model": str(trained / "gone")}

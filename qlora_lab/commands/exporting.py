@@ -33,7 +33,8 @@ from ..engine.gguf_adapters import adapter_to_gguf, beside
 from ..engine.gguf_files import check_out, check_quantizer, check_source, contents, default_out, to_gguf
 from ..engine.gguf_types import BY_LLAMA_CPP, HERE, file_type
 from ..manifest_file import MANIFEST, read_manifest
-from ..records import LabError, read_json
+from ..records import LabError
+from ..run_records import read_record
 from ..together import scratch
 
 # isort: split
@@ -130,7 +131,7 @@ def calibrating(asked: Export) -> list:
 
 def trained_on(folder: Path) -> str | None:
     "The hash of the examples that a run, or the run behind a model, learned from; None where nothing says so."
-    if (folder / "run.json").is_file(): return read_json(folder / "run.json").get("identity", {}).get("data")
+    if (folder / "run.json").is_file(): return read_record(folder).get("identity", {}).get("data")
     return read_manifest(folder)["data"].get("train") if (folder / MANIFEST).is_file() else None
 
 def _write(asked: Export, kind: str, folder: Path, out: Path, examples: list | None) -> Path:

@@ -90,6 +90,26 @@ def test_a_token_with_a_number_out_of_proportion(where, sound, tmp_path):
     assert "no vocabulary is that large" in refused(opened, folder, "tokenizer.json")
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_cannot_be_quantized(odd, sound, tmp_path):
+    "The model and the layer are named."
+    folder = shutil.copytree(sound / "model", tmp_path / "folder")
+    state = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.gate_proj"
+    state[f"{name}.weight"][3, 4] = odd
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert name in refused(opened, folder, "model.safetensors")
+
+
+@pytest.mark.parametrize("added", [1, True, "x", {"a": 1}, [1], [[]]])
+def test_added_tokens_that_are_no_list(added, sound, tmp_path):
+    "Looked through for numbers out of proportion; what they are besides is the library's to refuse."
+    folder = shutil.copytree(sound / "model", tmp_path / "folder")
+    told = json.loads((folder / "tokenizer.json").read_text()) | {"added_tokens": added, "more": [2**31]}
+    written(folder / "tokenizer.json", json.dumps(told))
+    refused(opened, folder, "tokenizer.json")
+
+
 @pytest.mark.parametrize("field, value, told", [
     ("r", 2**31, "rank 2147483648"), ("r", 0, "at least 1"), ("r", "8", "whole number"), ("lora_alpha", [], "finite"),
     ("lora_alpha", float("nan"), "finite"), ("lora_dropout", 1.5, "below 1"), ("target_modules", 5, "names of layers"),
@@ -99,7 +119,9 @@ def test_a_token_with_a_number_out_of_proportion(where, sound, tmp_path):
     ("target_modules", ["q_proj", 1], "names of layers"),
     ("modules_to_save", "lm_head", "names of modules"), ("layers_to_transform", [-1], "numbers of layers"),
     ("use_rslora", "yes", "true or false"), ("bias", [], "bias"), ("peft_type", [], "peft_type"),
-    ("init_lora_weights", {}, "init_lora_weights")])
+    ("init_lora_weights", {}, "init_lora_weights"), ("monteclora_config", {"": ""}, "monteclora_config"),
+    ("arrow_config", {"a": {"b": []}}, "arrow_config"),
+    ("target_parameters", "x", "names of modules"), ("lora_alpha", 10**400, "finite")])
 def test_a_setting_of_an_adapter_of_another_kind(field, value, told, sound, tmp_path):
     folder = shutil.copytree(sound / "adapter", tmp_path / "folder")
     change(folder, "adapter_config.json", **{field: value})

@@ -12,6 +12,7 @@ from qlora_lab.engine.gguf_files import contents, to_gguf
 from qlora_lab.manifest import verify
 from qlora_lab.model import load_model
 from qlora_lab.open_run import open_run
+from qlora_lab.results import results
 from qlora_lab.runs import Run
 from qlora_lab.settings import TrainConfig
 from qlora_lab.train import train
@@ -91,6 +92,56 @@ def test_a_record_that_was_changed(file, done, tmp_path):
     looked_at(done)
     said = sayings(looked_at, done, file, 40, tmp_path / "run")
     assert sum(s is not None for s in said) > 8
+
+
+SCORE = {"sums": [1.0, 10**400], "tokens": [1, 1], "groups": ["a", "b"]}
+ODD_PARTS = [
+    ("before", {"score": SCORE}), ("after", {"score": SCORE}), ("memory", {"codes": [1]}),
+    ("memory", {"codes": [10**400] * 3}), ("base", {"held": {"quantize": ["a", 1]}}), ("base", {"held": {"": ""}}),
+    ("base", {"held": {"blocksize": 10**400}}), ("base", {"held": {}, "mark": [1]}), ("answers", [{"reference": "a"}]),
+    ("ended", {"step": None}), ("steps", "x"), ("peak_memory_gib", None), ("provenance", {"command": 1}),
+    ("before", ...), ("after", ...), ("memory", ...), ("answers", ...), ("identity", ...), ("identity", {})]
+
+
+@pytest.mark.parametrize("name, value", ODD_PARTS, ids=range(len(ODD_PARTS)))
+def test_an_odd_part_of_a_record(name, value, done, tmp_path):
+    "Of another kind, too large a number, or not there: the file and the part are named where it is asked for."
+    record = json.loads((done / "run.json").read_text()) | {name: value}
+    (tmp_path / "run").mkdir()
+    written(tmp_path / "run/run.json", as_text({k: v for k, v in record.items() if v is not ...}))
+    assert name in refused(looked_at, tmp_path / "run", "run.json") or name == "identity"
+
+
+SWEPT = [("cell.json", {"settings": []}), ("cell.json", {}), ("run.json", {"identity": []}),
+         *(("measures.json", {"measures": odd}) for odd in (
+             [], {"a": {"score": SCORE}}, {"a": {"value": "x"}}, {"a": {"score": {}}}))]
+
+
+@pytest.mark.parametrize("file, content", SWEPT, ids=range(len(SWEPT)))
+def test_an_odd_file_of_a_cell(file, content, done, tmp_path):
+    "What a sweep puts beside a run, and the run's own record, as its table reads them."
+    folder = shutil.copytree(done, tmp_path / "run")
+    assert len(results(folder)) == 1
+    written(folder / file, as_text(content))
+    refused(results, folder, file)
+
+
+@pytest.mark.parametrize("name", ["state", "before", "answers"])
+def test_going_on_needs_what_each_run_has(name, half, trained, tmp_path):
+    folder = shutil.copytree(half, tmp_path / "run")
+    record = json.loads((folder / "run.json").read_text())
+    written(folder / "run.json", as_text({k: v for k, v in record.items() if k != name}))
+    assert f"says nothing of {name!r}" in refused(trained, folder, "run.json")
+
+
+@pytest.mark.parametrize("name, value", [("seconds", ...), ("lr", ...), ("tokens", 10**400), ("step", 1.0),
+                                         ("loss", None), ("held_out_stderr", "x")])
+def test_an_odd_line_of_metrics(name, value, half, trained, tmp_path):
+    folder = shutil.copytree(half, tmp_path / "run")
+    first, *more = (folder / "metrics.jsonl").read_text().splitlines()
+    row = {k: v for k, v in (json.loads(first) | {name: value}).items() if v is not ...}
+    written(folder / "metrics.jsonl", "\n".join([as_text(row), *more]) + "\n")
+    assert "metrics.jsonl:1" in refused(trained, folder, "metrics.jsonl")
 
 
 @pytest.mark.parametrize("file", ["run.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"])
