@@ -401,7 +401,7 @@ def test_two_adapters_by_name(run, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("words, said", [
     (["{tmp}/gone"], "no run and no model here"), (["nowhere"], "no run and no model here"),
     (["{tmp}"], "no run and no model here"), (["{undone}"], "this run is not done"),
-    (["{run}", "--prompt", " "], "the prompt is empty"), (["{run}", "--max-new-tokens", "0"], "expected at least 1"),
+    (["{run}", "--prompt", " "], "expected text"), (["{run}", "--max-new-tokens", "0"], "expected at least 1"),
     (["{run}", "--temperature", "-1"], "expected 0, or a positive number"),
     (["{run}", "--temperature", "nan"], "expected 0, or a positive number"),
     (["{base}", "--compare"], "has no adapter beside its base"),
