@@ -214,7 +214,7 @@ class _Back(_Plan):
     ) -> bool:
         "Bring the model to where it was before a step; False where there is no way."
         if (start := self.rewind()) is None: return False
-        if sum(row["seconds"] for row in self.rows[start:step]) < patience:
+        if by_first(lambda: sum(row["seconds"] for row in self.rows[start:step]) < patience):
             for k in range(start, step): take(k)
         return True
 

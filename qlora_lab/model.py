@@ -37,6 +37,7 @@ from .held import held_tensors
 from .linear4bit import quantize_model
 from .loading import choice_of, open_model, settle
 from .records import LabError
+from .shards import is_sharded
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -88,7 +89,8 @@ def answer(
                       return_token_type_ids=False).to(next(model.parameters()).device)
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     with quiet():
-        out = model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **greedy)
+        out = model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+                             synced_gpus=is_sharded(model), **greedy)
     new = out[:, batch.input_ids.shape[1]:]
     return [t.strip() for t in tokenizer.batch_decode(new, skip_special_tokens=True)]
 

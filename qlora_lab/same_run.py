@@ -26,18 +26,20 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
+from .checkpointing import checkpoint_layers
 from .dealing import check_shares
 from .engine.dispatch import faster, twin
 from .locks import check_standing
 from .lora import trainable
-from .methods import save_trained
+from .methods import is_full, kept_name, save_trained
+from .open_run import base_as_held
 from .processes import agree, by_first, hash_of, is_first, world
 from .provenance import versions
 from .records import LabError, write_whole
 from .runs import held_open
-from .settings import as_json
+from .settings import FROM_THE_WEIGHT, as_json
 from .watching import Watcher, Watchers, watched
 
 if TYPE_CHECKING:
@@ -52,20 +54,26 @@ def check_group(
     if config.sharding == "full" and world() == 1:
         raise LabError("sharding='full': one process has nobody to share the base with; start several, with "
                        "torchrun --nproc-per-node 2 -m qlora_lab train ..., or leave it out")
+    agree(as_json(config) | identity | {"versions": versions()})
     check_shares(config)
-    agree(identity | as_json(config) | {"versions": versions()})
+
+# %% ../nbs/reference/same_run.ipynb #8b712a0c
+def _frozen(model: nn.Module) -> list[Tensor]:
+    return [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
 
 def in_group(model: nn.Module, config: "TrainConfig") -> nn.Module:
     """The model ready to train with the others': its base shared out where that is asked for; raises LabError, in all
     processes, where what learns does not begin with the same bytes."""
     if world() == 1: return model
-    agree({"hash of what learns": hash_of(trainable(model))})
+    agree({"base": base_as_held(model), "hash of what learns": hash_of(trainable(model))})
+    if config.init in FROM_THE_WEIGHT: agree({"hash of the changed base": hash_of(_frozen(model))})
     device = next(model.parameters()).device
     if config.sharding == "none": return model
     if twin("shard_base", device.type) is None:
         raise LabError(f"sharding='full': nothing shares a base out on {device.type}; leave it out")
     model = faster("shard_base", device, model, None, config.offload)  # nbs/engine/sharded_base
     now = next(model.parameters()).device
+    if config.checkpointing: checkpoint_layers(model, True, config.checkpointed_layers or None, config.checkpoints_in)
     if now.type != device.type: faster("fuse_layers", now, model)  # it was opened in host memory
     return model
 
@@ -86,10 +94,13 @@ def write_record(folder: Path, record: dict) -> None:
     "run.json, by the first process; raises LabError where the folder has lost its name."
     if not is_first(): return
     check_standing(folder)
-    write_whole(folder / "run.json", json.dumps(record, indent=1))
+    several = {"processes": world()} if world() > 1 else {}
+    write_whole(folder / "run.json", json.dumps(record | several, indent=1))
 
 def keep_trained(model: nn.Module, tokenizer, folder: Path, last: bool = False) -> None:
     "What was trained, by the first process; raises LabError where the folder has lost its name."
-    if not is_first(): return
-    check_standing(folder)
-    save_trained(model, tokenizer, folder, last)
+    if is_first():
+        check_standing(folder)
+        save_trained(model, tokenizer, folder, last)
+    elif is_full(model) and not last:
+        model.lab_before, model.lab_source = getattr(model, "lab_source", "?"), str(folder / kept_name("full"))

@@ -82,6 +82,7 @@ def score(
     model: nn.Module,
     tokens: list,         # of `tokenize`
     batch_size: int = 8,
+    in_turns: bool = False,  # each process does some of it; all must ask
 ) -> Score:
     "Held-out loss over the answers' tokens."
     def sums(part):
@@ -89,7 +90,8 @@ def score(
         zeros = torch.zeros(len(part), dtype=torch.float64, device=losses.device)
         return zeros.index_add_(0, rows, losses.double()).tolist()
     parts = [tokens[i:i + batch_size] for i in range(0, len(tokens), batch_size)]
-    with dropout_off(model): nats = tuple(n for found in by_turns(sums, parts) for n in found)
+    with dropout_off(model): done = by_turns(sums, parts) if in_turns else list(map(sums, parts))
+    nats = tuple(n for found in done for n in found)
     return Score(nats, tuple(int(t.mask[1:].sum()) for t in tokens), tuple(t.example.stays_with for t in tokens))
 
 @contextmanager
@@ -117,7 +119,7 @@ def attach_adapters(
     device = next(model.parameters()).device
     if config.init in FROM_THE_WEIGHT: begin_from_weight(model, config, learn)
     if config.init_adapter: take_over(model, config)
-    if config.checkpointing:
+    if config.checkpointing and config.sharding == "none":  # else once the base lies where it will
         checkpoint_layers(model, layers=config.checkpointed_layers or None, where=config.checkpoints_in)
     faster("fuse_layers", device, model)
     return trim_between_layers(model) if device.type == "cpu" else model
@@ -186,7 +188,7 @@ def run_steps(log: Log, learn: list, held: list, watchers: Watchers) -> None:
     for step in log.to_come():
         if aware and step == log.turn: through_quantizer(model)
         row = one_step(model, log.optimizer, learn, config, step)
-        if log.is_due(step + 1): row |= measured(score(model, held))
+        if log.is_due(step + 1): row |= measured(score(model, held, in_turns=True))
         try: log.add(row)
         except NotFinite as e: raise _explained(e, log, learn, held) from None
         watchers.told_of(row)
@@ -206,7 +208,7 @@ def begin(
 
 def _sound(model: nn.Module, held: list, when: str) -> dict:
     "The held-out loss as run.json has it; raises NotFinite with the examples and the layer at fault."
-    try: return recorded(score(model, held), when)
+    try: return recorded(score(model, held, in_turns=True), when)
     except NotFinite as e: raise located(e, model, held, _surprise(model)) from None
 
 def _surprise(model: nn.Module): return lambda some: answer_losses(model, collate(some))[0]

@@ -16,15 +16,16 @@ from torch import nn
 
 from qlora_lab import cli
 from qlora_lab.checkpoints import saved_step
+from qlora_lab.commands import training
 from qlora_lab.data import collate, encode
 from qlora_lab.dealing import dealt, learned
 from qlora_lab.lora import add_lora, trainable
 from qlora_lab.model import load_model
 from qlora_lab.nonfinite import first_odd
-from qlora_lab.processes import hash_of, rank, sum_gradients, world
+from qlora_lab.processes import by_first, hash_of, rank, sum_gradients, world
 from qlora_lab.records import LabError
 from qlora_lab.settings import TrainConfig
-from qlora_lab.train import attach_adapters, summed_loss, train
+from qlora_lab.train import attach_adapters, score, summed_loss, train
 
 lesson = import_module("qlora_lab.train")
 SHORT = dict(steps=20, batch_size=3, accumulation=2, rank=4, eval_examples=8, eval_prompts=1, lr=2e-3, eval_every=10)
@@ -195,6 +196,37 @@ def test_a_mistake_is_said_once(tiny, jsonl, tmp_path):
     assert code and len(said) == 1 and "2 processes cannot share 3 examples" in said[0], said
 
 
+class Odd(Exception):
+    "An error that cannot travel."
+    def __init__(self, one, two): super().__init__(f"{one} {two}")
+
+
+def of_one_alone(tiny, data):
+    "What the first process may do by itself, and how its error comes to all."
+    model, tokenizer = load_model(tiny, compute_dtype=torch.float32, device="cpu")
+    held = encode(tokenizer, data.held_out[:3], 256, "refuse", say=lambda line: None)
+    alone = score(model, held).loss if rank() == 0 else None  # as a watcher would: the others go on
+    def fails(): raise Odd("not", "picklable")
+    try: by_first(fails)
+    except (LabError, Odd) as e: return by_first(lambda: alone), score(model, held, in_turns=True).loss, str(e)
+
+
+def test_what_one_does_alone_and_what_all_do(group, tiny, data):
+    (alone, shared, said), other = group(2, of_one_alone, tiny, data)
+    assert (alone, shared) == other[:2] and alone == pytest.approx(shared, abs=1e-5)
+    assert said == other[2] == "Odd: not picklable"
+
+
+def test_a_base_for_cards_is_opened_in_host_memory_as_a_card_would_hold_it(monkeypatch):
+    "The types are those of the card, the place is not; without sharing it is the card."
+    seen = []
+    monkeypatch.setattr("qlora_lab.commands.planning.best_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(training, "load_model", lambda *args, **how: seen.append((*args[3:], how["device"].type)))
+    for sharding in ("full", "none"):
+        training._open_model(training.Train(training=training.RunOptions(sharding=sharding)), torch.device("cuda"))
+    assert seen == [(torch.bfloat16, torch.bfloat16, "cpu"), (None, None, "cuda")]
+
+
 def by_torch(tiny, data):
     "One step's gradients by DistributedDataParallel and by the lab's sum."
     model, tokenizer = load_model(tiny, compute_dtype=torch.float32, device="cpu")
@@ -228,12 +260,14 @@ def differing(tiny, data, folder, what):
     "The second process has something else."
     config, other = TrainConfig(folder=str(folder), **SHORT), what if rank() == 1 else None
     if other == "seed": config = replace(config, seed=1)
+    def other_base(model): return {"held": {}, "mark": "of another file"}
     if other == "data": data = replace(data, train=data.train[1:])
     def old(): return {"torch": "1.0"}
     def by_chance(model, lora, seed, dtype): return add_lora(model, lora, 7, dtype)
     model, tokenizer = load_model(tiny, compute_dtype=torch.float32, device="cpu")
     with ExitStack() as changed:
         if other == "versions": changed.enter_context(patch("qlora_lab.same_run.versions", old))
+        if other == "base": changed.enter_context(patch("qlora_lab.same_run.base_as_held", other_base))
         if other == "adapters": changed.enter_context(patch.object(lesson, "add_lora", by_chance))
         try: train(model, tokenizer, data, config, progress=False)
         except LabError as e: return str(e)
@@ -241,7 +275,7 @@ def differing(tiny, data, folder, what):
 
 @pytest.mark.parametrize(("what", "named"), [
     ("seed", "another seed (1) than process 0 (0)"), ("data", "another data"), ("versions", "another versions"),
-    ("adapters", "hash of what learns")])
+    ("base", "another base"), ("adapters", "hash of what learns")])
 def test_what_differs_is_refused_before_the_first_step(what, named, group, tiny, data, tmp_path):
     "By all processes, in one sentence; nothing is written."
     said = group(2, differing, tiny, data, tmp_path / "run", what)

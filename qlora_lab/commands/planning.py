@@ -43,6 +43,7 @@ from ..engine.portion import Spread
 from ..engine.rehearsal import Settings
 from ..engine.scaling import in_words
 from ..loading import best_dtype, find_model, open_tokenizer
+from ..processes import world
 from ..records import LabError
 from ..settings import TrainConfig, gib_of
 
@@ -229,4 +230,5 @@ def plan_of_run(
     else:
         used = 0
         there = torch.cuda.mem_get_info(device)[0] + CONTEXT_GIB * 2 ** 30  # the context is there already
-    return plan(model, there / 2 ** 30, asked.model, used, **step)
+    several = {"cards": world(), "sharding": config.sharding, "offload": config.offload} if world() > 1 else {}
+    return plan(model, there / 2 ** 30, asked.model, used, **step, **several)

@@ -39,7 +39,7 @@ from ..loading import best_device, find_model
 from ..locks import check_free
 from ..model import load_model
 from ..open_run import hold_mark
-from ..processes import by_first, is_first, joined, own_card, world
+from ..processes import by_first, is_first, joined, own_card, own_number, world
 from ..rates import steps_of
 from ..records import LabError
 from ..runs import Run, fingerprint, open_folder
@@ -177,17 +177,26 @@ def announce(
 def _open_model(asked: Train, device: torch.device):
     "The model that the options name."
     wish = wish_of(asked)
-    if asked.training.sharding == "full": device = torch.device("cpu")  # no card need hold it whole
-    return load_model(asked.model, wish.quantize, asked.backend, wish.compute_dtype, device=device,
+    compute, dtype, place = wish.compute_dtype, None, device
+    if asked.training.sharding == "full":  # in host memory, as a card would hold it: none need hold it whole
+        compute, place = held_in(asked, device)[1], torch.device("cpu")
+        dtype = compute if device.type == "cuda" else None
+    return load_model(asked.model, wish.quantize, asked.backend, compute, dtype, device=place,
                       double_quant=wish.double_quant)
 
 # %% ../../nbs/commands/training.ipynb #bda7ccf3
 def start(asked: Train) -> int:
     "Train, or go on, or show a finished run again, in each process that a launcher started; the exit code."
     device = own_card(device_of_run(asked.device))
-    with joined(device):
-        if is_first(): return _start(asked, device)
-        with redirect_stdout(open(os.devnull, "w")): return _start(asked, device)
+    try:
+        with joined(device):
+            if is_first(): return _start(asked, device)
+            with redirect_stdout(open(os.devnull, "w")): return _start(asked, device)
+    except KeyboardInterrupt as e:  # outside of the group, which nobody waits for any more
+        if not e.args: raise
+        goes_on = f"goes on from step {step}" if (step := saved_step(Path(e.args[0]))) else "starts again"
+        if not own_number(): print(f"\nqlora-lab: stopped; the same command {goes_on}", file=sys.stderr)
+        return 130
 
 # %% ../../nbs/commands/training.ipynb #c9affd72
 def _start(asked: Train, device: torch.device) -> int:
@@ -197,11 +206,7 @@ def _start(asked: Train, device: torch.device) -> int:
     by_first(lambda: check_free(folder))  # before a model is loaded; `train` holds the folder
     print(announce(asked, config, data, what, device), flush=True)
     try: run = _trained(asked, config, data, device)
-    except KeyboardInterrupt:
-        step = saved_step(folder)
-        goes_on = f"goes on from step {step}" if step else "starts again"
-        if is_first(): print(f"\nqlora-lab: stopped; the same command {goes_on}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt: raise KeyboardInterrupt(folder) from None
     print()
     show(*report(run).renderables)
     return 0
