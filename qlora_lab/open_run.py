@@ -73,7 +73,7 @@ def held_as_told(
     identity = record["identity"]
     how = {k: getattr(torch, identity[k].removeprefix("torch."), None) for k in ("dtype", "compute_dtype")}
     how |= {"backend": identity["backend"]}
-    if "base" in record: return how | record["base"]["held"]
+    if "held" in record.get("base", {}): return how | record["base"]["held"]
     said = identity["quantization"]
     if said is None: return how | {"quantize": "auto" if "4-bit codes" in record.get("memory", {}) else None}
     if not (ours := _OURS.fullmatch(said)): return how | _kind_of_theirs(record)

@@ -111,7 +111,6 @@ def read_record(
     record = read_json(file)
     _check(file, record, KINDS)
     for part, kinds in INSIDE.items(): _check(file, record.get(part, {}), kinds, f" in {part}")
-    if "held" not in record.get("base", {"held": {}}): raise LabError(f"{file}: base does not say how it is held")
     return record
 
 def part_of(record: dict, name: str, folder: str | Path) -> Any:
