@@ -9,7 +9,7 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'saved_step', 'best_path', 'rea
 # %% ../nbs/reference/checkpoints.ipynb #c8bcd992
 # A run on its way, in files from which it goes on to the byte.
 #
-#     metrics.jsonl                    a line a step, as `one_step` makes it; held_out and held_out_stderr where measured
+#     metrics.jsonl                    a line a step, as `one_step` makes it; with held_out, held_out_stderr if measured
 #     checkpoint/state.safetensors     adapter.* or model.*, optimizer.* and the number of the step, in one file
 #     checkpoint/best-12.safetensors   the adapter of step 12, which had the best held-out loss so far
 #
