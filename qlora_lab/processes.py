@@ -68,6 +68,7 @@ def _numbers() -> tuple[int, int, int]:
     if not 0 <= rank < world: raise LabError(f"RANK={rank}: expected 0 to {world - 1}, as WORLD_SIZE says")
     return rank, world, local
 
+# %% ../nbs/reference/processes.ipynb #7dac8f9c
 def own_number() -> int:
     "What a launcher calls this process, in a group or not; 0 where none has started it."
     told = os.environ.get("RANK", "0")
