@@ -9,29 +9,22 @@ from torch._C._profiler import _EventType
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qlora_lab.engine.gathered import bytes_held
 from qlora_lab.lora import trainable
 from qlora_lab.processes import sum_gradients, world
+from qlora_lab.scale import Wire
 from qlora_lab.train import summed_loss
 
 SIZES = [1 << n for n in range(20, 31, 2)]  # bytes that a card has after a collective
 
 
-class Received(TorchDispatchMode):
-    "Bytes that collectives bring to this process, by kind; a ring's for a sum."
-    def __init__(self):
-        super().__init__()
-        self.bytes = {"gathers": 0, "sums": 0}
+class Received(Wire):
+    "Bytes that collectives bring to this process, by kind."
+    KINDS = {"allgather": "gathers", "allreduce": "sums"}
 
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        name, tensors = str(op), [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
-        if "allgather" in name: self.bytes["gathers"] += tensors[0].nbytes - tensors[1].nbytes
-        cards = dist.get_world_size()
-        if "allreduce" in name: self.bytes["sums"] += 2 * (tensors[0].nbytes * (cards - 1) // cards)
-        return op(*args, **(kwargs or {}))
+    @property
+    def bytes(self): return {kind: sum(n for k, n in self.events if k == kind) for kind in self.KINDS.values()}
 
 
 def held(model):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANGED_BASE', 'lora_config', 'by_peft', 'begin_from_weight', 'is_full', 'train_all', 'trained_tensors',
-           'trained_state', 'base_of', 'kept_name', 'save_trained', 'save_whole']
+           'trained_state', 'base_of', 'kept_name', 'hash_of', 'save_trained', 'save_whole']
 
 # %% ../nbs/reference/methods.ipynb #fb28b267
 # What a run trains, and what it leaves in its folder.
@@ -24,6 +24,8 @@ __all__ = ['CHANGED_BASE', 'lora_config', 'by_peft', 'begin_from_weight', 'is_fu
 
 # %% ../nbs/reference/methods.ipynb #2a83cea8
 import shutil
+from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,6 +122,14 @@ def kept_name(method: str, last: bool = False) -> str:  # last: of the last step
     "The folder in which a run leaves what it has trained."
     name = "model" if method == "full" else "adapter"
     return f"last_{name}" if last else name
+
+# %% ../nbs/reference/methods.ipynb #a2c57a25
+def hash_of(tensors: Iterable[Tensor]) -> str:  # 12 hex digits
+    "Of some tensors' bytes, whatever they are called and in whatever order they come."
+    def one(t):
+        flat = t.detach().cpu().contiguous().reshape(-1)
+        return sha256(f"{tuple(t.shape)} {t.dtype}".encode() + flat.view(torch.uint8).numpy().tobytes()).hexdigest()
+    return sha256("".join(sorted(map(one, tensors))).encode()).hexdigest()[:12]
 
 # %% ../nbs/reference/methods.ipynb #63613f28
 def save_trained(

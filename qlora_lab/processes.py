@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'rank', 'world', 'is_first', 'launched', 'own_number', 'own_card', 'joined', 'total_of', 'flat_pieces',
-           'sum_gradients', 'gathered', 'by_first', 'hash_of', 'agree']
+           'sum_gradients', 'gathered', 'by_first', 'agree']
 
 # %% ../nbs/reference/processes.ipynb #3f4d646c
 # The group of processes that train together, by torch.distributed.
@@ -194,12 +194,6 @@ def by_first(work: Callable):
     return told[0]
 
 # %% ../nbs/reference/processes.ipynb #077b529c
-def hash_of(tensors: Iterable[Tensor]) -> str:
-    "16 hex digits of the bytes of some tensors."
-    digest = hashlib.sha256()
-    for t in tensors: digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
 def agree(what: dict[str, object]) -> None:
     "Raise LabError, in all processes, where one has something else than the first under a name."
     lines = {name: json.dumps(value, sort_keys=True, default=str) for name, value in what.items()}

@@ -33,9 +33,9 @@ from .dealing import check_shares
 from .engine.dispatch import faster, twin
 from .locks import check_standing
 from .lora import trainable
-from .methods import is_full, kept_name, save_trained
+from .methods import hash_of, is_full, kept_name, save_trained
 from .open_run import base_as_held
-from .processes import agree, by_first, hash_of, is_first, world
+from .processes import agree, by_first, is_first, world
 from .provenance import versions
 from .records import LabError, write_whole
 from .runs import held_open
@@ -67,8 +67,8 @@ def in_group(model: nn.Module, config: "TrainConfig") -> nn.Module:
     if world() == 1: return model
     agree({"base": base_as_held(model), "hash of what learns": hash_of(trainable(model))})
     if config.init in FROM_THE_WEIGHT: agree({"hash of the changed base": hash_of(_frozen(model))})
-    device = next(model.parameters()).device
     if config.sharding == "none": return model
+    device = next(model.parameters()).device
     if twin("shard_base", device.type) is None:
         raise LabError(f"sharding='full': nothing shares a base out on {device.type}; leave it out")
     model = faster("shard_base", device, model, None, config.offload)  # nbs/engine/sharded_base

@@ -31,7 +31,6 @@ from importlib import import_module
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,8 +40,9 @@ from .dealing import learned, passes
 from .double_quant import QuantizedTensor
 from .linear4bit import Linear4bit
 from .lora import trainable
+from .methods import hash_of
 from .model import load_model
-from .processes import hash_of, joined, rank, world
+from .processes import joined, rank, world
 from .rates import make_optimizer
 from .records import LabError
 from .same_run import in_group
@@ -147,15 +147,15 @@ class Wire(TorchDispatchMode):
     @staticmethod
     def bytes_of(short: str, args: tuple) -> int:
         "What comes in: the others' parts; of a sum in a ring, twice the share of the others."
-        first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
-        others = (world() - 1) / world()
-        return round(first.nbytes * others * (2 if short == "allreduce" else 1))
+        tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+        others = sum(t.nbytes for t in tensors) * (world() - 1) // world()
+        return 2 * others if short == "allreduce" else others
 
 # %% ../nbs/15_scale.ipynb #89142b7a
 def own_part(t: Tensor) -> Tensor:
     "This process's run of a tensor's bytes, the last one filled up with zeros."
     flat = t.detach().contiguous().view(-1).view(torch.uint8)
-    return F.pad(flat, (0, -len(flat) % world())).chunk(world())[rank()].clone()
+    return nn.functional.pad(flat, (0, -len(flat) % world())).chunk(world())[rank()].clone()
 
 def gathered(part: Tensor, like: Tensor) -> Tensor:
     "All parts, as the tensor that they were."
@@ -186,7 +186,7 @@ class SpreadMatMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        return F.linear(x, layer.whole().dequantize(x.dtype))
+        return nn.functional.linear(x, layer.whole().dequantize(x.dtype))
 
     @staticmethod
     def backward(ctx, grad): return grad @ ctx.layer.whole().dequantize(grad.dtype), None

@@ -174,8 +174,8 @@ def test_a_live_resume_without_a_checkpoint(sick):
 
 
 def test_a_checkpoint_is_read_once(healthy, monkeypatch):
-    opened, real = [], resume_organ._opened
-    monkeypatch.setattr(resume_organ, "_opened", lambda path: opened.append(path) or real(path))
+    opened, real = [], resume_organ.read_state
+    monkeypatch.setattr(resume_organ, "read_state", lambda path: opened.append(path) or real(path))
     assert names(look_at_resume(Run.load(healthy), checkpoint_marks(healthy))) == [] and len(opened) == 2  # one is ours
 
 

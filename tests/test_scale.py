@@ -20,9 +20,10 @@ from qlora_lab.commands import training
 from qlora_lab.data import collate, encode
 from qlora_lab.dealing import dealt, learned
 from qlora_lab.lora import add_lora, trainable
+from qlora_lab.methods import hash_of
 from qlora_lab.model import load_model
 from qlora_lab.nonfinite import first_odd
-from qlora_lab.processes import by_first, hash_of, rank, sum_gradients, world
+from qlora_lab.processes import by_first, rank, sum_gradients, world
 from qlora_lab.records import LabError
 from qlora_lab.settings import TrainConfig
 from qlora_lab.train import attach_adapters, score, summed_loss, train
