@@ -24,7 +24,7 @@ __all__ = ['ALIKE', 'Spread', 'share', 'Piece', 'Pieces', 'frozen_pieces', 'summ
 #
 # Accelerate and DeepSpeed have estimators of this kind for 16-bit weights; none knows codes, statistics, or prefetch.
 #
-# Built in nbs/engine/portion.ipynb, for lesson 12.
+# Built in nbs/engine/portion.ipynb, for lesson 15.
 
 # %% ../../nbs/engine/portion.ipynb #068cf383
 import json

@@ -22,7 +22,7 @@ __all__ = ['RATE', 'DECODING', 'STARTING', 'WIRES', 'BUS', 'IN_A_HOST', 'COMMUNI
 # Estimates elsewhere divide a model's bytes by a data sheet's bandwidth, both directions together. One direction counts
 # here, and a ring's factors.
 #
-# Built in nbs/engine/scaling.ipynb, for lesson 12.
+# Built in nbs/engine/scaling.ipynb, for lesson 15.
 
 # %% ../../nbs/engine/scaling.ipynb #80ffbde9
 import json
