@@ -11,7 +11,7 @@ __all__ = ['PIECE', 'rank', 'world', 'is_first', 'launched', 'own_number', 'own_
 #
 # `joined` makes the group that a launcher has prepared, NCCL between cards, gloo between CPUs, for the length of a
 # block. `rank`, `world` and `is_first` say where one is. `by_first` lets the first process alone do what touches files:
-# all get what it made, and raise what it raised. `agree` compares what each has by a hash, and names the first
+# all get what it made, or raise its words. `agree` compares what each has by a hash, and names the first
 # process and the first name that differ. `sum_gradients` adds up gradients in flat pieces, once a step.
 #
 # DistributedDataParallel of torch does the same sum in buckets, hooked to autograd's accumulation. Adapters are small,
@@ -26,7 +26,6 @@ __all__ = ['PIECE', 'rank', 'world', 'is_first', 'launched', 'own_number', 'own_
 import hashlib
 import json
 import os
-import pickle
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from datetime import timedelta
@@ -178,19 +177,15 @@ def gathered(value) -> list:
     return every
 
 # %% ../nbs/reference/processes.ipynb #855525ad
-def _travels(e: Exception) -> bool:
-    try: return type(pickle.loads(pickle.dumps(e))) is type(e)
-    except Exception: return False
-
 def by_first(work: Callable):
-    "What the first process makes, in all of them; what it raises, all raise."
+    "What the first process makes, in all of them; where it raises, the others raise its words as a LabError."
     if world() == 1: return work()
-    told = [None, None]
+    told, own = [None, None], None
     if is_first():
         try: told[0] = work()
-        except Exception as e: told[1] = e if _travels(e) else LabError(f"{type(e).__name__}: {e}")
+        except Exception as e: own, told[1] = e, str(e) if isinstance(e, LabError) else f"{type(e).__name__}: {e}"
     dist.broadcast_object_list(told, src=0)
-    if told[1] is not None: raise told[1]
+    if told[1] is not None: raise own or LabError(told[1])
     return told[0]
 
 # %% ../nbs/reference/processes.ipynb #077b529c

@@ -198,7 +198,7 @@ def test_a_mistake_is_said_once(tiny, jsonl, tmp_path):
 
 
 class Odd(Exception):
-    "An error that cannot travel."
+    "An error that other processes may not know."
     def __init__(self, one, two): super().__init__(f"{one} {two}")
 
 
@@ -207,7 +207,7 @@ def of_one_alone(tiny, data):
     model, tokenizer = load_model(tiny, compute_dtype=torch.float32, device="cpu")
     held = encode(tokenizer, data.held_out[:3], 256, "refuse", say=lambda line: None)
     alone = score(model, held).loss if rank() == 0 else None  # as a watcher would: the others go on
-    def fails(): raise Odd("not", "picklable")
+    def fails(): raise Odd("not", "known")
     try: by_first(fails)
     except (LabError, Odd) as e: return by_first(lambda: alone), score(model, held, in_turns=True).loss, str(e)
 
@@ -215,7 +215,7 @@ def of_one_alone(tiny, data):
 def test_what_one_does_alone_and_what_all_do(group, tiny, data):
     (alone, shared, said), other = group(2, of_one_alone, tiny, data)
     assert (alone, shared) == other[:2] and alone == pytest.approx(shared, abs=1e-5)
-    assert said == other[2] == "Odd: not picklable"
+    assert (said, other[2]) == ("not known", "Odd: not known")
 
 
 def test_a_base_for_cards_is_opened_in_host_memory_as_a_card_would_hold_it(monkeypatch):
