@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import searched
 from qlora_lab import cli
+from qlora_lab.assets import smollm2_folder
 from qlora_lab.engine.known_models import model_config
 from qlora_lab.engine.planner import plan
 from qlora_lab.records import LabError, printable
@@ -20,7 +21,13 @@ WORDS = ("", " ", "-1", "0", "1", "nan", "inf", "-inf", "1e999", "9" * 5000, "0x
          "true", "..", "../x", "/", "~", "a\0b", "\udcff", "\x1b[2J", "--", "--help=", "@x", "'", "%s", "{}", "\n",
          "é" * 300)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "converted")
+
+
+@pytest.fixture(scope="module")
+def converted():
+    "The course's model is there: to convert it takes longer than a wrong line may."
+    smollm2_folder()
 
 
 def names(command):
