@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from .cell_folders import CELL, FAILED, MEASURES, CellFolder, settings_in
 from .grids import DEFAULTS, SETTINGS, names
-from .open_run import held_as_told
+from .open_run import HELD_BY, held_as_told
 from .records import LabError
 from .run_records import read_record
 from .runs import Run
@@ -45,7 +45,7 @@ LOSS, UNIT = "held-out loss", "nats/token"
 def _base_told(record: dict) -> dict:
     "How the base of a run was held, as far as its run.json tells."
     identity = record.get("identity", {})
-    held = held_as_told(record) if {"backend", "quantization", "dtype"} <= identity.keys() else {}
+    held = held_as_told(record) if HELD_BY <= identity.keys() else {}
     rounded, packed = identity.get("rounded") or {}, held.get("quantize")
     dtype = str(held.get("compute_dtype") or held.get("dtype") or "?").removeprefix("torch.")
     return {"model": identity.get("model"), "quant_type": rounded.get("format") or packed or "none",

@@ -151,6 +151,24 @@ def test_opening_a_run_that_was_changed(file, done, tmp_path):
     assert sum(s is not None for s in said) > 4
 
 
+@pytest.mark.parametrize("part", ["identity", "base", "config", "provenance"])
+def test_each_entry_of_a_record_left_out(part, done, tmp_path):
+    "Opened, and told of in a table, as it was; or refused by the file's name."
+    record, folder = json.loads((done / "run.json").read_text()), shutil.copytree(done, tmp_path / "run")
+    def opened(folder): open_run(folder, device="cpu")
+    for name in record[part]:
+        rest = {k: v for k, v in record[part].items() if k != name}
+        written(folder / "run.json", as_text(record | {part: rest}))
+        for read in (opened, results): refusal(read, folder, "run.json")
+
+
+@pytest.mark.parametrize("name", ["dtype", "compute_dtype"])
+def test_no_type_is_guessed(name, done, tmp_path):
+    record, folder = json.loads((done / "run.json").read_text()), shutil.copytree(done, tmp_path / "run")
+    written(folder / "run.json", as_text(record | {"identity": record["identity"] | {name: "torch.flot32"}}))
+    assert name in refused(lambda folder: open_run(folder, device="cpu"), folder, "run.json")
+
+
 @pytest.mark.parametrize("file", ["run.json", "metrics.jsonl", "checkpoint/state.safetensors"])
 def test_going_on_with_a_run_that_was_changed(file, half, trained, tmp_path):
     said = sayings(trained, half, file, 14, tmp_path / "run")
