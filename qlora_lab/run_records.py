@@ -95,7 +95,8 @@ KINDS = {
     **dict.fromkeys(("identity", "config", "provenance", "base", "ended", "best", "last"), OBJECT)}
 INSIDE = {  # of these parts, what is read in them
     "identity": dict.fromkeys(("model", "backend", "scales"), TEXT) | {
-        "dtype": DTYPE, "compute_dtype": DTYPE_OR_NONE, "quantization": TEXT_OR_NONE, "rounded": (_rounded, "a format and its block size")},
+        "dtype": DTYPE, "compute_dtype": DTYPE_OR_NONE, "quantization": TEXT_OR_NONE,
+        "rounded": (_rounded, "a format and its block size")},
     "config": {"adapter_dtype": DTYPES}, "provenance": {"command": TEXT, "versions": OBJECT},
     "base": {"held": (_held, "quantize, blocksize and double_quant"), "mark": TEXT_OR_NONE},
     "ended": {"step": WHOLE, "why": TEXT}}
