@@ -83,7 +83,9 @@ def _check(s: "Settings") -> None:
     need(most < MOST_TOKENS, "batch_size", f"batch_size * sequence below {MOST_TOKENS:,} tokens")
     need(s.learned is None or 1 <= s.learned <= most, "learned",
          f"1 to {most} tokens, since nothing foretells the first of an example")
-    if s.quantize is not None: levels_by_code(s.quantize)
+    if s.quantize is None: return
+    try: levels_by_code(s.quantize)
+    except ValueError as e: raise LabError(f"quantize={s.quantize!r}: {e}") from None
 
 # %% ../../nbs/engine/rehearsal.ipynb #ad752afb
 class _Checked:

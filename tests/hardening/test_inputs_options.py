@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 from bad_inputs import COUNT, bounded, spoilings
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from conftest import searched
@@ -122,6 +122,8 @@ def test_any_config_for_the_planner(odd):
 
 
 @searched(60)
+@example({"quantize": ""}, None)
+@example({"quantize": "dynamic8"}, None)
 @given(st.dictionaries(st.sampled_from(["sequence", "batch_size", "rank", "blocksize", "quantize", "dtype", "targets"]),
                        NUMBERS, min_size=1, max_size=2), NUMBERS)
 def test_any_setting_of_a_plan(asked, budget):
