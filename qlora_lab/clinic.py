@@ -12,8 +12,8 @@ __all__ = ['WARD', 'Visit', 'visit', 'mystery', 'is_right']
 # loaded model serves for all. `visit` begins the case anew, lets a fault break out, takes some steps to see the
 # symptom, puts the adapters back to their begin, and calls the doctor.
 #
-# The doctor is an argument. What examines, `qlora_lab.examine`, stands on the engine floor, which a lesson does not
-# import; any function from a model to a report does.
+# The doctor is an argument. What examines, `qlora_lab.examine`, stands on the engine floor, which no module of
+# the course imports; any function from a model to a report does.
 #
 # `mystery` puts one of six faults into a case without saying which, for the exercises; `is_right` tells a diagnosis
 # from a wrong one and does not give the name away.

@@ -171,8 +171,8 @@ def in_bfloat16(case: Case):
 # %% ../nbs/reference/faults.ipynb #17e43986
 @contextmanager
 def far_too_fast(case: Case):
-    "A rate with a zero too few before it."
-    before, case.config = case.config, replace(case.config, lr=3.)
+    "A rate with two zeros too few before it."
+    before, case.config = case.config, replace(case.config, lr=0.3)
     try: yield
     finally: case.config = before
 
@@ -265,10 +265,10 @@ ILLNESSES = {
 ILLNESSES |= {
     "no gradient": Illness("loss hardly falls", "raise the rate", "which adapters get a gradient on one batch?",
                            cut_graph),
-    "half frozen": Illness("loss hardly falls", "a larger rank", "which adapters have requires_grad?", frozen_below),
+    "half frozen": Illness("loss falls slowly", "a larger rank", "which adapters have requires_grad?", frozen_below),
     "still zero": Illness("loss does not fall", "more steps", "is B still zero after a step?", early_optimizer, 2),
     "scale out of range": Illness("loss does not fall", "raise the rate", "what is alpha / rank?", whispering),
-    "steps below its precision": Illness("loss does not fall", "more data", "how much of A is moved by adding lr?",
+    "steps below its precision": Illness("loss does not fall", "more steps", "how much of A is moved by adding lr?",
                                          in_bfloat16),
     "larger than its weight": Illness("loss rises", "bad data", "how long is sBA beside W?", far_too_fast, 4),
 }
@@ -290,7 +290,7 @@ ILLNESSES |= {
                              most_left_dense),
     "on and not used": Illness("out of memory", "a smaller batch", "how often does a layer run in a step?",
                                eval_checkpoints),
-    "other gradients": Illness("loss hardly falls", "checkpointing costs quality",
-                               "the same gradients with and without?", reentrant_checkpoints),
+    "other gradients": Illness("error: element 0 of tensors does not require grad", "the adapters are frozen",
+                               "the same gradients with and without checkpoints?", reentrant_checkpoints),
     "kernels are off": Illness("slower than LoRA", "4 bits are slow", "which twins are at work?", kernels_off),
 }

@@ -67,13 +67,11 @@ def _check(s: "Settings") -> None:
     "Refuse what cannot be, by the setting's name."
     def need(ok, name, what):
         if not ok: raise LabError(f"{name}={getattr(s, name)!r}: expected {what}")
-    least_of = dict(rank=1, batch_size=1, sequence=2, accumulation=1, checkpointed_layers=0)
-    for name, least in least_of.items():
-        whole = type(getattr(s, name)) is int
-        need(whole and getattr(s, name) >= least, name, f"a whole number of at least {least}")
+    for name, least in dict(rank=1, batch_size=1, sequence=2, accumulation=1, checkpointed_layers=0).items():
+        need(type(n := getattr(s, name)) is int and n >= least, name, f"a whole number of at least {least}")
     for name in ("dtype", "compute_dtype", "adapter_dtype"):
-        left_out = name == "compute_dtype" and s.compute_dtype is None
-        need(left_out or getattr(s, name) in _DTYPES, name, "float32, bfloat16 or float16")
+        known = getattr(s, name) in _DTYPES or (name, s.compute_dtype) == ("compute_dtype", None)
+        need(known, name, "float32, bfloat16 or float16")
     need(s.optimizer_bits in (8, 32), "optimizer_bits", "32 or 8")
     need(s.device in ("cuda", "cpu"), "device", "'cuda' or 'cpu'")
     need(s.checkpoints_in in ("device", "host"), "checkpoints_in", "'device' or 'host'")
