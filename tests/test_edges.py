@@ -1,5 +1,6 @@
 "Edges that a small change to the code would move: found by `python -m benchmarks.mutation`, which nothing had noticed."
 import math
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch
 from conftest import make_llama
 from qlora_lab import rates
 from qlora_lab.batches import batch_indices
-from qlora_lab.data import docstring_pairs, encode, pair, split, tokenize
+from qlora_lab.data import Example, docstring_pairs, encode, pair, split, tokenize
 from qlora_lab.linear4bit import quantize_model
 from qlora_lab.rates import adapter_groups, as_decided, make_optimizer, steps_of
 from qlora_lab.records import LabError
@@ -64,6 +65,18 @@ def test_a_row_is_of_the_example_it_was_made_from(tokenizer):
     "Itself, group and all, not a copy of its turns."
     e = pair("a", "b", group="g", source="mine:1")
     assert tokenize(tokenizer, e).example is e and encode(tokenizer, [e])[0].example is e
+
+
+def test_an_example_and_its_tokens_stay_as_they_were_made(tokenizer):
+    "They are shared by splits, rows and runs."
+    example = pair("Which?", "This.")
+    for made, field in ((example, "group"), (tokenize(tokenizer, example), "mask")):
+        with pytest.raises(FrozenInstanceError): setattr(made, field, None)
+
+
+def test_the_answer_is_the_last_turn():
+    turns = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(4)]
+    assert Example(tuple(turns)).answer == "turn 3" and Example(tuple(turns)).prompt == "turn 2"
 
 
 def test_a_tenth_is_held_out_where_nothing_is_said():
