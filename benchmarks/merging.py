@@ -3,7 +3,8 @@
 SmolLM2 in NF4 learns the docstrings of Python's standard library (--run FOLDER keeps and reuses that training), then
 some more steps two ways from the same adapter: as before, and through the quantizer. Every way to merge is held against
 the adapter that it merges. Results: results/merging.json, or --name; the example's sums of each way are in it, so that
-lesson 13 computes its own intervals. On a GPU add --device cuda.
+lesson 13 computes its own intervals. What there is of them lies in NAME_so_far.json until all is there. On a GPU add
+--device cuda.
 """
 import argparse
 import copy
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import save_result
+from benchmarks.common import RESULTS, save_result
 from qlora_lab.adapter_kinds import adapted_layers
 from qlora_lab.assets import smollm2_folder
 from qlora_lab.data import default_split, tokenize
@@ -43,7 +44,12 @@ class Bench:
         model, self.tokenizer = load_model(**self.how)
         self.held = [tokenize(self.tokenizer, e) for e in spread(self.split.held_out, asked.examples)]
         self.prompts = spread(self.split.held_out, asked.prompts)
-        self.untrained, self.ways = said(model, self.held), {}
+        self.untrained, self.ways, self.result, self.start = said(model, self.held), {}, {}, time.perf_counter()
+
+    def keep(self, name):
+        "Write what has been found so far."
+        done = {"ways": self.ways, "settings": vars(self.asked) | {"run": None}}
+        return save_result(name, self.result | done | {"seconds": time.perf_counter() - self.start})
 
     def adapted(self, adapter):
         "The 4-bit model with an adapter."
@@ -60,6 +66,7 @@ class Bench:
         changed = [a != b for a, b in zip(answers, texts, strict=True)]
         self.ways[name] = {"loss_sums": found.score.sums, "kl_sums": kl.sums, "agreement": agreement(trained, found),
                            "changed": changed, "answers": texts[:8]}
+        self.keep(f"{self.asked.name}_so_far")
         print(f"{name:34} loss {found.score.loss:.4f}  keeps {kept[0]:7.1%} ± {kept[1]:.1%}  KL {kl.loss:.5f} ± "
               f"{kl.stderr:.5f}  answers changed {sum(changed) / max(1, len(changed)):.0%}  "
               f"({time.perf_counter() - start:.0f} s)", flush=True)
@@ -145,7 +152,7 @@ def main():
     ask.add_argument("--device", default="cpu")
     ask.add_argument("--name", default="merging")
     bench = Bench(asked := ask.parse_args())
-    where, start = Path(tempfile.mkdtemp()), time.perf_counter()
+    where, result = Path(tempfile.mkdtemp()), bench.result
     model = load_model(**bench.how)[0]
     run = train(model, bench.tokenizer, bench.split, bench.config, progress=False)
     adapter = Path(run.folder) / "adapter"
@@ -156,8 +163,8 @@ def main():
         bench.note(name, load_model(**bench.how, **how)[0], trained, answers)
     plain_ways(bench, adapter, trained, answers, IN_16 | IN_4)
     by_peft(bench, adapter, trained, answers)
-    result = {"trained": asdict(trained.score), "untrained": asdict(bench.untrained.score), "ratios": ratios,
-              "curve": curve(bench, adapter), "more": {}}
+    result |= {"trained": asdict(trained.score), "untrained": asdict(bench.untrained.score), "ratios": ratios,
+               "curve": curve(bench, adapter), "more": {}}
     longer, losses = more_steps(bench, adapter, where / "longer")
     model = bench.adapted(longer)
     reference, answers = said(model, bench.held), bench.answers(model)
@@ -170,8 +177,8 @@ def main():
         result["more"][rounding] = losses
         model = merge(bench.adapted(aware), how="4bit", rounding=rounding)
         bench.note(f"merge-aware, {rounding}", model, reference, answers)
-    result |= {"ways": bench.ways, "settings": vars(asked) | {"run": None}, "seconds": time.perf_counter() - start}
-    print(save_result(asked.name, result))
+    print(bench.keep(asked.name))
+    (RESULTS / f"{asked.name}_so_far.json").unlink(missing_ok=True)
 
 
 if __name__ == "__main__": main()

@@ -68,6 +68,15 @@ def test_a_row_an_answer_stays_on_its_side():
     with pytest.raises(LabError, match="f:1: .*rewrites earlier turns.*`encode`"): tokenize(tokenizer, e)
 
 
+def test_a_row_knows_what_is_not_learned_in_it():
+    "Turns of weight 0 that it still has, and none of those behind it."
+    turns = [turn(("user", "assistant")[i % 2], "abcdef"[i]) for i in range(6)]
+    made = encode(TOKENIZERS["thinking"], [Example(tuple(turns), unlearned=(1,))])
+    assert [(len(row.example.messages), row.example.unlearned) for row in made] == [(4, (1,)), (6, (1,))]
+    made = encode(TOKENIZERS["thinking"], [Example(tuple(turns), unlearned=(3,))])
+    assert [(len(row.example.messages), row.example.unlearned) for row in made] == [(2, ()), (6, (3,))]
+
+
 def test_thinking_that_is_written_is_learned_where_it_is_kept():
     "Dropped from earlier turns, as the template does when it asks; learned in the row of its own answer."
     e = Example((turn("user", "a"), turn("assistant", "<think>\nhm\n</think>\n\nb"), turn("user", "c"),
