@@ -44,7 +44,7 @@ MODULES = {  # module: its page, and tests of it, the quickest first
     "rates": ("reference/rates", "test_edges test_exact_settings test_ways_to_train"),
     "batches": ("reference/batches", "test_edges test_data test_exact_settings test_budget"),
     "scoring": ("reference/scoring", "test_edges test_evaluate test_train"),
-    "data": ("09_data", "test_edges test_data test_examples test_exact_settings"),
+    "data": ("09_data", "test_edges test_data test_templates test_examples test_exact_settings"),
     "lora": ("06_lora", "test_lora test_adapters_peft"),
     "examples": ("reference/examples", "test_examples test_data"),
     "conversations": ("reference/conversations", "test_examples test_data"),

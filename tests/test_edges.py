@@ -8,7 +8,7 @@ import torch
 from conftest import make_llama
 from qlora_lab import rates
 from qlora_lab.batches import batch_indices
-from qlora_lab.data import Example, docstring_pairs, encode, pair, split, tokenize
+from qlora_lab.data import Example, Split, collate, docstring_pairs, encode, pair, split, tokenize
 from qlora_lab.linear4bit import quantize_model
 from qlora_lab.rates import adapter_groups, as_decided, make_optimizer, steps_of
 from qlora_lab.records import LabError
@@ -70,8 +70,15 @@ def test_a_row_is_of_the_example_it_was_made_from(tokenizer):
 def test_an_example_and_its_tokens_stay_as_they_were_made(tokenizer):
     "They are shared by splits, rows and runs."
     example = pair("Which?", "This.")
-    for made, field in ((example, "group"), (tokenize(tokenizer, example), "mask")):
+    for made, field in ((example, "group"), (tokenize(tokenizer, example), "mask"), (Split([example], []), "train")):
         with pytest.raises(FrozenInstanceError): setattr(made, field, None)
+
+
+def test_a_batch_is_filled_up_with_0(tokenizer):
+    "Where nothing else is said; no label and no attention there."
+    batch = collate([tokenize(tokenizer, pair("x", answer)) for answer in ("yes", "yes, and no, and yes")])
+    behind = batch["attention_mask"][0] == 0
+    assert behind.any() and (batch["input_ids"][0][behind] == 0).all() and (batch["labels"][0][behind] == -100).all()
 
 
 def test_the_answer_is_the_last_turn():
