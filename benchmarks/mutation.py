@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 SAID = ROOT / "benchmarks/mutation_said.json"
 
 MODULES = {  # module: its page, and tests of it, the quickest first
-    "nf4": ("02_nf4", "test_parity"),
+    "nf4": ("02_nf4", "test_nf4"),
     "blockwise": ("01_blockwise", "test_faults::test_what_cannot_be_quantized test_parity"),
     "double_quant": ("03_double_quant", "test_faults::test_what_cannot_be_quantized test_linear test_parity"),
     "rates": ("reference/rates", "test_edges test_exact_settings test_ways_to_train"),
