@@ -165,6 +165,7 @@ def child(change: Change | None, tests: list[str], out: Path) -> int:
     os.chdir(ROOT)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + (6 << 30),) * 2)
+    for name in [n for n in sys.modules if n.partition(".")[0] == "qlora_lab"]: del sys.modules[name]  # as they were
     if change: sys.meta_path.insert(0, Put(change))
     import pytest
     return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", *tests]))

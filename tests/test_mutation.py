@@ -3,6 +3,8 @@ import json
 import os
 from unittest.mock import patch
 
+import pytest
+
 with patch.dict(os.environ):
     from benchmarks import mutation
 
@@ -23,3 +25,10 @@ def test_what_was_not_tried_again_stays_listed(monkeypatch, tmp_path):
     assert [c["mark"] for c in found["alive"]] == [c["mark"] for c in alive[1:]]
     assert [c["said"] for c in found["alive"]] == [None, None, "changes nothing", None]
     assert found["tried"] == 20 == found["by tests"] + found["by the page"] + len(found["alive"])
+
+
+def test_a_change_reaches_the_tests_of_a_module_that_was_there_already():
+    "The levels of NF4 are loaded with the package; a changed one fails its tests, the unchanged one does not."
+    pytest.importorskip("cosmic_ray")
+    change = next(c for c in mutation.changes("nf4") if "values / values.max()" in c.place and "Div_Mul" in c.what)
+    assert [mutation.forked(c, ["tests/test_nf4.py"], 120) for c in (change, None)] == ["failed", "passed"]
