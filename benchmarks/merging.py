@@ -44,10 +44,11 @@ class Bench:
         model, self.tokenizer = load_model(**self.how)
         self.held = [tokenize(self.tokenizer, e) for e in spread(self.split.held_out, asked.examples)]
         self.prompts = spread(self.split.held_out, asked.prompts)
-        self.untrained, self.ways, self.result, self.start = said(model, self.held), {}, {}, time.perf_counter()
+        self.untrained, self.start = said(model, self.held), time.perf_counter()
+        self.ways, self.result = {}, {}  # what has been found
 
     def keep(self, name):
-        "Write what has been found so far."
+        "Write it."
         done = {"ways": self.ways, "settings": vars(self.asked) | {"run": None}}
         return save_result(name, self.result | done | {"seconds": time.perf_counter() - self.start})
 

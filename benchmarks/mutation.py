@@ -157,6 +157,11 @@ class Put(MetaPathFinder, Loader):
         exec(compile(self.change.text, module.__file__, "exec"), module.__dict__)
 
 
+def of_the_project(name: str) -> bool:
+    "Whether a module is one that a change is in, or that tests it."
+    return name.partition(".")[0] in ("qlora_lab", "conftest") or name.startswith("test_")
+
+
 def child(change: Change | None, tests: list[str], out: Path) -> int:
     "The tests in a process of their own that has the libraries already: 0 where all pass."
     null = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -165,7 +170,7 @@ def child(change: Change | None, tests: list[str], out: Path) -> int:
     os.chdir(ROOT)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + (6 << 30),) * 2)
-    for name in [n for n in sys.modules if n.partition(".")[0] == "qlora_lab"]: del sys.modules[name]  # as they were
+    for name in list(filter(of_the_project, sys.modules)): del sys.modules[name]  # loaded here, and unchanged
     if change: sys.meta_path.insert(0, Put(change))
     import pytest
     return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", *tests]))

@@ -16,7 +16,7 @@ __all__ = ['save_checkpoint', 'read_state', 'load_checkpoint', 'saved_step', 'be
 # Which step is the best, and how long none was better, follows from the lines alone, so no file can disagree with them.
 # Lines are on the disk before the checkpoint that counts on them. An adapter that is the best so far is written when
 # it is measured, under its step's number; those that it replaces go when a checkpoint knows that. So a run that goes on
-# from an earlier checkpoint finds the best adapter of its lines. Lines beyond the checkpoint are dropped: steps again.
+# from an earlier checkpoint finds the best adapter of its lines. Lines beyond the checkpoint are dropped.
 #
 # A loss, a gradient or a weight that is not finite ends the run before anything is written down (`nonfinite`), so a
 # checkpoint never holds one. transformers' Trainer goes on training with a loss of nan.

@@ -171,7 +171,7 @@ def in_bfloat16(case: Case):
 # %% ../nbs/reference/faults.ipynb #17e43986
 @contextmanager
 def far_too_fast(case: Case):
-    "A rate with two zeros too few before it."
+    "A rate of 0.3, where a thousandth was meant."
     before, case.config = case.config, replace(case.config, lr=0.3)
     try: yield
     finally: case.config = before

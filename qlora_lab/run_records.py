@@ -24,7 +24,6 @@ __all__ = ['NUMBER', 'WHOLE', 'TEXT', 'OBJECT', 'TEXT_OR_NONE', 'DTYPES', 'DTYPE
 
 # %% ../nbs/reference/run_records.ipynb #1db27002
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +83,8 @@ NUMBER, WHOLE = (_number, "a number"), (_whole, "a whole number")
 TEXT, OBJECT = (_text, "a text"), (_object, "an object")
 TEXT_OR_NONE = (lambda v: v is None or _text(v)), "a text, or null"
 DTYPES = (lambda v: v in ("float32", "bfloat16", "float16")), "float32, bfloat16 or float16"
-_DTYPE = "(torch.)?(float32|bfloat16|float16)"
-DTYPE = (lambda v: _text(v) and re.fullmatch(_DTYPE, v)), "a dtype of torch"
-DTYPE_OR_NONE = (lambda v: v == "None" or DTYPE[0](v)), "a dtype of torch, or None"
+DTYPE = (lambda v: _text(v) and DTYPES[0](v.removeprefix("torch."))), DTYPES[1]
+DTYPE_OR_NONE = (lambda v: v == "None" or DTYPE[0](v)), f"{DTYPES[1]}, or None"
 KINDS = {
     "state": (lambda v: v in ("running", "done"), "'running' or 'done'"),
     "before": (_score, "a score"), "after": (_score, "a score"), "memory": (_bill, "bytes by component"),

@@ -136,23 +136,23 @@ class Wire(TorchDispatchMode):
         return 2 * others if short == "allreduce" else others
 
 # %% ../nbs/15_scale.ipynb #a3a4abf3
-def trained(model: nn.Module, learn: list, config: TrainConfig, wire, own_mean: bool = False) -> tuple:
-    "Two steps, in however many processes there are: (loss, length of the gradient) of each; the optimizer."
-    seen, optimizer = [], make_optimizer(model, config)
+def trained(model: nn.Module, learn: list, config: TrainConfig, own_mean: bool = False) -> tuple:
+    "Two steps, in however many processes there are: (loss, length of the gradient) of each; the optimizer; the wire."
+    seen, optimizer, wire = [], make_optimizer(model, config), Wire()
     for step in range(2):
         chosen = [list(range(k, k + 4)) for k in (8 * step, 8 * step + 4)]
         own, total = passes(model, learn, chosen, config), learned(learn, chosen)
         if own_mean:  # the sum over N processes of sum / (N * own count) is the mean of their means
             total = world() * sum(int((b["labels"][:, 1:] != -100).sum()) for b in own)
         with wire: seen.append(train_step(model, optimizer, own, config.lr, config.max_grad_norm, total))
-    return seen, optimizer
+    return seen, optimizer, wire
 
 def some_steps(way: str) -> dict:
     "Two steps in one of WAYS: what was seen, what is held, what came over the wire, a hash of the adapters."
     config = replace(SETTINGS, sharding="full" if way == "sharded" else "none")
     model, learn = prepared()
-    model, wire = in_group(model, config), Wire()
-    seen, optimizer = trained(model, learn, config, wire, way == "mean of means")
+    model = in_group(model, config)
+    seen, optimizer, wire = trained(model, learn, config, way == "mean of means")
     losses, gradients = zip(*seen)
     return {"loss": losses, "length of the gradient": gradients, "held": bytes_here(model, optimizer),
             "wire": wire.events, "adapters": hash_of(trainable(model))}
@@ -223,8 +223,8 @@ def decoded_apart(q: QuantizedTensor, count: int = 2) -> Tensor:
 # %% ../nbs/15_scale.ipynb #1f16d7e0
 def with_own_seeds() -> tuple[str, str]:
     "What is said where each process draws its adapters by its own seed; and a hash of them, trained in spite of it."
-    model, learn = prepared(seed=rank())
-    try: said = str(in_group(model, SETTINGS))
+    (model, learn), said = prepared(seed=rank()), "nothing"
+    try: in_group(model, SETTINGS)
     except LabError as e: said = str(e)
-    trained(model, learn, SETTINGS, Wire())
+    trained(model, learn, SETTINGS)
     return said, hash_of(trainable(model))

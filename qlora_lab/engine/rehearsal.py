@@ -69,9 +69,8 @@ def _check(s: "Settings") -> None:
         if not ok: raise LabError(f"{name}={getattr(s, name)!r}: expected {what}")
     for name, least in dict(rank=1, batch_size=1, sequence=2, accumulation=1, checkpointed_layers=0).items():
         need(type(n := getattr(s, name)) is int and n >= least, name, f"a whole number of at least {least}")
-    for name in ("dtype", "compute_dtype", "adapter_dtype"):
-        known = getattr(s, name) in _DTYPES or (name, s.compute_dtype) == ("compute_dtype", None)
-        need(known, name, "float32, bfloat16 or float16")
+    for name, known in dict(dtype=_DTYPES, compute_dtype=(*_DTYPES, None), adapter_dtype=_DTYPES).items():
+        need(getattr(s, name) in known, name, "float32, bfloat16 or float16")
     need(s.optimizer_bits in (8, 32), "optimizer_bits", "32 or 8")
     need(s.device in ("cuda", "cpu"), "device", "'cuda' or 'cpu'")
     need(s.checkpoints_in in ("device", "host"), "checkpoints_in", "'device' or 'host'")
