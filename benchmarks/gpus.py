@@ -1,18 +1,20 @@
 """Two cards: what travels, what a base spread over them takes and yields, beside one card and beside others.
 
-    make bench-gpus                                # two GPUs; about twelve minutes
+    make bench-gpus                                # two GPUs; about ten minutes
     python -m benchmarks.gpus wire ddp             # some parts alone
     python -m benchmarks.gpus --tiny               # the same code by gloo on a CPU, in small; nothing is written
 
 Each part is processes of their own, started by torchrun (benchmarks.on_cards), and goes into results/gpus.json as soon
 as it is done; one that fails, or takes too long, leaves the others.
 
-wire     bandwidth of two collectives (qlora_lab.engine.scaling reads it)
-ddp      8B, the base whole on each card: two cards against one
-shard65  65B spread over two cards that may take 24 GiB beside activations, on the card and on the host; one card
-qwen32   Qwen3-32B, 4 x 2048 tokens, spread over two; one card with half of it
-peers    peft + bitsandbytes under accelerate's FSDP2, the work of qwen32; are the bytes gathered those it loaded?
-plans    further steps against their plans; every row of the others has its plan beside it, too
+wire       bandwidth of two collectives (qlora_lab.engine.scaling reads it)
+ddp        8B, the base whole on each card
+shard65    65B spread over two cards that may take 24 GiB beside activations
+offload65  the same, its parts in host memory
+peers      Qwen3-32B, 4 x 2048 tokens: spread by us, and by peft + bitsandbytes under accelerate's FSDP2; are the bytes
+           gathered those that were loaded?
+plans      further steps against their plans; every row of the others has its plan beside it, too
+alone      one card with what a card of the others had to do, and the whole base
 """
 import argparse
 import json
@@ -28,9 +30,8 @@ from benchmarks.common import RESULTS
 from qlora_lab.provenance import provenance
 from qlora_lab.records import write_whole
 
-PARTS = {"wire": (2,), "ddp": (2, 1), "shard65": (2, 1), "qwen32": (2, 1), "peers": (2,), "plans": (2,)}  # processes
+PARTS = {"wire": 2, "ddp": 2, "shard65": 2, "offload65": 2, "peers": 2, "plans": 2, "alone": 1}  # to processes
 LIMIT = 300  # seconds of a start
-NAMES = {1: "one", 2: "two"}
 
 
 def launched(part: str, count: int, tiny: bool) -> object:
@@ -51,18 +52,12 @@ def launched(part: str, count: int, tiny: bool) -> object:
         return json.loads(told.read_text())
 
 
-def ratios(found: dict) -> list[float]:
-    "Tokens a second over two cards to those of one, by row of the same work a card."
-    one = {(r["model"], r["each"], r["sequence"]): r["tokens_per_s"] for r in found["one"]}
-    return [r["tokens_per_s"] / one[r["model"], r["each"], r["sequence"]] for r in found["two"]]
-
-
-def measured(part: str, tiny: bool) -> object:
-    "A part of the record."
-    counts = PARTS[part]
-    if len(counts) == 1: return launched(part, counts[0], tiny)
-    found = {NAMES[count]: launched(part, count, tiny) for count in counts}
-    return found | {"ratio_to_one": ratios(found)}
+def beside_one(record: dict, part: str) -> list[float]:
+    "Of each row of a part, its tokens a second to those of one card with the same work."
+    def work(row): return row["model"], row["each"], row["sequence"], row["settings"]["rank"]
+    one = {work(row): row["tokens_per_s"] for row in record["alone"]}
+    rows = [record["peers"]["ours"]] if part == "peers" else record[part]
+    return [row["tokens_per_s"] / one[work(row)] for row in rows]
 
 
 def kept(path: Path, part: str, found: object, seconds: float) -> None:
@@ -82,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     path, failed = args.to or (None if args.tiny else RESULTS / "gpus.json"), []
     for part in args.parts or PARTS:
         start = time.perf_counter()
-        try: found = measured(part, args.tiny)
+        try: found = launched(part, PARTS[part], args.tiny)
         except RuntimeError as e:
             failed.append(part)
             print(e, file=sys.stderr, flush=True)

@@ -9,8 +9,11 @@ import gc
 import json
 import os
 import time
+import warnings
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
@@ -27,7 +30,7 @@ from qlora_lab.engine.portion import share
 from qlora_lab.engine.scaling import unknown
 from qlora_lab.engine.sharded_base import shard_base
 from qlora_lab.lora import trainable
-from qlora_lab.processes import is_first, joined, own_card, world
+from qlora_lab.processes import gathered, is_first, joined, own_card, sum_gradients, world
 from qlora_lab.train import train_step
 
 CARD = 24
@@ -83,6 +86,16 @@ def errors(p, found: dict) -> dict:
     return said
 
 
+def apart(model, step, p) -> dict:
+    "Where each card has all of the base: each card's step with nothing to wait for, and the sum of gradients alone."
+    found = {"recorded": bool(getattr(model.__dict__.get("_graph"), "graphs", None))}
+    if world() == 1 or p.spread.sharding != "none": return found
+    with patch("qlora_lab.train.sum_gradients", lambda _: None), patch("qlora_lab.train.total_of", lambda n, _: n):
+        alone = timed(step, 3)
+    for t in trainable(model): t.grad = torch.zeros_like(t)
+    return found | {"alone_s": gathered(alone), "sum_s": timed(lambda: sum_gradients(trainable(model)), 3)}
+
+
 def row(p, model, optimizer) -> dict:
     "Some steps of a model."
     own, cards = share(p.settings, world()), world()
@@ -98,7 +111,7 @@ def row(p, model, optimizer) -> dict:
              "settings": asdict(p.settings), "spread": asdict(p.spread), "loss": loss, "step_s": seconds,
              "tokens_per_s": cards * own.batch_size * own.accumulation * own.sequence / seconds, "held": held(model)}
     found |= memory()
-    return found | errors(p, found)
+    return found | errors(p, found) | apart(model, step, p)
 
 
 def rows(shape: str, tiny: bool, sizes: tuple[int, ...], cap: bool = False, **settings) -> list[dict]:
@@ -106,14 +119,23 @@ def rows(shape: str, tiny: bool, sizes: tuple[int, ...], cap: bool = False, **se
     emptied()
     plans = [planned(shape, tiny, each, **settings) for each in sizes]
     limit = capped(max(plans, key=lambda p: p.total_gib)) if cap and world() > 1 else None
-    model, optimizer, seconds = built(plans[0])
-    return [row(p, model, optimizer) | {"shard_base_s": seconds, "cap_gib": limit} for p in plans]
+    with warnings.catch_warnings(record=True) as said:
+        model, optimizer, seconds = built(plans[0])
+        found = [row(p, model, optimizer) | {"shard_base_s": seconds, "cap_gib": limit} for p in plans]
+    for each in found: each["notices"] = sorted({str(w.message) for w in said if issubclass(w.category, UserWarning)})
+    faster("forget", torch.device(plans[0].settings.device), model)  # recordings go before the group of processes does
+    return found
 
 
-def shard65(tiny: bool) -> list[dict]:
-    "65 billion weights under the cap, shards on the card and on the host; alone, one card without a cap."
-    ways = (False, True) if world() > 1 else (False,)
-    return sum((rows("llama-65b", tiny, (1, 8), cap=True, sharding="full", offload=way) for way in ways), [])
+def shard65(tiny: bool, offload: bool = False) -> list[dict]:
+    "65 billion weights under the cap, an example each and eight."
+    return rows("llama-65b", tiny, (1, 8), cap=True, sharding="full", offload=offload)
+
+
+def alone(tiny: bool) -> list[dict]:
+    "One card with the work of one of two, and the whole base."
+    return [*rows("llama-3-8b", tiny, (4,), sequence=2048), *rows("qwen3-32b", tiny, (2,), sequence=2048),
+            *rows("llama-65b", tiny, (1, 8))]
 
 
 def plans(tiny: bool) -> list[dict]:
@@ -126,19 +148,18 @@ def plans(tiny: bool) -> list[dict]:
 
 def peers(tiny: bool) -> dict:
     "Ours, then theirs, on the same work."
-    from benchmarks.fsdp_peer import peer_row
+    from benchmarks.fsdp_peer import changed_by_copying, peer_row
     ours = rows("qwen3-32b", tiny, (2,), sequence=2048, sharding="full")[0]
     emptied()
     p = planned("qwen3-32b", tiny, 2, sequence=2048)
     theirs = peer_row(model_config(json.loads(p.config)), share(p.settings, world()))
     tokens = world() * ours["each"] * ours["sequence"]
     return {"ours": ours, "theirs": theirs | {"tokens_per_s": tokens / theirs["step_s"]},
-            "ratio": theirs["step_s"] / ours["step_s"]}
+            "ratio": theirs["step_s"] / ours["step_s"], "changed_by_copying": changed_by_copying(p.settings.device)}
 
 
 PARTS = {"wire": bandwidths, "ddp": lambda tiny: rows("llama-3-8b", tiny, (4,), sequence=2048), "shard65": shard65,
-         "qwen32": lambda tiny: rows("qwen3-32b", tiny, (2,), sequence=2048, sharding="full"), "peers": peers,
-         "plans": plans}
+         "offload65": partial(shard65, offload=True), "peers": peers, "plans": plans, "alone": alone}
 
 
 def main() -> None:

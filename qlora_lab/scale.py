@@ -52,6 +52,14 @@ from .shards import here, is_shard
 from .train import attach_adapters, train_step
 
 # %% ../nbs/15_scale.ipynb #1250fecd
+@contextmanager
+def _signals_kept():
+    "A block that changes what signals do, as a launcher does, in a notebook that goes on after it."
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    try: yield
+    finally:
+        for s, handler in before.items(): signal.signal(s, handler)
+
 def together(
     count: int,          # of processes
     function: Callable,  # of a module; one of this page is taken from `qlora_lab.scale`
@@ -69,21 +77,12 @@ def together(
         except ChildFailedError as e: raise LabError(f"{name}: {e.get_first_failure()[1].message}") from None
     return [found[i] for i in range(count)]
 
-# %% ../nbs/15_scale.ipynb #a06d6335
-@contextmanager
-def _signals_kept():
-    "A block that changes what signals do, as a launcher does, in a notebook that goes on after it."
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    try: yield
-    finally:
-        for s, handler in before.items(): signal.signal(s, handler)
-
+# %% ../nbs/15_scale.ipynb #7f3e6e65
 @record  # tells the launcher of an error, in its words
 def _as_one_of_several(function: Callable, *args):
     torch.set_num_threads(1)
     with joined(torch.device("cpu")): return function(*args)
 
-# %% ../nbs/15_scale.ipynb #7f3e6e65
 def two_collectives() -> tuple:
     "Each process has its rank in a tensor: its sum, and all of them."
     mine, every = torch.tensor([float(rank())]), [torch.empty(1) for _ in range(world())]

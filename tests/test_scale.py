@@ -23,7 +23,7 @@ from qlora_lab.lora import add_lora, trainable
 from qlora_lab.methods import hash_of
 from qlora_lab.model import load_model
 from qlora_lab.nonfinite import first_odd
-from qlora_lab.processes import by_first, rank, sum_gradients, world
+from qlora_lab.processes import all_say, by_first, rank, sum_gradients, world
 from qlora_lab.records import LabError
 from qlora_lab.settings import TrainConfig
 from qlora_lab.train import attach_adapters, score, summed_loss, train
@@ -255,6 +255,18 @@ def by_torch(tiny, data):
 
 def test_gradients_are_those_of_distributed_data_parallel(group, tiny, data):
     assert max(group(2, by_torch, tiny, data)) < 1e-6
+
+
+def said():
+    "Where all say so, where one does not; and gradients that only one process has."
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    if rank() == 1: p.grad = torch.ones(2)
+    sum_gradients([p, q])
+    return all_say(True), all_say(rank() == 1), p.grad.tolist(), q.grad
+
+
+def test_what_all_say(group):
+    assert group(2, said) == [(True, False, [1., 1.], None)] * 2 and all_say(True) and not all_say(False)
 
 
 def differing(tiny, data, folder, what):

@@ -259,6 +259,18 @@ def test_a_cast_on_the_way_is_seen(run):
     for fine, said in run(2, cast_on_the_way): assert "gathers other bytes" in said and "gathers other bytes" in fine
 
 
+def test_an_older_torch_cuts_up_whole_numbers():
+    "Before 2.12 it made each part a parameter that learns, for a moment; torch as it is comes back behind the block."
+    from torch.distributed.fsdp._fully_shard import _fsdp_param as place
+    codes = torch.zeros(2, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="floating point"): nn.Parameter(codes)
+    for version, changed in (("2.11.0", True), ("2.12.0", False)):
+        with patch.object(torch, "__version__", version), sharded_base._bytes_too():
+            assert (place.nn is not nn) == changed and place.nn.Module is nn.Module
+            if changed: assert [place.nn.Parameter(t).requires_grad for t in (codes, codes / 1)] == [False, True]
+        assert place.nn is nn
+
+
 # --- the proof at start --------------------------------------------------------------------------------------------
 
 def first_codes(module): return next(m for m in module.modules() if isinstance(m, PackedWeight)).weight
@@ -541,7 +553,7 @@ def on_a_card(rank, place, offload, told):
         whole = llama().to("cuda")
         before = both_ways(whole)
         model = llama()  # on the host: the parts alone go to the card
-        with pytest.warns(UserWarning, match="no step is recorded"): shard_base(model, offload=offload)
+        shard_base(model, offload=offload)
         base = {p.device.type for n, p in model.named_parameters() if is_shard(p) and ".layers." in n}
         assert base == {"cpu" if offload else "cuda"} and all(p.is_cuda for p in trainable(model))
         fuse_layers(whole), fuse_layers(model)
@@ -549,9 +561,17 @@ def on_a_card(rank, place, offload, told):
         same = all(torch.allclose(a[0], b[0], rtol=1e-5) and all(
             torch.allclose(x, y, rtol=1e-3, atol=1e-5) for x, y in zip(a[1], b[1])) for a, b in pairs)
         close = torch.allclose(before[0], pairs[0][1][0], rtol=1e-4)
-        part = faster("forward_backward", torch.device("cuda"), model, batch(), 10)
-        told.put((rank, same and close and part is None and not gathered_bytes(model)))
+        recorded = [recorded_step(model) for _ in range(4)]
+        steps = all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(recorded[0], recorded[-1]))
+        told.put((rank, same and close and steps and bool(model._graph.graphs) and not gathered_bytes(model)))
     finally: dist.destroy_process_group()
+
+
+def recorded_step(model):
+    "Loss and gradients by way of the recorder: as it is, recorded, replayed."
+    for p in trainable(model): p.grad = None
+    part = faster("forward_backward", torch.device("cuda"), model, batch(), 10)
+    return [part, *(p.grad.clone() for p in trainable(model))]
 
 
 @two_cards

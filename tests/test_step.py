@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -861,3 +862,50 @@ def test_a_run_records_its_steps(tiny, data, tmp_path, monkeypatch):
         assert bool(made) == on and "_graph" not in model.__dict__
         losses.append([*run.losses, run.after.loss])
     assert losses[0][-1] < losses[0][0] and max(abs(a - b) for a, b in zip(*losses)) < 1e-3
+
+
+def side_by_side(*work):
+    "What some threads return, each given a function that waits for the others and says whether all say so."
+    count, told = len(work), [None] * len(work)
+    barrier, said = threading.Barrier(count, timeout=20), [True] * count
+    def all_say(i):
+        def every(flag):
+            said[i] = flag
+            barrier.wait()
+            found = all(said)
+            barrier.wait()
+            return found
+        return every
+    def run(i): told[i] = work[i](all_say(i))
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    return told
+
+
+@pytest.mark.parametrize("case", ["alike", "other shapes", "one cannot", "one differs", "one passes by"])
+def test_processes_whose_passes_wait_for_each_other(recordings, case):
+    "Each makes as many passes as the others, whatever its batches are; a proof is made together or not at all."
+    shapes = [[1, 1, 1, 1, 1, 1], [1, 2, 1, 2, 2, 1] if case == "other shapes" else [1, 1, 1, 1, 1, 1]]
+    def process(i):
+        def work(every):
+            p = nn.Parameter(torch.ones(3))
+            graph, passed = StepGraph([p], every=every), []
+            def passes(t):
+                if graph.recording and case == "one cannot" and i: raise RuntimeError("cannot be recorded")
+                if not graph.recording:
+                    passed.append(every(True))  # where a layer would be gathered
+                wrong = case == "one differs" and i and Recording.at_work
+                return product(p)(t + 1. * bool(wrong))
+            for n, rows in enumerate(shapes[i]):
+                p.grad = None
+                if case == "one passes by" and i and n == 1:
+                    graph.pass_by()
+                    passes(torch.ones(rows, 1))
+                else: assert graph(passes, torch.ones(rows, 1)).sum() == rows
+            return len(passed), graph.proven, graph.most > 0
+        return work
+    with warnings.catch_warnings(record=True): told = side_by_side(process(0), process(1))
+    fine = case in ("alike", "other shapes", "one passes by")
+    assert told[0] == told[1] and told[0][1:] == (fine, fine)
+    assert told[0][0] == 6 + 2 + (case == "one differs")  # the proof takes two, and a recording that is not taken one

@@ -102,7 +102,7 @@ WIRES = {  # nominal
 }
 BUS = 44e9  # bytes a second from host memory, one way of two at once; recorded
 IN_A_HOST = 8
-COMMUNICATOR_GIB = 0.5  # NCCL's buffers on a card, counted by nobody but the card; an estimate until it is measured
+COMMUNICATOR_GIB = 0.75  # NCCL's buffers on a card, counted by nobody but the card; 0.72 to 0.78 between two H200s
 RECORD = Path(records.__file__).parents[1] / "benchmarks" / "results" / "gpus.json"
 
 # %% ../../nbs/engine/scaling.ipynb #5d0e6bf9

@@ -24,8 +24,9 @@ __all__ = ['Inside', 'CUT', 'replicated', 'group_modules', 'cut_up', 'shard_base
 # after. accelerate leaves 4-bit weights out of FSDP2, whole on each card. Built in nbs/engine/sharded_base.ipynb.
 
 # %% ../../nbs/engine/sharded_base.ipynb #e0c87564
-import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,7 +35,7 @@ from torch import Tensor, distributed, nn
 from ..bnb_state import as_bytes
 from ..checkpointing import decoder_layers
 from .byte_hashes import hash_tensors
-from .dispatch import faster, twin
+from .dispatch import faster
 from .gathered import ShardedModel, Sharding, Spread
 from .mxfp4 import ExpertsMX
 from ..linear4bit import PackedWeight
@@ -221,6 +222,18 @@ def _check(model: nn.Module, kept: set[nn.Parameter]) -> None:
                        "would lose; take the lab's 4-bit layers, bitsandbytes' (quantized by now), or none")
 
 # %% ../../nbs/engine/sharded_base.ipynb #5330e186
+@contextmanager
+def _bytes_too() -> Iterator[None]:
+    "A block in which torch cuts up whole numbers; before 2.12 each part is said to learn at first, and bytes cannot."
+    if torch.torch_version.TorchVersion(torch.__version__) >= (2, 12):
+        yield
+        return
+    from torch.distributed.fsdp._fully_shard import _fsdp_param as place
+    def parameter(data, requires_grad=True): return nn.Parameter(data, requires_grad and data.is_floating_point())
+    place.nn = SimpleNamespace(**vars(nn) | {"Parameter": parameter})
+    try: yield
+    finally: place.nn = nn
+
 def _wrap(module: nn.Module, how: dict, offload: bool) -> None:
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
     more = {"offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available())} if offload else {}
@@ -231,12 +244,7 @@ def _refusing(model: nn.Module) -> None:
     kind, own = type(model), own_class(model)
     model.__class__ = type(own.__name__, (ShardedModel, kind), {"__module__": own.__module__, "__doc__": own.__doc__})
 
-def _tell(model: nn.Module, device: torch.device) -> None:
-    "The one place that says which twins are not had."
-    faster("forget", device, model)
-    if twin("forward_backward", device.type) is None: return
-    warnings.warn("the base is spread over processes: no step is recorded, since a recording holds addresses that are "
-                  "given back after each layer; fused layers stay", stacklevel=3)
+
 
 # %% ../../nbs/engine/sharded_base.ipynb #e5d191aa
 @torch.no_grad()
@@ -256,11 +264,11 @@ def shard_base(
     buffers, spread, layers = _prepare(inside, kept, device), [], set(decoder_layers(model))
     for name, module in groups.items():
         places = [(m, n) for _, m in inside[name] for n, p in m._parameters.items() if p is not None and p not in kept]
-        _wrap(module, {"mesh": mesh, "ignored_params": kept}, offload and module in layers)
+        with _bytes_too(): _wrap(module, {"mesh": mesh, "ignored_params": kept}, offload and module in layers)
         spread.append(Spread(name, module, places, buffers[name], digests[name]))
     for t in (*kept, *model.buffers()): t.data = t.data.to(device)
     model.lab_sharding = Sharding(mesh, device, offload, spread)
     _hold_gathered(model.lab_sharding, inside, kept)
     _refusing(model)
-    _tell(model, device)
+    faster("forget", device, model)  # steps that were recorded before
     return model
