@@ -877,9 +877,9 @@ def side_by_side(*work):
             return found
         return every
     def run(i): told[i] = work[i](all_say(i))
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(count)]
     for t in threads: t.start()
-    for t in threads: t.join()
+    for t in threads: t.join(60)
     return told
 
 
@@ -895,7 +895,7 @@ def test_processes_whose_passes_wait_for_each_other(recordings, case):
                 if graph.recording and case == "one cannot" and i: raise RuntimeError("cannot be recorded")
                 if not graph.recording:
                     passed.append(every(True))  # where a layer would be gathered
-                wrong = case == "one differs" and i and Recording.at_work
+                wrong = case == "one differs" and i and len(passed) == 4 and not graph.recording  # the first replay
                 return product(p)(t + 1. * bool(wrong))
             for n, rows in enumerate(shapes[i]):
                 p.grad = None
