@@ -18,7 +18,8 @@ __all__ = ['Inside', 'CUT', 'replicated', 'group_modules', 'cut_up', 'shard_base
 # byte's worth of scales inside another part. No part is ever decoded: the layer's own code meets whole tensors.
 #
 # Replicated are adapters and all that learns, an offset (one number), rotary tables, and what bitsandbytes keeps in its
-# `quant_state`. bitsandbytes' codes are cut as uint8 whatever their storage type says: torch casts floats, never bytes.
+# `quant_state`. bitsandbytes' codes are cut as uint8 whatever their storage type says: torch casts floats, and its
+# `_foreach_copy_`, with which FSDP2 packs parts on a card, writes all NaNs of bfloat16 as one. Bytes stay bytes.
 #
 # A hash of each group's bytes (engine.byte_hashes) is compared between processes before, and with what is gathered
 # after. accelerate leaves 4-bit weights out of FSDP2, whole on each card. Built in nbs/engine/sharded_base.ipynb.
