@@ -22,7 +22,8 @@ __all__ = ['Inside', 'CUT', 'replicated', 'group_modules', 'cut_up', 'shard_base
 # `_foreach_copy_`, with which FSDP2 packs parts on a card, writes all NaNs of bfloat16 as one. Bytes stay bytes.
 #
 # A hash of each group's bytes (engine.byte_hashes) is compared between processes before, and with what is gathered
-# after. accelerate leaves 4-bit weights out of FSDP2, whole on each card. Built in nbs/engine/sharded_base.ipynb.
+# after. accelerate leaves 4-bit weights in bytes out of FSDP2, whole on each card, and cuts those
+# that are stored as floats. Built in nbs/engine/sharded_base.ipynb.
 
 # %% ../../nbs/engine/sharded_base.ipynb #e0c87564
 from collections.abc import Iterator
