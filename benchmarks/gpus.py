@@ -52,14 +52,6 @@ def launched(part: str, count: int, tiny: bool) -> object:
         return json.loads(told.read_text())
 
 
-def beside_one(record: dict, part: str) -> list[float]:
-    "Of each row of a part, its tokens a second to those of one card with the same work."
-    def work(row): return row["model"], row["each"], row["sequence"], row["settings"]["rank"]
-    one = {work(row): row["tokens_per_s"] for row in record["alone"]}
-    rows = [record["peers"]["ours"]] if part == "peers" else record[part]
-    return [row["tokens_per_s"] / one[work(row)] for row in rows]
-
-
 def kept(path: Path, part: str, found: object, seconds: float) -> None:
     "Write a part into the record, with its own date and versions."
     before = json.loads(path.read_text()) if path.exists() else {}

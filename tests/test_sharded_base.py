@@ -26,13 +26,16 @@ from qlora_lab.engine import sharded_base
 from qlora_lab.engine.dispatch import faster
 from qlora_lab.engine.fusing import fits, fuse_layers, is_fused
 from qlora_lab.engine.gathered import bytes_held, gathered_bytes, unsharded
+from qlora_lab.engine.recordable import overheard
 from qlora_lab.engine.sharded_base import shard_base
+from qlora_lab.engine.step_graph import forward_backward
 from qlora_lab.linear4bit import Linear4bit, PackedWeight, logical_numel, quantize_model
 from qlora_lab.loading import kinds_of
 from qlora_lab.lora import add_lora, save_adapter, trainable
 from qlora_lab.memory import ledger
 from qlora_lab.merged_model import check_mergeable
 from qlora_lab.model import answer, memory_bill
+from qlora_lab.processes import all_say, rank
 from qlora_lab.records import LabError
 from qlora_lab.shards import here, is_shard
 from qlora_lab.train import summed_loss
@@ -467,12 +470,12 @@ def saved(folder):
 def test_adapters_are_saved_and_a_base_when_it_is_gathered(run, tmp_path):
     for same, said, after in run(2, saved, tmp_path): assert same and after and "spread over several processes" in said
     save_quantized(quantize_model(make_llama()), tmp_path / "one")
-    for rank in (0, 1):
+    for who in (0, 1):
         for file in ("adapter_model.safetensors", "adapter_config.json"):
-            a, b = ((tmp_path / f"{kind}{rank}" / file).read_bytes() for kind in ("whole", "spread"))
+            a, b = ((tmp_path / f"{kind}{who}" / file).read_bytes() for kind in ("whole", "spread"))
             assert a == b
         for file in ("model.safetensors", "config.json"):
-            assert (tmp_path / f"base{rank}" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+            assert (tmp_path / f"base{who}" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
 
 
 def refusals():
@@ -538,6 +541,26 @@ def answering():
 def test_answers_are_made_together(run):
     "Answers of different lengths: who is done goes on running until all are, or the others would wait for ever."
     for alone, together in run(2, answering): assert alone == together
+
+
+def with_a_batch_that_is_not_recorded():
+    "The second process has padding in front."
+    model, own, none = shard_base(llama()), batch(), []
+    own["attention_mask"][:, :rank()] = 0
+    for _ in range(3):
+        part = forward_backward(model, own, 10)
+        if part is None: (summed_loss(model, own) / 10).backward()
+        none.append(part is None)
+        model.zero_grad()
+    modules, learn = list(model.modules()), trainable(model)
+    heard = overheard(modules, learn), overheard(modules, learn, sharded=True)
+    return none, heard, model._graph.every is all_say, model._graph.undecided
+
+
+def test_who_does_not_record_answers_who_would(run):
+    "Passes wait for each other, and so do those who ask whether to record; FSDP2's hooks are part of a pass."
+    first, second = run(2, with_a_batch_that_is_not_recorded)
+    assert first == ([False] * 3, (True, False), True, True) and second == ([True] * 3, *first[1:])
 
 
 # --- two cards -----------------------------------------------------------------------------------------------------
