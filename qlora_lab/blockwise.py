@@ -35,16 +35,20 @@ from .engine.dispatch import faster, twin
 # %% ../nbs/01_blockwise.ipynb #de276ad7
 _codebooks: dict[str, Tensor] = {}
 
+def _ascending(values: Iterable[float] | Tensor, name: str) -> Tensor:
+    "Levels that `nearest_code` can find its way in, float32; raises ValueError for others."
+    levels = torch.as_tensor(values, dtype=torch.float32)
+    if levels.ndim == 1 and 2 <= len(levels) <= 256 and (levels.diff() >= 0).all() and levels.abs().max() <= 1:
+        return levels
+    raise ValueError(f"{name}: expected 2 to 256 ascending levels within [-1, 1], got {values}")
+
 def register_codebook(
     name: str,                        # the name that `codebook` will know it by
     values: Iterable[float] | Tensor, # levels in [-1, 1], ascending
 ) -> Tensor:                          # the levels, float32
     "Make a list of levels known by name; raises ValueError unless they ascend within [-1, 1]."
-    levels = torch.as_tensor(values, dtype=torch.float32).clone()
-    if levels.ndim != 1 or len(levels) < 2 or (levels.diff() < 0).any() or levels.abs().max() > 1:
-        raise ValueError(f"code book {name!r}: expected at least 2 ascending levels within [-1, 1], got {values}")
-    _codebooks[name] = levels
-    return levels
+    _codebooks[name] = _ascending(values, f"code book {name!r}").clone()
+    return _codebooks[name].clone()
 
 def codebook(
     name: str,  # "int8", "int4", "fp4", "fp4_e2m1", "fp4_e3m0", "nf4", "af4", "dynamic8" or one registered
@@ -124,7 +128,7 @@ def quantize_blockwise(
 ) -> tuple[Tensor, Tensor]:  # codes [n] uint8; absmax [ceil(n / blocksize)] float32
     "Scale each block by its largest magnitude, then take the nearest level; raises ValueError for what it cannot take."
     _check_input(x, blocksize)
-    code = codebook(code) if isinstance(code, str) else code
+    code = codebook(code) if isinstance(code, str) else _ascending(code, "code book")
     blocks = to_blocks(x.float(), blocksize)
     absmax = blocks.abs().amax(1)
     _check_finite(x, absmax)

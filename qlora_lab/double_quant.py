@@ -62,7 +62,7 @@ STATS_BLOCK = 256  # scales that share one second-level scale
 # %% ../nbs/03_double_quant.ipynb #863cf463
 def quantize_absmax(absmax: Tensor, blocksize: int = STATS_BLOCK) -> tuple[Tensor, Tensor, Tensor]:
     "Scales [blocks] to codes [blocks] uint8, absmax2 [ceil(blocks / blocksize)] and their mean. QLoRA, section 3."
-    return *quantize_blockwise(absmax - absmax.mean(), DYNAMIC8, blocksize), absmax.mean()
+    return *quantize_blockwise(absmax - absmax.mean(), "dynamic8", blocksize), absmax.mean()
 
 def dequantize_absmax(codes: Tensor, absmax2: Tensor, offset: Tensor, blocksize: int = STATS_BLOCK) -> Tensor:
     "The scales [blocks] again, float32: level times second-level scale, plus the mean."

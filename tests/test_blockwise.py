@@ -1,0 +1,74 @@
+"Code books: by the formats' definitions, by bitsandbytes' tables, and what is no code book."
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+
+from qlora_lab.blockwise import codebook, quantize_blockwise, register_codebook
+from qlora_lab.double_quant import DYNAMIC8
+from qlora_lab.nf4 import NF4
+
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]  # OCP Microscaling Formats 1.0, section 5.3.3
+E3M0 = [0, 0.25, 0.5, 1, 2, 4, 8, 16]
+
+
+def of_both_signs(magnitudes):
+    top = max(magnitudes)
+    return torch.tensor([m / top for m in sorted([-m for m in magnitudes] + magnitudes)], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name, levels", [
+    ("int8", torch.tensor([k / 127 for k in range(-127, 128)])), ("int4", torch.tensor([k / 7 for k in range(-7, 8)])),
+    ("fp4_e2m1", of_both_signs(E2M1)), ("fp4_e3m0", of_both_signs(E3M0)),
+    ("fp4", bnb.get_4bit_type("fp4", device="cpu").sort().values), ("dynamic8", bnb.create_dynamic_map())])
+def test_levels(name, levels):
+    assert codebook(name).dtype == torch.float32 and torch.equal(codebook(name), levels)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "fp4", "fp4_e2m1", "fp4_e3m0", "nf4", "af4", "dynamic8"])
+def test_no_zero_has_a_sign(name):
+    "0 decodes to the same bits whichever of two zeros a code means."
+    code = codebook(name)
+    assert not code[code == 0].signbit().any() and (code == 0).any()
+
+
+@pytest.fixture
+def own():
+    "A name that is free again afterwards."
+    from qlora_lab.blockwise import _codebooks
+    yield "own"
+    _codebooks.pop("own", None)
+
+
+@pytest.mark.parametrize("values", [
+    (-1, 1), (0, 0.5), (-0.5, 0), (-0.25, 0.25, 0.25), range(2), torch.linspace(-1, 1, 256),
+    torch.tensor([-1, 0, 1], dtype=torch.float64)])
+def test_a_code_book_of_ones_own(values, own):
+    levels = register_codebook(own, values)
+    assert torch.equal(levels, torch.as_tensor(values, dtype=torch.float32)) and torch.equal(levels, codebook(own))
+    codes, absmax = quantize_blockwise(torch.tensor([-2., 0.5, 2.]), own)
+    assert torch.equal(codes, quantize_blockwise(torch.tensor([-2., 0.5, 2.]), levels)[0]) and absmax == 2
+
+
+NONE = [(1,), (), ((-1, 1),), (0.1, 0), (-1, 0.5, 0.4), (0, 1.001), (-1.001, 0), (float("nan"), 1), (0, float("nan")),
+        (0, float("inf")), torch.linspace(-1, 1, 257), torch.tensor(0.5)]
+
+
+@pytest.mark.parametrize("values", NONE, ids=str)
+def test_what_is_no_code_book(values, own):
+    with pytest.raises(ValueError, match="'own': expected 2 to 256 ascending levels within"):
+        register_codebook(own, values)
+    with pytest.raises(ValueError, match="unknown code book 'own'; known: af4, dynamic8, fp4"): codebook(own)
+    with pytest.raises(ValueError, match="expected 2 to 256 ascending levels within"):
+        quantize_blockwise(torch.ones(3), torch.as_tensor(values, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("name, levels", [("nf4", NF4), ("dynamic8", DYNAMIC8)])
+def test_nobody_changes_a_code_book_in_place(name, levels, own):
+    "What is handed out is a copy, and what is registered is one."
+    before = codebook(name)
+    codebook(name).zero_()
+    mine = torch.tensor([-1., 1.])
+    register_codebook(own, mine).zero_()
+    mine.zero_()
+    assert torch.equal(codebook(name), before) and torch.equal(levels, before)
+    assert codebook(own).tolist() == [-1, 1]
