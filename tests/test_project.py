@@ -1,4 +1,5 @@
 "The project's parts agree: notebooks and modules, index and README, versions and pins; nothing is of one machine."
+import ast
 import importlib
 import importlib.util
 import json
@@ -91,6 +92,18 @@ def test_readme_gives_the_two_commands_first():
     goals = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
     expected = {"setup", "train", "test", "lab", "docs", "bench", "clean"}
     assert {c.split()[1] for c in commands} | expected <= set(goals)
+
+
+def test_what_the_makefile_runs_is_there():
+    "Modules, scripts, and the names that a line of Python imports, of goals that no other test runs too."
+    text = (ROOT / "Makefile").read_text()
+    lines = [ast.parse(code) for code in re.findall(r"-c '([^']+)'", text)]
+    named = [(n.module, a.name) for line in lines for n in ast.walk(line) if isinstance(n, ast.ImportFrom)
+             for a in n.names if n.module.startswith("qlora_lab")]
+    assert named and all(hasattr(importlib.import_module(module), name) for module, name in named)
+    modules, scripts = re.findall(r"-m (benchmarks\.\w+)", text), re.findall(r"scripts/\w+\.py", text)
+    assert modules and all(importlib.util.find_spec(m) for m in modules)
+    assert scripts and all((ROOT / s).exists() for s in scripts)
 
 
 def test_ci_runs_the_readmes_command():
