@@ -48,6 +48,7 @@ class Waiting(nn.Module):
 
 class _Gather(ConversionOps):
     "Codes and statistics, as transformers hands them over, to a QuantizedTensor."
+    hf_quantizer = LAB_METHOD  # transformers casts nothing of what goes to a quantizer's operation
     def convert(self, input_dict, model=None, full_layer_name=None, **kwargs):
         tensors: dict[str, Tensor] = {_PARTS[k]: t[0] if isinstance(t, list) else t for k, t in input_dict.items()}
         packed = tensors.pop("", torch.empty(0, dtype=torch.uint8))
@@ -142,6 +143,10 @@ class LabQuantizer(HfQuantizer):
         self.stored = Stored(checkpoint_files)
         self.experts = prepare(model, self.stored)
         return model
+
+    def param_needs_quantization(self, model, param_name, **kwargs):
+        "Which parameters have another shape in the file than in the model."
+        return param_name in self.experts or isinstance(model.get_submodule(param_name.rpartition(".")[0]), Waiting)
 
     def get_weight_conversions(self):
         return [WeightConverter(source_patterns=list(_PARTS), target_patterns="weight", operations=[_Gather()])]

@@ -173,7 +173,8 @@ class _Generating(_Manner):
         with quiet(), self.speakers[who](), torch.no_grad(), faster("decode_once", device, self.net) or nullcontext():
             out = self.net.generate(**batch, **self._choice(), **past, pad_token_id=pad, streamer=pieces,
                                     return_dict_in_generate=True)
-        self.reading.put(who, out.sequences[0, :-1].tolist(), getattr(out, "past_key_values", None))
+        past = next((out[name] for name in ("cache", "past_key_values") if name in out), None)  # the newer name first
+        self.reading.put(who, out.sequences[0, :-1].tolist(), past)
 
 # %% ../nbs/reference/talk.ipynb #cfe4db97
 def unheard(piece: str) -> None:

@@ -168,6 +168,21 @@ def test_what_goes_the_plain_way():
     assert torch.equal(*whole)
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache", "layer_past", "max_length_q", "output_router_logits", "?"])
+def test_what_a_fused_layer_does_not_know_goes_the_plain_way(name):
+    "A cache under whatever name: transformers has had three. What is nothing, or changes nothing, is no reason."
+    layer, given = decoder_layers(fuse_layers(small()))[0], {}
+    layer._unfused = lambda x, **kwargs: given.update(kwargs)
+    x = torch.randn(1, 5, 64)
+    how = {"position_embeddings": (torch.ones(1, 5, 16), torch.zeros(1, 5, 16))}
+    for nothing in (None, False): assert layer(x, **how, **{name: nothing}).shape == x.shape and not given
+    assert layer(x, **how, use_cache=True, position_ids=torch.arange(5)[None]).shape == x.shape and not given
+    for value in (True, 0, torch.zeros(2)):
+        given.clear()
+        layer(x, **how, **{name: value})
+        assert given[name] is value and given["position_embeddings"] is how["position_embeddings"]
+
+
 def test_a_fused_layer_can_be_taken_back():
     "Checkpointing that is taken off takes the fused layer with it; fusing twice is fusing once."
     model, plain = small(), gradients(small())

@@ -11,7 +11,7 @@ from test_fused import gradients, ids, off, small
 from test_step import ragged
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig
+from transformers import AutoConfig, Gemma2PreTrainedModel
 
 from conftest import devices
 from qlora_lab.checkpointing import checkpoint_layers, decoder_layers
@@ -55,6 +55,14 @@ EACH = pytest.mark.parametrize("family, more", CASES, ids=NAMES)
 def switched_on_again():
     yield
     use_kernels()
+
+
+@pytest.fixture(autouse=True)
+def gemma2_by_the_way_that_leaves_its_cap_out(request):
+    "Newer transformers have no such way any more: there it stays plain, and a test says that this is said."
+    asked = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if asked.get("family") != "gemma2" or "attn_implementation" in str(asked): return
+    if not Gemma2PreTrainedModel._supports_sdpa: pytest.skip("this transformers caps Gemma 2's scores in every way")
 
 
 def made(family, more, again=False, **how):
