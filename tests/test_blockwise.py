@@ -3,7 +3,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from qlora_lab.blockwise import codebook, quantize_blockwise, register_codebook
+from qlora_lab.blockwise import codebook, dequantize_blockwise, quantize_blockwise, register_codebook
 from qlora_lab.double_quant import DYNAMIC8
 from qlora_lab.nf4 import NF4
 
@@ -72,3 +72,31 @@ def test_nobody_changes_a_code_book_in_place(name, levels, own):
     mine.zero_()
     assert torch.equal(codebook(name), before) and torch.equal(levels, before)
     assert codebook(own).tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize("x, blocksize, message", [
+    ([1., 2.], 64, "floating point tensor to quantize, got list"), (torch.arange(3), 64, "got torch.int64"),
+    (torch.empty(4, 16, device="meta"), 64, r"no numbers on the meta device, \(4, 16\)"),
+    (torch.empty(3, 0), 64, r"got an empty tensor of shape \(3, 0\)"),
+    (torch.ones(3), 0, "as block size, got 0"), (torch.ones(3), 1.5, "as block size, got 1.5"),
+    (torch.tensor([[1., 2.], [3., float("inf")]]), 2, r"got inf at index \[1, 1\] of shape \(2, 2\)"),
+    (torch.tensor([float("nan"), 1.]), 64, r"got nan at index \[0\] of shape \(2,\)")])
+def test_what_cannot_be_cut_into_blocks(x, blocksize, message):
+    with pytest.raises(ValueError, match=message): quantize_blockwise(x, "int8", blocksize)
+
+
+@pytest.mark.parametrize("n", [1, 7, 64, 65])
+@pytest.mark.parametrize("blocksize", [1, 3, 64])
+def test_blocks_one_by_one(n, blocksize):
+    "The nearest level of each number over its block's largest, by hand; a block of zeros stays zero."
+    x, code = torch.randn(n, generator=torch.Generator().manual_seed(n)), codebook("fp4_e2m1").tolist()
+    x[:blocksize] = 0
+    codes, absmax = quantize_blockwise(x, "fp4_e2m1", blocksize)
+    assert codes.dtype == torch.uint8 and len(codes) == n and len(absmax) == -(-n // blocksize)
+    assert absmax.tolist() == [x[i:i + blocksize].abs().max() for i in range(0, n, blocksize)]
+    back = dequantize_blockwise(codes, absmax, "fp4_e2m1", blocksize)
+    for i, (value, found) in enumerate(zip(x.tolist(), back.tolist())):
+        scale = absmax[i // blocksize].item()
+        best = min(abs(level * scale - value) for level in code)
+        assert abs(abs(found - value) - best) < 1e-6 * max(scale, 1)
+    assert not back[:blocksize].any()

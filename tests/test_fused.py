@@ -168,7 +168,7 @@ def test_what_goes_the_plain_way():
     assert torch.equal(*whole)
 
 
-@pytest.mark.parametrize("name", ["past_key_values", "cache", "layer_past", "max_length_q", "output_router_logits", "?"])
+@pytest.mark.parametrize("name", ["past_key_values", "cache", "layer_past", "max_length_q", "output_router_logits", ""])
 def test_what_a_fused_layer_does_not_know_goes_the_plain_way(name):
     "A cache under whatever name: transformers has had three. What is nothing, or changes nothing, is no reason."
     layer, given = decoder_layers(fuse_layers(small()))[0], {}
