@@ -1,10 +1,18 @@
-"Code books: by the formats' definitions, by bitsandbytes' tables, and what is no code book."
+"Code books by definition and by the tables of bitsandbytes; blocks, packed codes, and what cannot be taken, by hand."
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from qlora_lab.blockwise import codebook, dequantize_blockwise, quantize_blockwise, register_codebook
-from qlora_lab.double_quant import DYNAMIC8
+from qlora_lab.blockwise import (
+    codebook,
+    dequantize_blockwise,
+    dequantize_packed,
+    pack_4bit,
+    quantize_blockwise,
+    register_codebook,
+    unpack_4bit,
+)
+from qlora_lab.double_quant import DYNAMIC8, quantize_4bit
 from qlora_lab.nf4 import NF4
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]  # OCP Microscaling Formats 1.0, section 5.3.3
@@ -100,3 +108,43 @@ def test_blocks_one_by_one(n, blocksize):
         best = min(abs(level * scale - value) for level in code)
         assert abs(abs(found - value) - best) < 1e-6 * max(scale, 1)
     assert not back[:blocksize].any()
+
+
+def test_scales_whose_sum_is_too_large():
+    "Numbers are finite one by one; the mean of scales, which double quantization takes off, has to be so too."
+    x = torch.full((3, 64), 3e38)
+    codes, absmax = quantize_blockwise(x, "int8")
+    assert len(absmax) == 3 and torch.equal(dequantize_blockwise(codes, absmax, "int8"), x.view(-1))
+    assert torch.equal(quantize_4bit(x, "nf4", double_quant=False).dequantize(), x)
+    with pytest.raises(ValueError, match="the scales' mean overflows float32; quantize without double_quant"):
+        quantize_4bit(x, "nf4", double_quant=True)
+
+
+def test_the_first_of_several_that_are_not_finite():
+    x = torch.ones(4, 64)
+    x[2, 5], x[3, 1] = torch.nan, torch.inf
+    for quantize in (quantize_4bit, quantize_blockwise):
+        with pytest.raises(ValueError, match=r"got nan at index \[2, 5\] of shape \(4, 64\); mend or drop"):
+            quantize(x, "nf4")
+
+
+def test_two_codes_a_byte():
+    "The first in the high nibble; an odd one has a 0 beside it."
+    codes = torch.tensor([1, 2, 15], dtype=torch.uint8)
+    packed = pack_4bit(codes)
+    assert packed.tolist() == [[0x12], [0xf0]] and packed.dtype == torch.uint8
+    assert unpack_4bit(packed).tolist() == [1, 2, 15, 0]
+    assert torch.equal(unpack_4bit(packed, 3), codes) and torch.equal(unpack_4bit(packed, 2), codes[:2])
+    assert pack_4bit(codes[:2]).tolist() == [[0x12]] and unpack_4bit(packed.view(1, 2), 3).tolist() == [1, 2, 15]
+
+
+@pytest.mark.parametrize("n", [1, 127, 128])
+def test_packed_numbers_again(n):
+    "As unpacked ones, rounded once to the type asked for; float32 where none is."
+    x = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    codes, absmax = quantize_blockwise(x, "nf4", 32)
+    back = dequantize_blockwise(codes, absmax, "nf4", 32)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found = dequantize_packed(pack_4bit(codes), absmax, tuple(NF4.tolist()), 32, n, dtype)
+        assert found.dtype == dtype and torch.equal(found, back.to(dtype))
+    assert dequantize_packed(pack_4bit(codes), absmax, tuple(NF4.tolist()), 32, n).dtype == torch.float32
