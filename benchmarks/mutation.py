@@ -40,7 +40,8 @@ SAID = ROOT / "benchmarks/mutation_said.json"
 MODULES = {  # module: its page, and tests of it, the quickest first
     "nf4": ("02_nf4", "test_nf4"),
     "blockwise": ("01_blockwise", "test_blockwise test_faults::test_what_cannot_be_quantized test_parity"),
-    "double_quant": ("03_double_quant", "test_faults::test_what_cannot_be_quantized test_linear test_parity"),
+    "double_quant": ("03_double_quant",
+                     "test_double_quant test_faults::test_what_cannot_be_quantized test_linear test_parity"),
     "rates": ("reference/rates", "test_edges test_exact_settings test_ways_to_train"),
     "batches": ("reference/batches", "test_edges test_data test_exact_settings test_budget"),
     "scoring": ("reference/scoring", "test_edges test_evaluate test_train"),

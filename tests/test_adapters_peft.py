@@ -105,7 +105,8 @@ def in_peft(base, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for harmless in ("Model has `tie_word_embeddings", "`init_lora_weights` is 'eva'", ".*has no bias",
-                         "fan_in_fan_out is set to True but the target"):  # one field for layers of both kinds
+                         "fan_in_fan_out is set to True but the target",  # one field for layers of both kinds
+                         "`is_gradient_checkpointing` is deprecated"):  # PEFT asks newer transformers by the old name
             warnings.filterwarnings("ignore", message=harmless)
         model = PeftModel.from_pretrained(base, folder).eval()
     with warnings.catch_warnings():

@@ -309,8 +309,9 @@ def test_a_healthy_machine(capsys, monkeypatch):
 def test_what_is_missing_is_said(capsys, monkeypatch, tmp_path):
     "A package gone, one too old, one newer than tested, weights gone, a full disk: advice for each; exit code 1."
     from qlora_lab import provenance
-    real = provenance.versions
-    changed = {"peft": None, "bitsandbytes": "0.1", "numpy": "99.0"}
+    from qlora_lab.tested_versions import tested_range
+    real, changed = provenance.versions, {t.name: t.newest for t in tested_range() if t.newest}
+    changed |= {"peft": None, "bitsandbytes": "0.1", "numpy": "99.0"}
     monkeypatch.setattr(provenance, "versions", lambda names: real(names) | changed)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("shutil.disk_usage", lambda p: type("U", (), {"free": 2 ** 20})())

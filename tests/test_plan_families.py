@@ -14,6 +14,7 @@ from benchmarks.common import random_batch
 from qlora_lab import plan
 from qlora_lab.checkpointing import checkpoint_layers
 from qlora_lab.engine.dispatch import REHEARSED, faster, twin
+from qlora_lab.engine.empty_answers import Answers
 from qlora_lab.engine.known_models import FAMILIES as PLANNED
 from qlora_lab.engine.known_models import KNOWN, model_config
 from qlora_lab.engine.paged_adamw import PagedAdamW
@@ -75,6 +76,19 @@ WITHIN = dict.fromkeys(ROUTED, 0.01) | {"falcon": 1e-4}
 def test_a_plan_is_the_step(name, checkpointing):
     s = Settings(rank=4, batch_size=2, sequence=24, dtype="float32", checkpointing=checkpointing, device="cpu")
     compare(described(name), s, WITHIN.get(name, 0.))
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_an_expert_for_tokens_of_nobody_gets_none(spare):
+    "Newer transformers ask for one more than there are; a list of another length is taken as it is."
+    tokens, experts, k = 48, 4, 2
+    with Answers("cpu"):
+        _, chosen = torch.topk(torch.empty(tokens, experts, device="meta"), k, dim=-1)
+        asked = torch.nn.functional.one_hot(chosen, experts + spare).permute(2, 1, 0)
+        hit = torch.greater(asked.sum(dim=(-1, -2)), 0).nonzero()
+        shares = [len(torch.where(asked[i])[1]) for i in hit[:, 0].tolist()]
+        assert len(torch.empty(7, device="meta").nonzero()) == 7
+    assert shares == [tokens * k // experts] * experts
 
 
 @pytest.mark.parametrize("checkpointed", [None, 0, 3])

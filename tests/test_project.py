@@ -175,11 +175,14 @@ def test_every_pin_installs_on_the_oldest_python():
     from importlib.metadata import PackageNotFoundError, distribution
 
     from packaging.specifiers import SpecifierSet
-    pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.M)
-    asked, oldest = {}, settings["min_python"] + ".0"
-    for name in pinned:
-        try: asked[name] = distribution(name).metadata["Requires-Python"] or ""
-        except PackageNotFoundError: pass  # for another system
+    pinned = re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.M)
+    asked, oldest, other = {}, settings["min_python"] + ".0", 0
+    for name, version in pinned:
+        try: found = distribution(name)
+        except PackageNotFoundError: continue  # for another system
+        if found.version.partition("+")[0] == version: asked[name] = found.metadata["Requires-Python"] or ""
+        else: other += 1
+    if other > 0.2 * len(pinned): pytest.skip("the libraries here are not the pinned ones")
     assert len(asked) > 0.8 * len(pinned)
     assert [name for name, python in asked.items() if not SpecifierSet(python).contains(oldest)] == []
 

@@ -28,7 +28,7 @@ from math import isfinite
 import torch
 from torch import nn
 
-from ..checkpointing import checkpoint_layers, decoder_layers, is_checkpointed
+from ..checkpointing import checkpoint_layers, checkpointed_by_transformers, decoder_layers, is_checkpointed
 from .findings import Finding, ill, well
 from .patient import Pass, Patient, one_pass
 from ..records import LabError
@@ -38,14 +38,10 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     try: return list(decoder_layers(model))
     except LabError: return []
 
-def _marked(model: nn.Module) -> list[nn.Module]:
-    "Modules with transformers' own mark."
-    return [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
-
 @contextmanager
 def _off(model: nn.Module):
     "The model without checkpoints of either kind."
-    layers, marked = _layers(model), _marked(model)
+    layers, marked = _layers(model), checkpointed_by_transformers(model)
     ours = [i for i, layer in enumerate(layers) if is_checkpointed(layer)]
     where = "host" if any("_host_hooks" in layer.__dict__ for layer in layers) else "device"
     for m in marked: m.gradient_checkpointing = False
@@ -98,7 +94,7 @@ def _mode(patient: Patient, theirs: bool) -> list[Finding]:
 
 def look_at_checkpointing(patient: Patient) -> list[Finding]:
     "On, used, the same gradients, and the mode."
-    model, theirs = patient.model, bool(_marked(patient.model))
+    model, theirs = patient.model, bool(checkpointed_by_transformers(patient.model))
     layers = _layers(model)
     on = list(range(len(layers))) if theirs else [i for i, layer in enumerate(layers) if is_checkpointed(layer)]
     asked = getattr(patient.config, "checkpointing", False)

@@ -36,10 +36,18 @@ from torch.overrides import TorchFunctionMode
 
 from ..double_quant import STATS_BLOCK, QuantizedTensor
 
-# %% ../../nbs/engine/empty_answers.ipynb #38de8043
+# %% ../../nbs/engine/empty_answers.ipynb #c12b8a31
 _ATEN = torch.ops.aten
 FLASH = {"cuda": _ATEN._scaled_dot_product_flash_attention, "cpu": _ATEN._scaled_dot_product_flash_attention_for_cpu}
 
+@lru_cache(maxsize=64)
+def _keeps_scores(device: str, heads: tuple[int, ...], sizes: tuple[int, ...], enable_gqa: bool) -> bool:
+    "Whether torch has no kernel for such q, k and v and keeps all scores; for CPUs it is asked, by a few numbers."
+    if device != "cpu": return not enable_gqa and heads[0] != heads[1]
+    q, k, v = (torch.empty(1, n, 1, size, device="cpu") for n, size in zip(heads, sizes))
+    return not torch._fused_sdp_choice(q, k, v, None, 0., True, enable_gqa=enable_gqa)
+
+# %% ../../nbs/engine/empty_answers.ipynb #38de8043
 def empty_attention(
     device: str,           # "cuda" or "cpu", whose kernels are meant
     q: Tensor,             # [batch, heads, tokens, size]; k and v alike, with fewer heads or another size
@@ -54,8 +62,9 @@ def empty_attention(
     "Attention by the kernel that a device would choose."
     if mask is not None and mask.dtype is torch.bool:
         mask = torch.where(mask, 0., torch.scalar_tensor(-torch.inf, dtype=q.dtype, device=mask.device))
-    by_math = not enable_gqa and k.shape[1] != q.shape[1] or device == "cpu" and q.shape[-1] != v.shape[-1]
-    if by_math: return F.scaled_dot_product_attention(q, k, v, mask, 0., is_causal, scale=scale)
+    heads, sizes = zip(*((t.shape[1], t.shape[-1]) for t in (q, k, v)))
+    if _keeps_scores(device, heads, sizes, enable_gqa):
+        return F.scaled_dot_product_attention(q, k, v, mask, 0., is_causal, scale=scale)
     if mask is not None: mask = mask.expand(q.shape[0], q.shape[1], -1, -1)
     more = {"attn_mask": mask} if device == "cpu" else {}
     if q.shape[-1] == v.shape[-1] and (mask is None or more):
@@ -96,7 +105,7 @@ class Answers(TorchFunctionMode):
     "A block in which tensors without bytes answer for a usual step: no padding, no NaN, balanced experts."
     def __init__(self, device: str):  # "cuda" or "cpu", whose step it is
         super().__init__()
-        self.device, self.experts = device, 1
+        self.device, self.experts, self.routed = device, 1, 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, first = kwargs or {}, args[0] if args else None
@@ -105,6 +114,7 @@ class Answers(TorchFunctionMode):
                                                    allow_unreachable=True, accumulate_grad=True)
         if isinstance(first, Tensor) and first.is_meta:
             if func is F.scaled_dot_product_attention: return empty_attention(self.device, *args, **_named(kwargs))
+            if func in (torch.topk, Tensor.topk): self.routed = first.shape[-1]  # among so many a router chooses
             if func is torch._grouped_mm: return GroupedEmpty.apply(first, *args[1:2])
             if len(args) == 1 and not kwargs and func in _ANSWERS: return _ANSWERS[func](self, first)
         return func(*args, **kwargs)
@@ -132,7 +142,7 @@ class GroupedEmpty(torch.autograd.Function):
 def _every(mode: Answers, asked: Tensor):
     "Which experts were asked for: all of them."
     if asked.dim() != 1: return torch.Tensor.nonzero(asked)  # torch's own error
-    mode.experts = len(asked)
+    mode.experts = len(asked) - (len(asked) == mode.routed + 1)  # newer transformers count one for tokens of nobody
     return torch.arange(mode.experts)[:, None]
 
 def _share(mode: Answers, asked: Tensor) -> tuple[Tensor, ...]:
