@@ -46,9 +46,11 @@ def register_codebook(
     name: str,                        # the name that `codebook` will know it by
     values: Iterable[float] | Tensor, # levels in [-1, 1], ascending
 ) -> Tensor:                          # the levels, float32
-    "Make a list of levels known by name; raises ValueError unless they ascend within [-1, 1]."
-    _codebooks[name] = _ascending(values, f"code book {name!r}").clone()
-    return _codebooks[name].clone()
+    "Make a list of levels known by name; raises ValueError unless they ascend within [-1, 1], and for a name taken."
+    levels = _ascending(values, f"code book {name!r}").clone()
+    if not torch.equal(_codebooks.setdefault(name, levels), levels):
+        raise ValueError(f"code book {name!r} has other levels, and weights may be stored in them; take another name")
+    return levels.clone()
 
 def codebook(
     name: str,  # "int8", "int4", "fp4", "fp4_e2m1", "fp4_e3m0", "nf4", "af4", "dynamic8" or one registered

@@ -70,6 +70,20 @@ def test_what_is_no_code_book(values, own):
         quantize_blockwise(torch.ones(3), torch.as_tensor(values, dtype=torch.float32))
 
 
+def test_a_name_keeps_its_levels(own):
+    "Weights are stored under it: other levels would decode them to other numbers."
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    register_codebook(own, torch.linspace(-1, 1, 16))
+    q = quantize_4bit(x, own)
+    before = q.dequantize()
+    assert torch.equal(register_codebook(own, torch.linspace(-1, 1, 16)), codebook(own))  # a cell that is run again
+    for other in (torch.linspace(-1, 1, 15), torch.linspace(-1, 0.9, 16)):
+        with pytest.raises(ValueError, match="'own' has other levels, and weights may be stored in them; take another"):
+            register_codebook(own, other)
+    with pytest.raises(ValueError, match="'nf4' has other levels"): register_codebook("nf4", torch.linspace(-1, 1, 16))
+    assert torch.equal(q.dequantize(), before) and torch.equal(codebook("nf4"), NF4)
+
+
 @pytest.mark.parametrize("name, levels", [("nf4", NF4), ("dynamic8", DYNAMIC8)])
 def test_nobody_changes_a_code_book_in_place(name, levels, own):
     "What is handed out is a copy, and what is registered is one."
