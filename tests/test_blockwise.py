@@ -162,3 +162,11 @@ def test_packed_numbers_again(n):
         found = dequantize_packed(pack_4bit(codes), absmax, tuple(NF4.tolist()), 32, n, dtype)
         assert found.dtype == dtype and torch.equal(found, back.to(dtype))
     assert dequantize_packed(pack_4bit(codes), absmax, tuple(NF4.tolist()), 32, n).dtype == torch.float32
+
+
+@pytest.mark.parametrize("n", [128, 129])
+def test_blocks_of_64_where_nothing_is_said(n):
+    x = torch.arange(1., n + 1)
+    codes, absmax = quantize_blockwise(x, "int8")
+    assert torch.equal(absmax, quantize_blockwise(x, "int8", 64)[1])
+    assert torch.equal(dequantize_blockwise(codes, absmax, "int8"), dequantize_blockwise(codes, absmax, "int8", 64))
