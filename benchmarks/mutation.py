@@ -289,7 +289,8 @@ def write(out: Path, done: dict) -> None:
     tried, caught = (sum(m[k] for m in done.values() for k in keys) for keys in
                      (("tried",), ("by tests", "by the page")))
     looked = sum(bool(c["said"]) for m in done.values() for c in m["alive"])
-    sums = {"tried": tried, "caught": caught, "changes nothing or caught since": looked, "not caught": tried - caught - looked,
+    sums = {"tried": tried, "caught": caught, "changes nothing or caught since": looked,
+            "not caught": tried - caught - looked,
             "share caught": round(caught / max(tried - looked, 1), 4)}
     write_whole(out, json.dumps({"provenance": provenance(), "all": sums, "modules": done}, indent=1) + "\n")
 
