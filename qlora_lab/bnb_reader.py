@@ -9,10 +9,11 @@ __all__ = ['Waiting', 'single_experts', 'exchanged', 'fused', 'LabConfig', 'pack
 # %% ../nbs/reference/bnb_reader.ipynb #ebd5ea76
 # A quantizer for transformers that makes the lab's 4-bit layers.
 #
-# transformers asks a quantizer three things. Before the weights are read: which modules to exchange; `LabQuantizer`
+# transformers asks a quantizer at three moments. Before the weights are read: which modules to exchange; `LabQuantizer`
 # looks into the files, and puts a `Waiting` wherever a name has scales beside it, whatever class stood there. While
-# reading: what to do with several tensors that belong to one weight; `_Gather` makes a QuantizedTensor of them.
-# Afterwards: what is left to do; each `Waiting` gives way to a Linear4bit over the same bytes.
+# reading: what to do with several tensors that belong to one weight; `_Gather` makes a QuantizedTensor of them. And, of
+# newer transformers, which parameters come in another shape than the model's. Afterwards: what is left to do; each
+# `Waiting` gives way to a Linear4bit over the same bytes.
 #
 # bitsandbytes' quantizer decides by class and by a list of names instead: exact nn.Linear and Conv1D, less the list. So
 # transformers alone opens no checkpoint with, say, Falcon's layers in 4 bits; with this quantizer it does. Importing

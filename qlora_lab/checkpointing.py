@@ -113,8 +113,8 @@ def is_checkpointed(layer: nn.Module) -> bool:
     "Whether `checkpoint_layers` is on for a decoder layer."
     return "_own_forward" in layer.__dict__
 
-def checkpointed_by_transformers(model: nn.Module) -> list[nn.Module]:  # those of its modules that are
-    "What transformers' own checkpointing is on for."
+def checkpointed_by_transformers(model: nn.Module) -> list[nn.Module]:
+    "The modules for which transformers' own checkpointing is on."
     return [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
 
 def _set(layer: nn.Module, on: bool) -> None:

@@ -1,4 +1,5 @@
 "What tests share: a tokenizer and a model small enough to train in a second, the site, and a search without chance."
+import itertools
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import torch
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
+COUNT = itertools.count(1)
 
 FUZZ = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
 
@@ -57,6 +59,14 @@ def make_llama(seed=0, layers=2, hidden=64, tie=True, **other):
         vocab_size=320, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tie,
         bos_token_id=None, eos_token_id=1, pad_token_id=1) | other)).eval()
+
+
+@pytest.fixture
+def own():
+    "A name for a code book, which is free again afterwards."
+    from qlora_lab.blockwise import _codebooks
+    yield f"own {next(COUNT)}"  # another each time: levels are remembered by name
+    for name in [n for n in _codebooks if n.startswith("own ")]: del _codebooks[name]
 
 
 @pytest.fixture(scope="module")

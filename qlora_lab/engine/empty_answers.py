@@ -13,8 +13,9 @@ __all__ = ['FLASH', 'empty_attention', 'without_padding', 'register_attention', 
 #     attention (F.scaled_dot_product_attention) goes to a kernel that is named, since no GPU would choose the one that
 #         meta tensors get, which keeps all scores;
 #     `all()` is True and `any()` is False: no padding, no NaN;
-#     `nonzero()` of a list of experts names every expert, and `torch.where` of who asked for one of them gives an equal
-#         share of the tokens: every token goes to its top_k experts, and all experts get as many.
+#     `nonzero()` of a list of experts names every expert, but not the one more that newer transformers ask for, and
+#         `torch.where` of who asked for one of them gives an equal share of the tokens: every token goes to its top_k
+#         experts, and all experts get as many.
 # Balanced routing is what a router is trained for. A batch that sends more tokens to one expert takes more for that
 # expert's work, and as much in all.
 #
