@@ -106,7 +106,7 @@ def fits(
     return _one_type(parts) and _without_dropout(layer, parts) and _untouched(layer, parts) and _by_kernels(parts)
 
 # %% ../../nbs/engine/fusing.ipynb #5aa12c2b
-HARMLESS = {"position_ids", "cache_position", "use_cache", "num_items_in_batch", "output_hidden_states", "return_dict"}
+HARMLESS = {"position_ids", "use_cache", "num_items_in_batch", "output_hidden_states"}  # to a layer without a cache
 
 def _forward(
     layer,
