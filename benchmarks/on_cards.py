@@ -5,6 +5,7 @@ Weights are random, made a tensor at a time on the card; those of a base that is
 """
 # ruff: noqa: E402  (a setting of torch has to stand before torch)
 import argparse
+import faulthandler
 import gc
 import json
 import os
@@ -24,6 +25,7 @@ from benchmarks.wire import bandwidths, held, memory, timed
 from qlora_lab import plan
 from qlora_lab.engine.allocator import CONTEXT_GIB
 from qlora_lab.engine.dispatch import faster
+from qlora_lab.engine.gpu import empty_cache
 from qlora_lab.engine.known_models import model_config
 from qlora_lab.engine.paged_adamw import PagedAdamW
 from qlora_lab.engine.portion import share
@@ -62,7 +64,7 @@ def emptied() -> None:
     gc.collect()
     if not torch.cuda.is_available(): return
     torch.cuda.set_per_process_memory_fraction(1.)
-    torch.cuda.empty_cache()
+    empty_cache()
 
 
 def built(p) -> tuple:
@@ -123,7 +125,7 @@ def rows(shape: str, tiny: bool, sizes: tuple[int, ...], cap: bool = False, **se
         model, optimizer, seconds = built(plans[0])
         found = [row(p, model, optimizer) | {"shard_base_s": seconds, "cap_gib": limit} for p in plans]
     for each in found: each["notices"] = sorted({str(w.message) for w in said})
-    faster("forget", torch.device(plans[0].settings.device), model)  # recordings go before the group of processes does
+    faster("forget", torch.device(plans[0].settings.device), model)  # its memory, before the next
     return found
 
 
@@ -167,7 +169,9 @@ def main() -> None:
     parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("--limit", type=float, help="seconds; later a process says where it stands, and ends")
     args = parser.parse_args()
+    if args.limit: faulthandler.dump_traceback_later(args.limit, exit=True)
     if not (args.tiny or torch.cuda.is_available()): raise SystemExit("this benchmark needs GPUs, or --tiny")
     with joined(own_card(torch.device("cpu" if args.tiny else "cuda")), wait=240):
         found = PARTS[args.part](args.tiny)

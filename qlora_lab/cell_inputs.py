@@ -106,7 +106,9 @@ class Bases:
 def clear(device: torch.device) -> None:
     "Give back what nobody holds any more."
     gc.collect()
-    if device.type == "cuda": torch.cuda.empty_cache()
+    if device.type != "cuda": return
+    torch.cuda.synchronize(device)  # what still runs there may read what is given back
+    torch.cuda.empty_cache()
 
 # %% ../nbs/reference/cell_inputs.ipynb #cc952c46
 def _arithmetic() -> Split:

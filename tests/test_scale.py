@@ -141,9 +141,13 @@ def test_shares_that_do_not_divide(group, tiny, data, tmp_path):
         group(3, with_settings, tiny, data, tmp_path / "run", dict(batch_size=2, accumulation=2))
 
 
-def launched(tmp_path, what, *words):
-    "Exit code, output and what is said of errors, by two processes of torchrun."
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *what]
+TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+ACCELERATE = "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"  # on a CPU it needs mpirun
+
+
+def launched(tmp_path, what, *words, launcher=TORCHRUN):
+    "Exit code, output and what is said of errors, by two processes of a launcher."
+    start = [sys.executable, *launcher, *what]
     env = {k: v for k, v in os.environ.items() if k != "QLORA_LAB_DEBUG"} | {"OMP_NUM_THREADS": "1"}
     start += map(str, words)
     done = subprocess.run(start, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
@@ -166,6 +170,19 @@ def test_the_same_command_in_each_process(tiny, jsonl, tmp_path, capsys):
     assert cli.main([str(w) for w in options(tiny, jsonl, tmp_path / "run")]) == 0
     def told(text): return text[text.index("Held-out loss"):text.index("What next")]
     assert told(capsys.readouterr().out.replace(f"{tmp_path}/", "")) == told(out)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_cards_by_the_command(tiny, jsonl, tmp_path, launcher, sharding):
+    "Either launcher, the base whole or spread: the losses of one card."
+    assert cli.main([str(w) for w in options(tiny, jsonl, tmp_path / "one")]) == 0
+    code, out, said = launched(tmp_path, LAB, *options(tiny, jsonl, "two"), "--sharding", sharding, launcher=launcher)
+    assert code == 0 and "by 2 processes" in out, (out, said)
+    one, two = ([json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+                for name in ("one", "two"))
+    assert len(two) == 3 and two == pytest.approx(one, rel=2e-3)
 
 
 DIES = """

@@ -3,6 +3,8 @@
 Protects: 4-bit weights that are cut, sent, put together and decoded; what is refused; that nothing stays whole.
 """
 import copy
+import os
+import socket
 import tempfile
 import warnings
 from contextlib import contextmanager
@@ -35,7 +37,7 @@ from qlora_lab.lora import add_lora, save_adapter, trainable
 from qlora_lab.memory import ledger
 from qlora_lab.merged_model import check_mergeable
 from qlora_lab.model import answer, memory_bill
-from qlora_lab.processes import all_say, rank
+from qlora_lab.processes import all_say, joined, let_go_at_end, own_card, rank
 from qlora_lab.records import LabError
 from qlora_lab.shards import here, is_shard
 from qlora_lab.train import summed_loss
@@ -563,16 +565,49 @@ def test_who_does_not_record_answers_who_would(run):
     assert first == ([False] * 3, (True, False), True, True) and second == ([True] * 3, *first[1:])
 
 
+def on_cards_by_name(told):
+    "Whether a step would be recorded if the group were NCCL's, and what is said; each process has its own word."
+    model, word = shard_base(llama()), {"NCCL_GRAPH_REGISTER": told[rank()]} if told[rank()] else {}
+    with (patch.object(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl"), warnings.catch_warnings(record=True)
+          as said, patch.dict(os.environ)):
+        warnings.simplefilter("always")
+        os.environ.pop("NCCL_GRAPH_REGISTER", None)
+        os.environ |= word
+        forward_backward(model, batch(), 10)
+    return model._graph.most > 0, [str(w.message) for w in said if "recorded" in str(w.message)]
+
+
+def test_memory_that_nccl_would_register_is_not_recorded(run):
+    "Only where it does not, in all processes: what it has registered may be given back, and read all the same."
+    assert run(2, on_cards_by_name, ["0", "0"]) == [(True, [])] * 2
+    for told in ([None, "0"], ["1", "1"]):
+        for records, said in run(2, on_cards_by_name, told): assert not records and "NCCL_GRAPH_REGISTER=0" in said[0]
+
+
+@pytest.mark.parametrize("before, after", [({}, "0"), ({"NCCL_GRAPH_REGISTER": "1"}, "1")])
+def test_recordings_end_before_their_group(monkeypatch, before, after):
+    "torch waits forever where a group goes first; the environment's own word on NCCL stays."
+    told = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "", "MASTER_PORT": ""}
+    order, held = [], type("Held", (), {"clear": lambda self: order.append("cleared")})()
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda *a, name=name, **k: order.append(name))
+    with patch.dict(os.environ, clear=True):
+        os.environ |= told | before
+        with joined(torch.device("cuda")): let_go_at_end(held)
+        assert os.environ["NCCL_GRAPH_REGISTER"] == after
+    assert order == ["init_process_group", "cleared", "destroy_process_group"]
+
+
 # --- two cards -----------------------------------------------------------------------------------------------------
 
 two_cards = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
-def on_a_card(rank, place, offload, told):
-    torch.cuda.set_device(rank)
-    store = dist.FileStore(place, 2)
-    dist.init_process_group("nccl", store=store, rank=rank, world_size=2, device_id=torch.device("cuda", rank))
-    try:
+def on_a_card(rank, port, offload, told):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    with joined(own_card(torch.device("cuda"))):  # and leave it, with recordings of gathers still there
         whole = llama().to("cuda")
         before = both_ways(whole)
         model = llama()  # on the host: the parts alone go to the card
@@ -587,7 +622,6 @@ def on_a_card(rank, place, offload, told):
         recorded = [recorded_step(model) for _ in range(4)]
         steps = all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(recorded[0], recorded[-1]))
         told.put((rank, same and close and steps and bool(model._graph.graphs) and not gathered_bytes(model)))
-    finally: dist.destroy_process_group()
 
 
 def recorded_step(model):
@@ -599,9 +633,12 @@ def recorded_step(model):
 
 @two_cards
 @pytest.mark.parametrize("offload", [False, True])
-def test_two_cards(tmp_path, offload):
+def test_two_cards(offload):
     "By NCCL, from the host, fused: as a whole model on one card."
     from torch import multiprocessing
     told = multiprocessing.get_context("spawn").SimpleQueue()
-    multiprocessing.spawn(on_a_card, (str(tmp_path / "store"), offload, told), nprocs=2)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    multiprocessing.spawn(on_a_card, (port, offload, told), nprocs=2)
     assert sorted(told.get() for _ in range(2)) == [(0, True), (1, True)]

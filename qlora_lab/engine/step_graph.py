@@ -38,9 +38,9 @@ from torch import Tensor, nn
 
 from .capture import captured, ended
 from .filled_up import causal, filled_losses, padded, takes
-from .gpu import on_device
+from .gpu import empty_cache, on_device
 from .packed_rows import Row, filled_row, row_losses, same_angles
-from .recordable import overheard, relied_on
+from .recordable import overheard, records_gathers, relied_on
 from .rotary_tables import held_tables
 from ..lora import trainable
 from ..processes import all_say, world
@@ -117,7 +117,7 @@ class Roomy(Recordings):
         cached = reserved - torch.cuda.memory_allocated() - own  # freed by passes, for passes
         if min(free, whole * limit - reserved) + cached < own * inputs[0].numel() / max(sizes):
             self.clear()
-            torch.cuda.empty_cache()
+            empty_cache()
 
 # %% ../../nbs/engine/step_graph.ipynb #3af46084
 class Recorder(Roomy):
@@ -206,7 +206,7 @@ class Proven(Proof):
         "The result by a recording, which is made first if that is asked for; None where there is none that holds."
         expected = self.expect(passes, inputs) if record and not self.proven else None
         if record:
-            torch.cuda.empty_cache()  # what passes before this one have freed would lie idle beside the recording
+            empty_cache()  # what passes before this one have freed would lie idle beside the recording
             before = torch.cuda.memory_reserved()
             self.record(key, passes, inputs)
         graph, held, result = self.graphs.get(key) or (None, None, None)
@@ -236,10 +236,10 @@ class StepGraph(Proven):
             self.seen.add(shape)
             out = self.recorded(key, passes, inputs, record)
             if out is not None: return out
-            if first or record: torch.cuda.empty_cache()  # of an earlier model or recorder, or of what failed here
+            if first or record: empty_cache()  # of an earlier model or recorder, or of what failed here
             self.make_room(inputs)
             out = passes(*(t.to(self.device) for t in inputs))
-            if first: torch.cuda.empty_cache()
+            if first: empty_cache()
             return out
 
 # %% ../../nbs/engine/step_graph.ipynb #560ccbef
@@ -251,9 +251,11 @@ def _recorder(model: nn.Module) -> StepGraph | None:
         if numbers == values and len(now) == len(objects) and all(map(is_, now, objects)): return model._graph
     params, modules = trainable(model), list(model.modules())
     if not params or len({p.device for p in model.parameters() if not is_shard(p)}) > 1: return None
-    together = {"every": all_say} if is_sharded(model) and world() > 1 else {}
-    model._graph, model._relied = StepGraph(params, **together), (modules, *relied_on(modules))
-    return model._graph
+    together = is_sharded(model) and world() > 1
+    model._graph = recorder = StepGraph(params, every=all_say) if together else StepGraph(params)
+    model._relied = modules, *relied_on(modules)
+    if together and not records_gathers(recorder): recorder.give_up()
+    return recorder
 
 # %% ../../nbs/engine/step_graph.ipynb #8dfb6028
 def _batch_loss(model: nn.Module, recorder: StepGraph, given: list[Tensor]) -> Tensor:
@@ -293,4 +295,4 @@ def forward_backward(
 def forget(model: nn.Module) -> None:
     "Give back the memory of a model's recordings; its gradients stay."
     for name in ("_graph", "_relied"): model.__dict__.pop(name, None)
-    torch.cuda.empty_cache()
+    empty_cache()
