@@ -164,12 +164,22 @@ def recordings(monkeypatch):
         recording.work = work
     monkeypatch.setattr(StepGraph, "record", record)
     monkeypatch.setattr("qlora_lab.engine.step_graph.captured", captured)
-    stand_ins = {"CUDAGraph": Recording, "Stream": object, "memory_reserved": lambda: 100,
+    monkeypatch.setattr("qlora_lab.engine.step_graph.capture_stream", lambda card: None)
+    stand_ins = {"CUDAGraph": Recording, "memory_reserved": lambda: 100,
                  "memory_allocated": lambda: 60, "mem_get_info": lambda: (1000, 2000),
                  "get_per_process_memory_fraction": lambda: 1.}
     for name, stand_in in stand_ins.items(): monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(Recording, "made", [])
     return Recording.made
+
+
+def test_all_captures_of_a_card_share_a_stream(monkeypatch):
+    "cuBLAS keeps 64 MiB for each that it meets, to the end of the process; a model that changes is recorded anew."
+    from qlora_lab.engine.capture import capture_stream
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    capture_stream.cache_clear()
+    assert capture_stream(0) is capture_stream(0) is not capture_stream(1)
+    capture_stream.cache_clear()
 
 
 def product(*params):
@@ -731,6 +741,22 @@ def test_a_capture_that_breaks_off_leaves_nothing_behind():
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= held and torch.equal(torch.rand(4, device="cuda"), expected)
     assert len({tuple(graph(drawn, torch.zeros(3)).tolist()) for _ in range(4)}) == 4
+
+
+@needs_gpu
+def test_a_model_that_is_recorded_anew_takes_no_more():
+    "Work space of the products too, which torch keeps for each stream that they ran on."
+    model, batch, held = fuse_layers(small().cuda()), ragged((40, 27)), []
+    for _ in range(4):
+        for _ in range(3):
+            for p in trainable(model): p.grad = None
+            forward_backward(model, batch, 67)
+        assert any(graph is not None for graph, _, _ in model._graph.graphs.values())
+        forget(model)
+        for p in trainable(model): p.grad = None
+        gc.collect()
+        held.append(torch.cuda.memory_allocated())
+    assert len(set(held[1:])) == 1, held
 
 
 WAITS = {"bloom", "mpt", "falcon", "falcon alibi", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next",

@@ -174,13 +174,12 @@ def _host_inputs(config: "PretrainedConfig", s: Settings, layers: int, fused: bo
 # %% ../../nbs/engine/planner.ipynb #0d6f567b
 _SPREAD = [f.name for f in fields(Spread)]
 
-def _of_one(text: str, s: Settings, process_bytes: int, recording: bool) -> tuple:
+def _of_one(text: str, s: Settings, process_bytes: int) -> tuple:
     "What was rehearsed of a step, what is held, the moments, the bytes in host memory."
     kernels = tuple(twin(operation, s.device) if s.kernels else None for operation in REHEARSED)
     one_more = min(2, s.accumulation)  # a second pass is as the third
     alike = replace(s, optimizer_bits=32, device_budget=None, accumulation=one_more)  # what passes depend on
     r = rehearsed(text, alike, kernels)
-    if not recording: r = r._replace(fused=False)
     first = rehearsed(text, replace(alike, accumulation=1), kernels).gradients if s.accumulation > 1 else 0
     return r, *_completed(r, s, kernels, process_bytes, first)
 
@@ -200,7 +199,7 @@ def plan(
     if most and s.sequence > most: raise LabError(f"sequence={s.sequence}: this {config.model_type} has {most} places")
     name = name or str(model if isinstance(model, (str, Path)) else config.model_type)
     text = json.dumps(config.to_dict(), default=str)
-    r, held, moments, host = _of_one(text, s, process_bytes, spread.sharding == "none")
+    r, held, moments, host = _of_one(text, s, process_bytes)
     inputs = _host_inputs(config, s, r.layers, r.fused)
     inputs += r.results if inputs else 0
     held, moments, travels = portioned(held, moments, text, s, spread, ROUNDED[s.device])

@@ -36,7 +36,7 @@ from traceback import clear_frames
 import torch
 from torch import Tensor, nn
 
-from .capture import captured, ended
+from .capture import capture_stream, captured, ended
 from .filled_up import causal, filled_losses, padded, takes
 from .gpu import empty_cache, on_device
 from .packed_rows import Row, filled_row, row_losses, same_angles
@@ -81,7 +81,7 @@ class GradientPlaces:
 class Recordings(GradientPlaces):
     "A table of recordings: (shapes of the inputs, whether gradients are made) to (graph, input arrays, result)."
     def __init__(self, params: list[nn.Parameter], most: int = 32, every: Callable[[bool], bool] = bool):
-        self.most, self.device, self.seen, self.stream = most, params[0].device, set(), None
+        self.most, self.device, self.seen = most, params[0].device, set()
         self.every = every  # whether all say so whose passes wait for each other; alone, whoever asks
         self.tables, self.recording = {}, False  # what was made outside for recordings to read; whether one is made now
         super().__init__(params)
@@ -125,10 +125,10 @@ class Recorder(Roomy):
     def record(self, key: tuple, passes: Callable, inputs: tuple[Tensor, ...]) -> None:
         "Make a recording; where it cannot be had, note that, with one line of notice."
         (shape, makes), graph, held = key, torch.cuda.CUDAGraph(), [t.to(self.device) for t in inputs]
-        self.stream = self.stream or torch.cuda.Stream()
         pool = next((g.pool() for g, _, _ in self.graphs.values() if g is not None), None)  # None for the first
+        card = self.device.index or 0
         try:
-            with captured(graph, self.stream, self.device.index or 0, pool):
+            with captured(graph, capture_stream(card), card, pool):
                 self.recording = True
                 result = passes(*held)
             if makes: self.keep(shape)
