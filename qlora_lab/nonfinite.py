@@ -25,6 +25,7 @@ __all__ = ['NotFinite', 'all_finite', 'first_odd', 'Watch', 'named', 'few', 'tol
 
 # %% ../nbs/reference/nonfinite.ipynb #b4d5fb01
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,9 +49,11 @@ def all_finite(
     tensors: list[Tensor],
 ) -> bool:
     "Whether every number of some tensors is finite, with one wait for a GPU."
-    full = [t.detach() for t in tensors if t.numel()]
-    largest = torch._foreach_norm(full, float("inf")) if full else [torch.zeros(())]
-    return bool(torch.stack([n.float().to(largest[0].device) for n in largest]).isfinite().all())
+    alike = defaultdict(list)
+    for t in tensors:
+        if t.numel(): alike[t.dtype, t.device].append(t.detach())
+    largest = [torch.stack(torch._foreach_norm(some, float("inf"))).isfinite().all() for some in alike.values()]
+    return not largest or bool(torch.stack([n.to(largest[0].device) for n in largest]).all())
 
 def first_odd(
     named: Iterable[tuple[str, Tensor]],
