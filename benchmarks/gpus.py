@@ -31,7 +31,7 @@ from qlora_lab.provenance import provenance
 from qlora_lab.records import write_whole
 
 PARTS = {"wire": 2, "ddp": 2, "shard65": 2, "offload65": 2, "peers": 2, "plans": 2, "alone": 1}  # to processes
-LIMIT = 300  # seconds of a start; a little before, each process says where it stands
+LIMIT = 300  # seconds of a start; a little before, each process says where it stands, and works on
 
 
 def launched(part: str, count: int, tiny: bool) -> object:
@@ -39,15 +39,19 @@ def launched(part: str, count: int, tiny: bool) -> object:
     with tempfile.TemporaryDirectory() as place:
         told = Path(place) / "found.json"
         line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
-                "-m", "benchmarks.on_cards", part, "--to", str(told), "--limit", str(LIMIT - 10), *["--tiny"] * tiny]
+                "-m", "benchmarks.on_cards", part, "--to", str(told), "--limit", str(LIMIT - 60), *["--tiny"] * tiny]
         threads = "1" if tiny else str(max(1, (os.cpu_count() or 1) // count))  # torchrun's own default is 1
         env = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": threads} | os.environ
         run = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
                                start_new_session=True)
         try: said = run.communicate(timeout=LIMIT)[0]
         except subprocess.TimeoutExpired:
-            os.killpg(run.pid, signal.SIGKILL)
-            said = f"not done in {LIMIT} s\n{run.communicate()[0]}"
+            run.terminate()  # torchrun ends its processes, which are of groups of their own
+            try: said = run.communicate(timeout=60)[0]
+            except subprocess.TimeoutExpired as e:
+                os.killpg(run.pid, signal.SIGKILL)
+                said = (e.output or b"").decode()
+            said = f"not done in {LIMIT} s\n{said}"
         if not told.exists() or run.returncode:  # the first that was said has the reason, the last where each stood
             said = said if len(said) < 8000 else f"{said[:4000]}\n...\n{said[-4000:]}"
             raise RuntimeError(f"{part}, {count} processes:\n{said}")

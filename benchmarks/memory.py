@@ -24,6 +24,7 @@ from benchmarks.common import RESULTS, peer_step, random_batch, random_model, ra
 from qlora_lab import plan
 from qlora_lab.engine.allocator import CONTEXT_GIB
 from qlora_lab.engine.fitting import largest
+from qlora_lab.engine.gpu import empty_cache
 from qlora_lab.engine.known_models import model_config
 from qlora_lab.engine.paged_adamw import PagedAdamW
 from qlora_lab.engine.rehearsal import Settings
@@ -74,7 +75,7 @@ def one(name: str, settings: Settings, steps: int = 3, peer: bool = False) -> di
     "Peak of torch's allocator over whole training steps, the first aside, and a step's time; by the lab or its peer."
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()  # those of a recording would be counted with the next configuration too
-    torch.cuda.empty_cache()
+    empty_cache()
     model = (random_peer if peer else random_model)(model_config(name), settings)
     if peer: optimizer = peer_optimizer(trainable(model), settings)
     else:
@@ -132,7 +133,7 @@ def claim(name: str, card: int) -> dict:
     for sequence in (512, longest, -(-longest * 11 // 10 // 64) * 64):
         q = p.again(sequence=sequence)
         gc.collect()
-        torch.cuda.empty_cache()
+        empty_cache()
         torch.cuda.set_per_process_memory_fraction((card - CONTEXT_GIB) * 2 ** 30 / total)
         said = {"sequence": sequence, "planned_gib": q.total_gib, "fits_by_plan": q.fits}
         try: tried.append(said | {"outcome": "finished"} | one(name, q.settings, 1))

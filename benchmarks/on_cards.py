@@ -169,9 +169,9 @@ def main() -> None:
     parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--to", type=Path, required=True)
-    parser.add_argument("--limit", type=float, help="seconds; later a process says where it stands, and ends")
+    parser.add_argument("--limit", type=float, help="seconds after which a process says where it stands")
     args = parser.parse_args()
-    if args.limit: faulthandler.dump_traceback_later(args.limit, exit=True)
+    if args.limit: faulthandler.dump_traceback_later(args.limit)
     if not (args.tiny or torch.cuda.is_available()): raise SystemExit("this benchmark needs GPUs, or --tiny")
     with joined(own_card(torch.device("cpu" if args.tiny else "cuda")), wait=240):
         found = PARTS[args.part](args.tiny)

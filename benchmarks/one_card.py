@@ -36,6 +36,7 @@ from qlora_lab.bnb_files import save_quantized
 from qlora_lab.data import data_hash, tokenize
 from qlora_lab.engine.allocator import CONTEXT_GIB
 from qlora_lab.engine.budget import fastest, told_of
+from qlora_lab.engine.gpu import empty_cache
 from qlora_lab.engine.known_models import model_config
 from qlora_lab.engine.rehearsal import Settings
 from qlora_lab.linear4bit import set_submodule
@@ -63,7 +64,7 @@ def emptied() -> None:
     "Nothing left of what was measured before."
     gc.collect()
     if not torch.cuda.is_available(): return
-    torch.cuda.empty_cache()
+    empty_cache()
     torch.cuda.reset_peak_memory_stats()
 
 

@@ -19,7 +19,8 @@ __all__ = ['PIECE', 'rank', 'world', 'is_first', 'launched', 'own_number', 'own_
 # so there is little to hide behind the backward pass; and a recorded step has no such hooks. Equal to it in a test.
 #
 # A process that dies takes the launcher's others with it. Those that wait for it are told so by the connection; the
-# command line lets it speak first. The environment's word on NCCL, such as NVLink multicast off, stays as it is.
+# command line lets it speak first. The environment's word on NCCL, such as NVLink multicast off, stays as it is; of
+# NCCL_GRAPH_REGISTER, where it says nothing, `joined` says 0.
 #
 # Built in nbs/reference/processes.ipynb, for lesson 15.
 
@@ -119,7 +120,7 @@ def joined(
         raise LabError(f"this torch has no {kind}, over which {count} processes would speak; "
                        "install one that has it, or start one process")
     backend = "cpu:gloo,cuda:nccl" if kind == "nccl" else kind  # what is no tensor of a card goes between CPUs
-    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # see engine/recordable
+    if kind == "nccl": os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # see engine/recordable
     try: dist.init_process_group(backend, rank=number, world_size=count, timeout=timedelta(seconds=wait))
     except (RuntimeError, ValueError) as e: raise _explained(e, f"{count} processes could not meet") from None
     with _others_may_go(): yield
@@ -156,8 +157,6 @@ def all_say(flag: bool) -> bool:
     t = torch.tensor(flag, dtype=torch.uint8, device=_known_here())
     dist.all_reduce(t, dist.ReduceOp.MIN)
     return bool(t)
-
-
 
 # %% ../nbs/reference/processes.ipynb #f687a590
 PIECE = 64 << 20  # bytes that are summed at once, so that a second copy of all gradients is never there

@@ -6,6 +6,7 @@ import copy
 import os
 import socket
 import tempfile
+import time
 import warnings
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -640,5 +641,10 @@ def test_two_cards(offload):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    multiprocessing.spawn(on_a_card, (port, offload, told), nprocs=2)
+    processes = multiprocessing.spawn(on_a_card, (port, offload, told), nprocs=2, join=False)
+    end = time.monotonic() + 180
+    while not processes.join(timeout=5):
+        if time.monotonic() < end: continue
+        for p in processes.processes: p.kill()
+        pytest.fail("the group was not left")
     assert sorted(told.get() for _ in range(2)) == [(0, True), (1, True)]

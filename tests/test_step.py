@@ -20,7 +20,7 @@ from torch import nn
 from benchmarks.common import random_batch
 from conftest import devices
 from qlora_lab.checkpointing import checkpoint_layers
-from qlora_lab.engine import capture, dispatch
+from qlora_lab.engine import capture, dispatch, step_graph
 from qlora_lab.engine.dispatch import (
     ALWAYS,
     AT_WORK,
@@ -36,7 +36,7 @@ from qlora_lab.engine.dispatch import (
 from qlora_lab.engine.filled_up import causal, filled_loss, padded
 from qlora_lab.engine.fused_adamw import adamw_triton
 from qlora_lab.engine.fusing import fuse_layers
-from qlora_lab.engine.gpu import triton
+from qlora_lab.engine.gpu import empty_cache, triton
 from qlora_lab.engine.paged_adamw import PagedAdamW
 from qlora_lab.engine.step_graph import StepGraph, forget, forward_backward
 from qlora_lab.lora import trainable
@@ -142,6 +142,7 @@ def recordings(monkeypatch):
     works on the memory that was recorded."""
     @contextmanager
     def captured(recording, stream, device, pool=None):
+        assert stream == f"of card {device}"
         recording.own = pool or recording.own
         yield
 
@@ -164,7 +165,7 @@ def recordings(monkeypatch):
         recording.work = work
     monkeypatch.setattr(StepGraph, "record", record)
     monkeypatch.setattr("qlora_lab.engine.step_graph.captured", captured)
-    monkeypatch.setattr("qlora_lab.engine.step_graph.capture_stream", lambda card: None)
+    monkeypatch.setattr("qlora_lab.engine.step_graph.capture_stream", lambda card: f"of card {card}")
     stand_ins = {"CUDAGraph": Recording, "memory_reserved": lambda: 100,
                  "memory_allocated": lambda: 60, "mem_get_info": lambda: (1000, 2000),
                  "get_per_process_memory_fraction": lambda: 1.}
@@ -173,13 +174,27 @@ def recordings(monkeypatch):
     return Recording.made
 
 
-def test_all_captures_of_a_card_share_a_stream(monkeypatch):
-    "cuBLAS keeps 64 MiB for each that it meets, to the end of the process; a model that changes is recorded anew."
-    from qlora_lab.engine.capture import capture_stream
+@pytest.fixture
+def streams(monkeypatch):
+    "Stand-ins, which nobody finds afterwards."
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
-    capture_stream.cache_clear()
-    assert capture_stream(0) is capture_stream(0) is not capture_stream(1)
-    capture_stream.cache_clear()
+    capture.capture_stream.cache_clear()
+    yield capture.capture_stream
+    capture.capture_stream.cache_clear()
+
+
+def test_all_captures_of_a_card_share_a_stream(streams):
+    "torch keeps work space for each, to the end of the process; a model that changes is recorded anew."
+    assert streams(0) is streams(0) is not streams(1)
+
+
+def test_memory_goes_back_when_no_card_works(monkeypatch):
+    order, at_work = [], {0: True, 1: False, 2: True}
+    stand_ins = {"is_initialized": lambda: True, "device_count": lambda: 3, "memory_reserved": at_work.get,
+                 "synchronize": order.append, "empty_cache": lambda: order.append("emptied")}
+    for name, stand_in in stand_ins.items(): monkeypatch.setattr(torch.cuda, name, stand_in)
+    empty_cache()
+    assert order == [0, 2, "emptied"]
 
 
 def product(*params):
@@ -403,7 +418,7 @@ def test_in_which_order_a_step_is_recorded(recordings, monkeypatch, wrong):
         kind = "record" if graph.recording else "replay" if Recording.at_work else "pass"
         events.append((kind, bool(graph.graphs), p.grad is not None))
         return product(p)(t * 0.5 if wrong and Recording.at_work else t)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append(("empty", bool(graph.graphs), False)))
+    monkeypatch.setattr(step_graph, "empty_cache", lambda: events.append(("empty", bool(graph.graphs), False)))
     def steps(*shapes):
         events.clear()
         p.grad = None
@@ -522,7 +537,7 @@ def test_a_model_that_was_moved_is_recorded_anew(recordings, monkeypatch):
     forward_backward(model, batch, 7)
     assert model._graph is not first
     emptied = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("_graph" in model.__dict__))
+    monkeypatch.setattr(step_graph, "empty_cache", lambda: emptied.append("_graph" in model.__dict__))
     forget(model)
     assert emptied == [False] and all(p.grad is not None for p in trainable(model))
 

@@ -83,8 +83,9 @@ def level_tables(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]
     return torch.tensor(levels_by_code(quant_type), device=device), DYNAMIC8.to(device)
 
 def empty_cache() -> None:
-    "torch.cuda.empty_cache, once the card has come to its end."
-    if torch.cuda.is_initialized(): torch.cuda.synchronize()
+    "torch.cuda.empty_cache, once no card works on anything more."
+    for i in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+        if torch.cuda.memory_reserved(i): torch.cuda.synchronize(i)
     torch.cuda.empty_cache()
 
 def is_nvidia(device: torch.device) -> bool:

@@ -17,9 +17,10 @@ __all__ = ['HOOKS', 'OWN', 'relied_on', 'overheard', 'records_gathers']
 # that it generates for each graph; torch.cuda.make_graphed_callables refuses modules with hooks, and looks at nothing
 # later.
 #
-# `records_gathers` is asked where a base is spread over processes. Left to itself, NCCL registers the memory of gathers
-# that it sees recorded with the other cards (NCCL_GRAPH_REGISTER=1). torch may map other memory to the same address
-# afterwards, and a replay reads what is gone. Megatron-LM refuses this with expandable segments; `joined` turns it off.
+# `records_gathers` is asked where a base is spread over processes. Left to itself (NCCL_GRAPH_REGISTER=1), NCCL
+# registers with the other cards the memory of gathers that it sees recorded. torch may map other memory to the same
+# address later, and a replay reads what is gone. Megatron-LM refuses this with expandable segments; `joined` turns it
+# off.
 # Built in nbs/engine/recordable.ipynb.
 
 # %% ../../nbs/engine/recordable.ipynb #5ec00004
