@@ -106,7 +106,7 @@ class Bases:
 def clear(device: torch.device) -> None:
     "Give back what nobody holds any more."
     gc.collect()
-    if device.type != "cuda": return
+    if device.type != "cuda" or not torch.cuda.is_initialized(): return
     torch.cuda.synchronize(device)  # what still runs there may read what is given back
     torch.cuda.empty_cache()
 
