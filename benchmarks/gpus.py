@@ -39,7 +39,8 @@ def launched(part: str, count: int, tiny: bool) -> object:
     with tempfile.TemporaryDirectory() as place:
         told = Path(place) / "found.json"
         line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
-                "-m", "benchmarks.on_cards", part, "--to", str(told), "--limit", str(LIMIT - 60), *["--tiny"] * tiny]
+                "-m", "benchmarks.on_cards", part, "--to", str(told), *["--tiny"] * tiny,
+                "--limit", str(max(1, LIMIT - 60))]
         threads = "1" if tiny else str(max(1, (os.cpu_count() or 1) // count))  # torchrun's own default is 1
         env = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": threads} | os.environ
         run = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,

@@ -3,6 +3,7 @@ import json
 import os
 import sys
 
+import psutil
 import pytest
 from several import several
 
@@ -72,6 +73,14 @@ def test_a_part_is_started_by_torchrun(tmp_path, capsys):
     assert [r["what"] for r in found["wire"]] == ["all_gather", "all_reduce"] * 2 and found["ddp"] == "of another day"
     assert all(r["gbs"] > 0 and r["cards"] == 2 for r in found["wire"])
     assert found["about"]["wire"]["seconds"] > 0 and found["about"]["wire"]["versions"]["torch"]
+
+
+def test_a_part_that_takes_too_long_is_ended(monkeypatch):
+    "With its processes, and with what they have said."
+    monkeypatch.setattr(gpus, "LIMIT", 4)
+    with pytest.raises(RuntimeError, match="ddp, 2 processes:\nnot done in 4 s\n."): gpus.launched("ddp", 2, True)
+    lines = [p.info["cmdline"] or () for p in psutil.process_iter(["cmdline"])]
+    assert not [line for line in lines if "benchmarks.on_cards" in line and "ddp" in line]
 
 
 def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
