@@ -69,3 +69,9 @@ def test_what_a_weight_is_said_to_take():
     bare = QuantizedTensor(q.packed, q.stats, q.shape, q.dtype)
     assert (bare.blocksize, bare.quant_type, bare.nested) == (64, "nf4", False)
     assert torch.equal(bare.dequantize(), q.dequantize())
+
+
+def test_bitsandbytes_gets_no_code_book_that_it_does_not_know(own):
+    register_codebook(own, torch.linspace(-1, 1, 16))
+    with pytest.raises(ValueError, match=f"'nf4' and 'fp4', not '{own}'"):
+        quantize_4bit(torch.randn(8, 64), own).to_bitsandbytes()
