@@ -52,8 +52,8 @@ def all_finite(
     alike = defaultdict(list)
     for t in tensors:
         if t.numel(): alike[t.dtype, t.device].append(t.detach())
-    largest = [torch.stack(torch._foreach_norm(some, float("inf"))).isfinite().all() for some in alike.values()]
-    return not largest or bool(torch.stack([n.to(largest[0].device) for n in largest]).all())
+    found = [torch.stack(torch._foreach_norm(some, float("inf"))).isfinite().all() for some in alike.values()]
+    return not found or bool(torch.stack([flag.to(found[0].device) for flag in found]).all())
 
 def first_odd(
     named: Iterable[tuple[str, Tensor]],
