@@ -20,8 +20,7 @@ __all__ = ['HOOKS', 'OWN', 'relied_on', 'overheard', 'records_gathers']
 # `records_gathers` is asked where a base is spread over processes. Left to itself (NCCL_GRAPH_REGISTER=1), NCCL
 # registers with the other cards the memory of gathers that it sees recorded. torch may map other memory to the same
 # address later, and a replay reads what is gone. Megatron-LM refuses this with expandable segments; `joined` turns it
-# off.
-# Built in nbs/engine/recordable.ipynb.
+# off. Built in nbs/engine/recordable.ipynb.
 
 # %% ../../nbs/engine/recordable.ipynb #5ec00004
 import os
