@@ -3,6 +3,7 @@
     make bench-gpu ARGS="--only fast"                       # all rows; on an H100 some 25 minutes with three sides
     python -m benchmarks.fast --rows qwen3-8b-16x512 --sides lab,bnb,unsloth
     python -m benchmarks.fast --tiny --sides lab,bnb        # the same code on a CPU, in small
+    python -m benchmarks.fast --rows qwen3-30b-a3b/8-4x1024 # 8 of its 48 layers
     CARD_GIB=24 python -m benchmarks.fast --rows qwen3-8b-1x65536 --sides host,unsloth --rounds 2  # a smaller card
 
 Random weights in real shapes, made in 4 bits where they are used; r = 64, all linear layers, all tokens learned. A
@@ -35,6 +36,7 @@ from benchmarks.shapes import SHAPES, shape_config
 
 LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PHI = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+ATTENTION = LLAMA_LIKE[:4]  # all linear layers of a model whose experts are single parameters
 WARMUP, ROUNDS = 2, 4
 
 
@@ -44,6 +46,12 @@ class Row(NamedTuple):
     batch: int
     sequence: int
     checkpointing: bool = True
+    layers: int | None = None  # the first so many of the shape's; None for all
+
+    @property
+    def folder(self) -> str: return f"{self.shape}-{self.layers or 'all'}"
+
+    def config(self, tiny: bool): return shape_config(self.shape, tiny, self.layers)
 
 
 CAP = "CARD_GIB"  # in the environment: allocations above it fail, as on a smaller card
@@ -63,10 +71,11 @@ ROWS = {
 
 
 def row_of(name: str) -> Row:
-    "A row of the table, or SHAPE-BATCHxSEQUENCE."
+    "A row of the table, or SHAPE-BATCHxSEQUENCE, or SHAPE/LAYERS-BATCHxSEQUENCE."
     if name in ROWS: return ROWS[name]
-    found = re.fullmatch(r"(.+)-(\d+)x(\d+)", name)
-    if found and found[1] in SHAPES: return Row(found[1], int(found[2]), int(found[3]))
+    found = re.fullmatch(r"([^/]+)(?:/(\d+))?-(\d+)x(\d+)", name)
+    if found and found[1] in SHAPES:
+        return Row(found[1], int(found[3]), int(found[4]), layers=int(found[2]) if found[2] else None)
     raise SystemExit(f"no row {name}; rows: {', '.join(ROWS)}, or as qwen3-8b-1x4096; shapes: {', '.join(SHAPES)}")
 
 
@@ -146,7 +155,7 @@ def in_this_process(name: str, who: str, tiny: bool, rounds: int) -> dict:
     "A side of a row, by the lab or by peft and bitsandbytes."
     row, start = row_of(name), time.perf_counter()
     if tiny: row = row._replace(batch=2, sequence=64)
-    config = shape_config(row.shape, tiny)
+    config = row.config(tiny)
     batch = random_batch(row.batch, row.sequence, vocabulary=min(1000, config.vocab_size))
     with warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("always", UserWarning)
@@ -170,7 +179,7 @@ def write_folder(name: str, folder: str, tiny: bool) -> None:
     from qlora_lab.linear4bit import set_submodule
     from qlora_lab.lora import LoRALinear
     row = row_of(name)._replace(checkpointing=False)
-    config = shape_config(row.shape, tiny)
+    config = row.config(tiny)
     model = random_model(config, settings_of(row, tiny), "cpu" if tiny else "cuda")
     for path, m in list(model.named_modules()):
         if isinstance(m, LoRALinear): set_submodule(model, path, m.base_layer)
@@ -195,13 +204,14 @@ def unsloth_side(name: str, folders: Path, tiny: bool, rounds: int, limit: int) 
     "A step in Unsloth, in a process of its own."
     row = row_of(name)
     if importlib.util.find_spec("unsloth") is None: return {"error": "unsloth is not installed"}
-    folder = folders / row.shape
+    folder = folders / row.folder
     if not folder.exists():
         code = f"from benchmarks.fast import write_folder; write_folder({name!r}, {str(folder)!r}, {tiny})"
         failed = run([sys.executable, "-c", code], limit)
         if failed: return failed
-    asked = dict(row._asdict(), folder=str(folder), rank=64, targets=PHI if row.shape.startswith("phi") else LLAMA_LIKE,
-                 words=1000, warmup=WARMUP, rounds=rounds, card_gib=card_gib())
+    targets = PHI if row.shape.startswith("phi") else ATTENTION if "num_experts" in SHAPES[row.shape] else LLAMA_LIKE
+    asked = dict(row._asdict(), folder=str(folder), rank=64, targets=targets, words=1000,
+                 warmup=WARMUP, rounds=rounds, card_gib=card_gib())
     script = Path(__file__).parent / "unsloth_side.py"
     return run([sys.executable, "-P", str(script), json.dumps(asked)], limit)  # -P: no module beside it is imported
 
@@ -261,8 +271,8 @@ def main(argv: list[str] | None = None) -> None:
                 done.append(one_side(name, who, args, folders))
                 print(table(done[-1:]).to_string(index=False), flush=True)
                 if not args.tiny: save_result("gpu_fast", {"rows": merged(done)})  # what is done stays done
-            if rows[name].shape not in [rows[other].shape for other in asked[i + 1:]]:
-                shutil.rmtree(folders / rows[name].shape, ignore_errors=True)
+            if rows[name].folder not in [rows[other].folder for other in asked[i + 1:]]:
+                shutil.rmtree(folders / rows[name].folder, ignore_errors=True)
     finally: shutil.rmtree(folders, ignore_errors=True)
     print("\n" + table(done).to_string(index=False))
 

@@ -31,10 +31,11 @@ TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_atte
 SMALLER = dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, sliding_window=40)
 
 
-def shape_config(name: str, tiny: bool = False):
-    "The config of a shape; a tiny one has its kinds of layers."
+def shape_config(name: str, tiny: bool = False, layers: int | None = None):
+    "The config of a shape, or of its first layers; a tiny one has its kinds of layers."
     from transformers import AutoConfig
     fields = dict(SHAPES[name])
+    if layers: fields["num_hidden_layers"] = layers
     if tiny:
         fields |= TINY | {k: v for k, v in SMALLER.items() if k in fields}
         if name == "phi-4-mini":

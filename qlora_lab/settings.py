@@ -73,7 +73,7 @@ LIMITS = (  # names, what holds for their values, and in words
     (ONE_AT_LEAST + COUNTS, lambda v: v >= 1, "at least 1"),
     ((*NONE_AT_LEAST, "samples"), lambda v: v >= 0, "a number, or 0"),
     (("temperature",), lambda v: v >= 0, "0, or a positive number"),
-    ((*POSITIVE, "gpu_gib"), lambda v: v > 0, "more than 0"),
+    ((*POSITIVE, "gpu_gib", "host_gib"), lambda v: v > 0, "more than 0"),
     (SHARES, _sound_share, "a whole number of steps, or a share of them below 1"),
     (("dropout",), lambda v: 0 <= v < 1, "at least 0 and less than 1"),
     (("held_out", "level"), lambda v: 0 < v < 1, "a share between 0 and 1"),

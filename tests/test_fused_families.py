@@ -3,23 +3,20 @@
 Protects: the descriptions of engine/families, the parts that only some families have, and the care in taking a layer.
 """
 import statistics
-from functools import partial
 
 import pytest
 import torch
 from test_fused import gradients, ids, off, small
 from test_step import ragged
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, Gemma2PreTrainedModel
 
 from conftest import devices
 from qlora_lab.checkpointing import checkpoint_layers, decoder_layers
-from qlora_lab.engine import attention, decoder_layer
-from qlora_lab.engine.dispatch import REHEARSED, standing_in, twin, use_kernels
+from qlora_lab.engine import decoder_layer
+from qlora_lab.engine.dispatch import REHEARSED, twin, use_kernels
 from qlora_lab.engine.families import LAYERS, parts_of, window_of
 from qlora_lab.engine.fusing import fuse_layers, fused_part, is_fused, needs_no_mask
-from qlora_lab.engine.host_checkpoints import keep_on_host
 from qlora_lab.engine.rehearsal import Settings, rehearse
 from qlora_lab.linear4bit import saved_for_backward
 from qlora_lab.lora import LoRALinear
@@ -174,76 +171,6 @@ def test_a_checkpointed_layer_keeps_its_input(family):
     angles = tables(model, layer, x, torch.arange(24)[None])
     with saved_for_backward(model) as kept: layer(x, attention_mask=None, position_embeddings=angles)
     assert sorted(n for _, _, n in kept.values()) == sorted([x.nbytes, *(t.nbytes for t in angles)])
-
-
-class AttentionCalls(TorchDispatchMode):
-    "Attention's kernels that run: forward, backward."
-    def __init__(self):
-        super().__init__()
-        self.forward, self.backward = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if "_attention" in name and name.endswith("backward"): self.backward += 1
-        elif "_attention" in name: self.forward += 1
-        return func(*args, **kwargs or {})
-
-
-@EACH
-@pytest.mark.parametrize("device", devices())
-def test_attention_runs_once_where_its_result_is_kept(family, more, device, monkeypatch):
-    "Equal in every bit on a CPU, and as close as the kernels elsewhere; also twice, and with hooks that copy."
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    expected = gradients(fuse_layers(made(family, more, True, device=device, dtype=dtype)))
-    monkeypatch.setattr(attention, "KEPT_FROM", 0)
-    model = fuse_layers(made(family, more, True, device=device, dtype=dtype), keep_attention=True)
-    gradients(model)  # kernels are tried in the first pass
-    with AttentionCalls() as calls: found = gradients(model)
-    with torch.autograd.graph.save_on_cpu(): copied = gradients(model)
-    assert (calls.forward, calls.backward) == (3, 3)
-    for some in (found, copied): assert torch.equal(some, expected) if device == "cpu" else off(some, expected) < 0.01
-    fuse_layers(model, keep_attention=False)
-    with AttentionCalls() as calls: assert off(gradients(model), expected) < (1e-9 if device == "cpu" else 0.01)
-    assert (calls.forward, calls.backward) == (6, 3)
-
-
-@pytest.mark.parametrize("tokens, kept", [(24, False), (4096, True)])
-def test_a_long_sequence_keeps_its_result(tokens, kept):
-    "Input, position tables and out with a logsumexp for each head and token; of a short one the first two alone."
-    model = fuse_layers(made("llama", {"hidden_size": 64, "num_hidden_layers": 1}, True), keep_attention=True)
-    x, layer = random(1, tokens, 64).requires_grad_(), decoder_layers(model)[0]
-    angles = tables(model, layer, x, torch.arange(tokens)[None])
-    with saved_for_backward(model) as found: layer(x, attention_mask=None, position_embeddings=angles)
-    more = [x.nbytes, 4 * 4 * tokens] if kept else []
-    assert sorted(n for _, _, n in found.values()) == sorted([x.nbytes, *(t.nbytes for t in angles), *more])
-
-
-def test_a_kept_result_beside_checkpoints_on_the_host(monkeypatch):
-    "Their hooks take the inputs and let results through; the gradients are those without, in every bit."
-    monkeypatch.setattr(attention, "KEPT_FROM", 0)
-    expected = gradients(fuse_layers(made("llama", {}, True)))
-    with standing_in({("host_checkpoints", "cpu"): keep_on_host}):
-        found = gradients(fuse_layers(checkpoint_layers(made("llama", {}), where="host")))
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("window, worth", [(None, True), (1024, False), (2048, True), (8192, True)])
-def test_what_a_window_spares(window, worth):
-    assert attention.worth_keeping(32768, window) == worth and not attention.worth_keeping(4095, window)
-
-
-def test_a_rehearsal_sees_the_kept_result(monkeypatch):
-    "In bytes of seven of eight layers' results: out, and a logsumexp for each head and token."
-    config = AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_attention_heads=4, vocab_size=128,
-                                  num_key_value_heads=2, num_hidden_layers=8)
-    twins, peaks = {name: twin(name, "cuda") for name in REHEARSED}, []
-    kernels = tuple((twins | {"fuse_layers": partial(fuse_layers, keep_attention=True)}).values())
-    how = dict(rank=4, sequence=512, checkpointing=True)
-    for floor in (1 << 20, 0):
-        monkeypatch.setattr(attention, "KEPT_FROM", floor)
-        peaks.append(rehearse(config, Settings(**how), 8, kernels)[1].peak)
-    result = 512 * (64 * 2 + 4 * 4)
-    assert 6.5 * result < peaks[1] - peaks[0] < 7.5 * result  # the last layer's is there while it runs, kept or not
 
 
 @pytest.mark.parametrize("family", [name for name, family in zip(FAMILIES, LAYERS.values()) if not family.experts])

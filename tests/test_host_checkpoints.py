@@ -19,7 +19,7 @@ from qlora_lab.engine import copy_lanes
 from qlora_lab.engine.capture import Capture
 from qlora_lab.engine.dispatch import faster, standing_in, use_kernels
 from qlora_lab.engine.fusing import fuse_layers
-from qlora_lab.engine.host_checkpoints import Kept, Places, keep_on_host, piece_bytes, result_bytes
+from qlora_lab.engine.host_checkpoints import Kept, Places, keep_on_host
 from qlora_lab.engine.paged_adamw import PagedAdamW
 from qlora_lab.engine.step_graph import StepGraph
 from qlora_lab.lora import LoRALinear, trainable
@@ -270,33 +270,6 @@ def test_a_recording_that_runs_out_of_memory():
         found += [train_step(model, optimizer, [batch], 0., 0.3) for _ in range(3)]
     assert [graph for graph, _, _ in model._graph.graphs.values()] == [None]
     assert found == found[:1] * 4 and places.nbytes == free(model) == once
-
-
-def test_results_of_attention_travel_too(monkeypatch):
-    "What a layer keeps beside its input for a long sequence; the last layer's stays."
-    monkeypatch.setattr("qlora_lab.engine.attention.KEPT_FROM", 0)
-    monkeypatch.setattr("qlora_lab.engine.host_checkpoints.LARGE", 0)
-    sent = []
-    real = Kept.__init__
-    monkeypatch.setattr(Kept, "__init__", lambda self, x, *a: (sent.append(x.shape), real(self, x, *a))[1])
-    on_device, on_host = grads(made("device", True)), grads(made("host", True))
-    layers = len(decoder_layers(made("host", True)))
-    assert same(on_device, on_host) and len(sent) >= 2 * layers
-
-
-@pytest.mark.parametrize("kept_from", [0, 1 << 20])
-def test_a_plan_counts_what_waits_on_the_host(kept_from, monkeypatch):
-    "Inputs and, of long sequences, attention's results: in all what the pieces of a step take."
-    monkeypatch.setattr("qlora_lab.engine.attention.KEPT_FROM", kept_from)
-    monkeypatch.setattr("qlora_lab.engine.host_checkpoints.LARGE", 0)
-    model = made("host", True)
-    loss_of(model)  # a forward pass sends all of it
-    places = decoder_layers(model)[0]._forward_pre_hooks
-    held = next(hook.func.__self__.places for hook in places.values() if hasattr(hook, "func"))
-    batch, tokens = ids("cpu").shape
-    found = sum(result_bytes(layer, batch, tokens, 4) for layer in decoder_layers(model)[:-1])
-    inputs = (len(decoder_layers(model)) - 1) * piece_bytes(batch * tokens * model.config.hidden_size * 4)
-    assert held.nbytes == found + inputs and (found > 0) == (kept_from == 0)
 
 
 @needs_gpu

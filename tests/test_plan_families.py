@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from benchmarks.common import random_batch
 from qlora_lab import plan
 from qlora_lab.checkpointing import checkpoint_layers
-from qlora_lab.engine.dispatch import REHEARSED, faster, twin
+from qlora_lab.engine.dispatch import REHEARSED, faster, rehearsing, twin
 from qlora_lab.engine.empty_answers import Answers
 from qlora_lab.engine.known_models import FAMILIES as PLANNED
 from qlora_lab.engine.known_models import KNOWN, model_config
 from qlora_lab.engine.paged_adamw import PagedAdamW
-from qlora_lab.engine.rehearsal import Settings, empty_model, rehearsing
+from qlora_lab.engine.rehearsal import Settings, empty_model
 from qlora_lab.linear4bit import quantize_model
 from qlora_lab.lora import add_lora, trainable
 from qlora_lab.memory import watch_step

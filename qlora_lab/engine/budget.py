@@ -33,6 +33,7 @@ from torch import nn
 
 from ..batches import longest_batch
 from .fitting import largest, resized
+from .host_checkpoints import host_bytes
 from .planner import MemoryPlan, plan
 from .portion import Spread, share
 from .scaling import BUS, step_time, weights_met
@@ -142,7 +143,8 @@ def _settings_of(model: nn.Module, config: TrainConfig, tokens: list) -> dict:
         learned=sum(int(t.mask[1:].sum()) for t in longest_ones), accumulation=config.accumulation,
         packed=config.packing,
         dtype=str(model.dtype).removeprefix("torch."), adapter_dtype=config.adapter_dtype,
-        optimizer_bits=config.optimizer_bits, device=model.device.type, kernels=not config.dropout)
+        optimizer_bits=config.optimizer_bits, device=model.device.type, kernels=not config.dropout,
+        host_gib=host_bytes() / 2 ** 30)
 
 # %% ../../nbs/engine/budget.ipynb #dd21e30c
 def within_budget(

@@ -153,7 +153,6 @@ def needs_no_mask(
 # %% ../../nbs/engine/fusing.ipynb #508e6a4a
 def fuse_layers(
     model: nn.Module,  # of transformers, with the lab's adapters; checkpointed before, if at all
-    keep_attention: bool | None = None,  # beside checkpoints of long sequences; by default where those wait on the host
 ) -> nn.Module | None: # the same model; None where it stays as it was
     "Let each decoder layer run as one operation, equal to the plain one up to rounding; raises LabError."
     try: layers = decoder_layers(model)
@@ -172,5 +171,4 @@ def fuse_layers(
     for layer in layers:
         if not is_fused(layer): layer._unfused, layer.forward = layer.forward, partial(_forward, layer)
         layer._fused = FusedLayer(layer, parts_of(layer))
-        layer._fused.keeps_attention = "_host_hooks" in layer.__dict__ if keep_attention is None else keep_attention
     return model

@@ -74,7 +74,7 @@ class _LayerParts(_LayerGroups):
         super().__init__(layer, parts)
         family, (first, second), (behind, last) = parts.family, parts.before, parts.after
         self.factor = getattr(layer, family.factor) if family.factor else 1.
-        self.parallel, self.size, self.keeps_attention = parts.parallel, size_of(parts), False
+        self.parallel, self.size = parts.parallel, size_of(parts)
         between = 0 if self.parallel or behind is not None or self.factor != 1 else self.out.room
         self.norm_in = _norm(first, self.qkv.room)
         self.norm_middle = _norm(second, self.up.room if self.up else 0, between)
@@ -119,6 +119,10 @@ class _LayerSteps(_LayerHeads):
         both = heads[:2] if self.by_head else [qkv[:, :turned].unflatten(1, (-1, self.size))]
         for t in both if self.turns else (): rotate(t, t, cos, sin, 1, self.pairs)
         return heads
+
+    def turned(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+        "As `turn`, where that has been at work on `qkv` before."
+        return self.turn(qkv, cos, sin) if self.head_norms else self.heads(qkv)
 
     def turn_back(self, grads: tuple[Tensor, ...], qkv: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
         "Write the gradients of q, k and v [batch, heads, tokens, size] to out, as before `turn`; out may be qkv."

@@ -35,12 +35,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from .allocator import CONTEXT_GIB, FRAGMENTS, LIBRARY_BYTES, ROUNDED
-from .dispatch import REHEARSED, twin
+from .dispatch import REHEARSED, rehearsing, twin
 from .host_checkpoints import piece_bytes
 from .known_models import longest_text, model_config
-from .packed_rows import filled
+from .packed_rows import filled_places
 from .portion import Spread, Travels, portioned, share
-from .rehearsal import Rehearsal, Settings, dtype_named, rehearsed, rehearsing
+from .rehearsal import Rehearsal, Settings, dtype_named, rehearsed
 from .scaling import COMMUNICATOR_GIB, StepTime, step_time
 from .state_formats import FORMATS, page_parameters, read_moments, state_bytes, write_moments
 from ..memory import Moment
@@ -166,8 +166,7 @@ def _completed(
 def _host_inputs(config: "PretrainedConfig", s: Settings, layers: int, fused: bool) -> int:
     "Bytes of host memory that the inputs of checkpointed layers take."
     if not s.checkpointing or s.checkpoints_in == "device" or s.device == "cpu": return 0
-    tokens = s.batch_size * (ceil(s.sequence / 64) * 64 if fused else s.sequence)  # as a recorded step fills them up
-    if s.packed and fused: tokens = filled(s.batch_size * s.sequence)
+    tokens = filled_places(s.batch_size, s.sequence, s.packed)[0] if fused else s.batch_size * s.sequence
     size = tokens * config.get_text_config().hidden_size * dtype_named(s.dtype).itemsize
     return ((s.checkpointed_layers or layers) - 1) * piece_bytes(size)
 
