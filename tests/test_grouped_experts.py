@@ -2,12 +2,15 @@
 import families
 import pytest
 import torch
+from test_fused import gradients
+from test_fused_families import CASES, NAMES, made
 
 from conftest import devices
 from qlora_lab.engine import dispatch
 from qlora_lab.engine import grouped_experts as groups
 from qlora_lab.engine.expert_adapters import adapt_experts
 from qlora_lab.engine.experts import quantize_experts
+from qlora_lab.engine.fusing import fuse_layers
 from qlora_lab.linear4bit import saved_for_backward
 
 GATED = ["experts.gate_up_proj", "experts.down_proj"]
@@ -107,7 +110,7 @@ def test_keeps_what_it_says():
     with dispatch.standing_in({("experts", "cpu"): groups.grouped_experts}), saved_for_backward(experts) as kept:
         experts(x, chosen, share)
     rows = tokens * each
-    assert sum(n for *_, n in kept.values()) == 4 * (x.numel() + rows + 2 * width * rows) + 16 * rows + 4 * 4
+    assert sum(n for *_, n in kept.values()) == 4 * (x.numel() + rows + 2 * width * rows) + 24 * rows + 4 * 4
 
 
 def test_meta_tensors_pass():
@@ -158,6 +161,33 @@ def test_recorded_in_a_graph():
         chosen.copy_(torch.rand(64, 4, device="cuda").argsort(1)[:, :2])
     graph.replay()
     for a, b in zip(recorded, step(), strict=True): torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+FAMILIES_WITH_EXPERTS = [(name, more) for name, (_, more) in zip(NAMES, CASES) if "expert" in str(more)]
+
+
+@pytest.mark.parametrize("name, more", FAMILIES_WITH_EXPERTS)
+def test_a_second_run_leaves_the_second_product_out(name, more, monkeypatch):
+    "Of checkpointed fused layers, with the same bits; not where a hook looks at what they give."
+    model = fuse_layers(quantize_experts_of(made(name.split(",")[0], more, True)))
+    seen, decoded, real = [], [], groups.multiply_rows
+    monkeypatch.setattr(groups, "multiply_rows", lambda x, *a: (decoded.append(x.shape), real(x, *a))[1])
+    def passes():
+        decoded.clear()
+        return gradients(model), len(decoded)
+    with dispatch.standing_in({("experts", "cpu"): groups.grouped_experts}):
+        found, few = passes()
+        experts = [m for m in model.modules() if hasattr(m, "down_proj") and "Experts" in type(m).__name__]
+        hooks = [m.register_forward_hook(lambda m, args, out: seen.append(out.abs().max().item())) for m in experts]
+        watched, many = passes()
+        for hook in hooks: hook.remove()
+    assert few == 5 * len(experts) and many == 6 * len(experts) and torch.equal(found, watched)
+    assert len(seen) == 2 * len(experts) and min(seen) > 0
+
+
+def quantize_experts_of(model):
+    quantize_experts(model)
+    return model
 
 
 @pytest.mark.parametrize("device", devices())

@@ -22,7 +22,7 @@ __all__ = ['LAYERS', 'Family', 'Parts', 'parts_of', 'window_of', 'size_of']
 #
 # An MLP of experts is the model's own (`experts`): the attention half is fused, and the layer's node calls the MLP as
 # a module, with a graph of its own, as it does for attention. A class of experts is named here only if it draws no
-# random numbers.
+# random numbers, and if what follows its experts is linear in what they give.
 #
 # peft and bitsandbytes know no families, since they change single linear layers. Built in nbs/engine/families.ipynb.
 

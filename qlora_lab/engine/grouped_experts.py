@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST', 'Sorted', 'sort_rows', 'spread', 'unsort', 'grouped', 'grouped_outer', 'multiply_rows', 'Side', 'of_shares',
-           'through_gate', 'GroupedExperts', 'halves_of', 'sides_of', 'declines', 'grouped_experts']
+           'Gate', 'graph_alone', 'GroupedExperts', 'halves_of', 'sides_of', 'gate_of', 'declines', 'grouped_experts']
 
 # %% ../../nbs/engine/grouped_experts.ipynb #5cc83d13
 # The experts of a layer without a loop: sort tokens by expert, decode, and multiply in groups.
@@ -16,8 +16,9 @@ __all__ = ['MOST', 'Sorted', 'sort_rows', 'spread', 'unsort', 'grouped', 'groupe
 #     out  = sum over a token's experts of its share times y
 #
 # Back: with g = d out[token], v = g M2^T; the share's gradient is v . h, dh = share v, du by the gate's own derivative,
-# d rows = du M1^T. autograd keeps x, the shares, u and what sorts; h is made again. Offsets stay on the device, so the
-# host waits for nothing and the whole can be recorded in a graph, as long as the decoded experts fit into `MOST` bytes;
+# d rows = du M1^T. autograd keeps x, the shares, u and what sorts; h is made again. None of that needs y: a second run,
+# which is there for its graph (`graph_alone`), leaves the second product out. Offsets stay on the device, so the host
+# waits for nothing and the whole can be recorded in a graph, as long as the decoded experts fit into `MOST` bytes;
 # beyond that they come some at a time, and the host asks once for the offsets.
 #
 # transformers' "grouped_mm" multiplies the same way with a whole 16-bit parameter and keeps y and the rows as well.
@@ -27,6 +28,8 @@ __all__ = ['MOST', 'Sorted', 'sort_rows', 'spread', 'unsort', 'grouped', 'groupe
 # Built in nbs/engine/grouped_experts.ipynb.
 
 # %% ../../nbs/engine/grouped_experts.ipynb #4ce0425f
+from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -34,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .activation import CURVES, activation, activation_backward
 from .expert_adapters import ExpertsLoRA
 from .held_experts import HeldExperts
 
@@ -41,6 +45,7 @@ from .held_experts import HeldExperts
 class Sorted(NamedTuple):
     "Which row of the products belongs to which token and expert."
     order: Tensor    # [S] int64: row to place in [tokens, top_k], flattened
+    back: Tensor     # [S] int64: place to row
     expert: Tensor   # [S] int64: row to expert, ascending
     ends: Tensor     # [E] int32: where each expert's rows end
 
@@ -48,15 +53,16 @@ def sort_rows(chosen: Tensor, experts: int) -> Sorted:  # [tokens, top_k] expert
     "Rows in the order of their experts, nothing asked of the host."
     expert, order = chosen.reshape(-1).sort(stable=True)
     ends = torch.searchsorted(expert, torch.arange(experts, device=expert.device), right=True)
-    return Sorted(order, expert, ends.int())
+    back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+    return Sorted(order, back, expert, ends.int())
 
 def spread(x: Tensor, rows: Sorted, each: int) -> Tensor:  # [tokens, n]; top_k
     "[S, n]: what the rows' tokens have."
     return x.index_select(0, rows.order // each)
 
 def unsort(y: Tensor, rows: Sorted) -> Tensor:  # [S, n]
-    "[S, n]: in the order of tokens again."
-    return torch.empty_like(y).index_copy_(0, rows.order, y)
+    "[S, n]: in the order of tokens again, by reading (writing rows to their places took three times as long)."
+    return y.index_select(0, rows.back)
 
 # %% ../../nbs/engine/grouped_experts.ipynb #2408de91
 MOST = 1 << 30  # bytes of decoded experts at a time
@@ -127,14 +133,35 @@ def of_shares(g: Tensor, v: Tensor, h: Tensor, two: Side, rows: Sorted, share: T
     weight = share.reshape(-1).index_select(0, rows.order)[:, None].to(g.dtype)
     return unsort(d, rows).view_as(share).to(share.dtype), weight
 
-def through_gate(gate, u: Tensor, dh: Tensor, two: Side, gy: Tensor, rows: Sorted) -> tuple[Tensor, tuple]:
-    "The gradient of u, and those of the second adapter, which read h."
-    with torch.enable_grad():
-        u = u.detach().requires_grad_()
-        h = gate(u)
-    return torch.autograd.grad(h, u, dh)[0], two.to_adapter(h.detach(), gy, rows)
+class Gate(NamedTuple):
+    "What lies between an expert's two products."
+    plain: Callable[[Tensor], Tensor]  # the model's own, of u
+    curve: str | None                  # of engine.activation; None where the model has a way of its own
+    gated: bool                        # whether u is two halves
 
-# %% ../../nbs/engine/grouped_experts.ipynb #5cc8ad72
+    def forward(self, u: Tensor) -> Tensor:
+        "h."
+        return self.plain(u) if self.curve is None else activation(u, 0, self.curve, self.gated)
+
+    def backward(self, u: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
+        "The gradient of u, and h; dh may be written over."
+        if self.curve is not None:
+            activation_backward(dh, u, du := torch.empty_like(u), self.curve, self.gated)
+            return du, dh
+        with torch.enable_grad(): h = self.plain(u := u.detach().requires_grad_())
+        return torch.autograd.grad(h, u, dh)[0], h.detach()
+
+# %% ../../nbs/engine/grouped_experts.ipynb #891207b5
+_ALONE = [False]  # whether experts run for their graph
+
+@contextmanager
+def graph_alone():
+    "A block in which nobody reads what experts give, nor anything that is not linear in it: they give zeros."
+    _ALONE.append(True)
+    try: yield
+    finally: _ALONE.pop()
+
+# %% ../../nbs/engine/grouped_experts.ipynb #7770c941
 class GroupedExperts(torch.autograd.Function):
     "Experts with their adapters and shares; autograd keeps x, the shares, u, what sorts, and packed bytes."
     @staticmethod
@@ -142,21 +169,23 @@ class GroupedExperts(torch.autograd.Function):
         one, two = sides[0]._replace(left=left1, right=right1), sides[1]._replace(left=left2, right=right2)
         rows, each = sort_rows(chosen, len(one.held)), chosen.shape[1]
         u = one.forward(spread(x, rows, each), rows)
-        y = unsort(two.forward(gate(u), rows), rows)
         ctx.save_for_backward(x, share, u, *rows, left1, right1, left2, right2, *packed)
         ctx.sides, ctx.gate, ctx.each = sides, gate, each
+        if _ALONE[-1]: return x.new_zeros(len(x), two.held.shape[1 if two.turned else 2])
+        y = unsort(two.forward(gate.forward(u), rows), rows)
         return torch.bmm(share.to(y.dtype)[:, None], y.view(len(x), each, -1))[:, 0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, share, u, *rest = ctx.saved_tensors
-        rows, halves, saved = Sorted(*rest[:3]), rest[3:7], len(rest) - 7
+        rows, halves, saved = Sorted(*rest[:4]), rest[4:8], len(rest) - 8
         one, two = (s._replace(left=a, right=b) for s, a, b in zip(ctx.sides, halves[::2], halves[1::2], strict=True))
         g = spread(grad, rows, ctx.each)
         v = two.to_rows(g, rows)
-        d_share, weight = of_shares(g, v, ctx.gate(u), two, rows, share)
-        du, d_two = through_gate(ctx.gate, u, v.mul_(weight), two, g.mul_(weight), rows)
+        d_share, weight = of_shares(g, v, ctx.gate.forward(u), two, rows, share)
+        du, h = ctx.gate.backward(u, v.mul_(weight))
+        d_two = two.to_adapter(h, g.mul_(weight), rows)
         d_one = one.to_adapter(spread(x, rows, ctx.each), du, rows)
         dx = None
         if ctx.needs_input_grad[0]: dx = unsort(one.to_rows(du, rows), rows).view(len(x), ctx.each, -1).sum(1)
@@ -179,6 +208,15 @@ def sides_of(module: nn.Module) -> tuple[str, str] | None:
     names = "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
     return names if all(isinstance(getattr(module, n, None), HeldExperts) for n in names) else None
 
+def gate_of(module: nn.Module) -> Gate:  # experts of transformers
+    "Between the products: by engine.activation where that knows the curve and the halves lie side by side."
+    from transformers.integrations import moe
+    curve, gated = CURVES.get(type(getattr(module, "act_fn", None)).__name__), module.has_gate
+    own = getattr(getattr(module, "_apply_gate", None), "__func__", None)
+    if gated and own is not getattr(moe, "_default_apply_gate", moe): curve = None
+    return Gate(module._apply_gate if gated else module.act_fn, curve, gated)
+
+# %% ../../nbs/engine/grouped_experts.ipynb #e2b84233
 def declines(module: nn.Module, x: Tensor, chosen: Tensor, dtype: torch.dtype) -> bool:
     "Whether the loop has to do it."
     names = sides_of(module)
@@ -200,7 +238,7 @@ def grouped_experts(
     held = getattr(module, "down_proj", None)
     dtype = getattr(getattr(held, "base_layer", held), "compute_dtype", None) or x.dtype
     if declines(module, x, chosen, dtype): return None
-    gate = module._apply_gate if module.has_gate else module.act_fn
+    gate = gate_of(module)
     sides, halves, packed = [], [], []
     for name in sides_of(module):
         base, left, right, scaling = halves_of(getattr(module, name), dtype)

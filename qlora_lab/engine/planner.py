@@ -135,6 +135,7 @@ class MemoryPlan(_Sums):
     recorded: bool = False       # whether the GPU's kernels fuse the layers and record the step
     layers: int = 0              # of the model
     host_inputs: int = 0         # bytes of host memory for what checkpointed layers keep there
+    host_results: int = 0        # of these, for what is not their input
     spread: Spread = Spread()    # over several cards; bytes are those of one of them, settings those of the whole step
     travels: Travels = Travels({})  # bytes that one card is sent in a step
 
@@ -200,7 +201,7 @@ def plan(
     text = json.dumps(config.to_dict(), default=str)
     r, held, moments, host = _of_one(text, s, process_bytes)
     inputs = _host_inputs(config, s, r.layers, r.fused)
-    inputs += r.results if inputs else 0
+    results = r.results if inputs else 0
     held, moments, travels = portioned(held, moments, text, s, spread, ROUNDED[s.device])
-    return MemoryPlan(name, whole, held, moments, host, gpu_gib, text, process_bytes, r.fused, r.layers, inputs,
-                      spread, travels)
+    return MemoryPlan(name, whole, held, moments, host, gpu_gib, text, process_bytes, r.fused, r.layers,
+                      inputs + results, results, spread, travels)
