@@ -172,23 +172,21 @@ class GroupedExperts(torch.autograd.Function):
         ctx.save_for_backward(x, share, u, *rows, left1, right1, left2, right2, *packed)
         ctx.sides, ctx.gate, ctx.each = sides, gate, each
         if _ALONE[-1]: return x.new_zeros(len(x), two.held.shape[1 if two.turned else 2])
-        y = unsort(two.forward(gate.forward(u), rows), rows)
-        return torch.bmm(share.to(y.dtype)[:, None], y.view(len(x), each, -1))[:, 0]
+        y = unsort(two.forward(gate.forward(u), rows), rows).view(len(x), each, -1)
+        return torch.bmm(share.to(y.dtype)[:, None], y)[:, 0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, share, u, *rest = ctx.saved_tensors
-        rows, halves, saved = Sorted(*rest[:4]), rest[4:8], len(rest) - 8
-        one, two = (s._replace(left=a, right=b) for s, a, b in zip(ctx.sides, halves[::2], halves[1::2], strict=True))
+        rows, saved = Sorted(*rest[:4]), len(rest) - 8
+        one, two = (s._replace(left=a, right=b) for s, a, b in zip(ctx.sides, rest[4:8:2], rest[5:8:2], strict=True))
         g = spread(grad, rows, ctx.each)
         v = two.to_rows(g, rows)
         d_share, weight = of_shares(g, v, ctx.gate.forward(u), two, rows, share)
         du, h = ctx.gate.backward(u, v.mul_(weight))
-        d_two = two.to_adapter(h, g.mul_(weight), rows)
-        d_one = one.to_adapter(spread(x, rows, ctx.each), du, rows)
-        dx = None
-        if ctx.needs_input_grad[0]: dx = unsort(one.to_rows(du, rows), rows).view(len(x), ctx.each, -1).sum(1)
+        d_one, d_two = one.to_adapter(spread(x, rows, ctx.each), du, rows), two.to_adapter(h, g.mul_(weight), rows)
+        dx = unsort(one.to_rows(du, rows), rows).view(len(x), ctx.each, -1).sum(1) if ctx.needs_input_grad[0] else None
         return dx, d_share, None, *d_one, *d_two, None, None, *[None] * saved
 
 # %% ../../nbs/engine/grouped_experts.ipynb #41d7d7a3
