@@ -74,8 +74,9 @@ def row_of(name: str) -> Row:
     "A row of the table, or SHAPE-BATCHxSEQUENCE, or SHAPE/LAYERS-BATCHxSEQUENCE."
     if name in ROWS: return ROWS[name]
     found = re.fullmatch(r"([^/]+)(?:/(\d+))?-(\d+)x(\d+)", name)
-    if found and found[1] in SHAPES:
-        return Row(found[1], int(found[3]), int(found[4]), layers=int(found[2]) if found[2] else None)
+    layers = int(found[2]) if found and found[2] else None
+    if found and found[1] in SHAPES and (layers is None or 1 <= layers <= SHAPES[found[1]]["num_hidden_layers"]):
+        return Row(found[1], int(found[3]), int(found[4]), layers=layers)
     raise SystemExit(f"no row {name}; rows: {', '.join(ROWS)}, or as qwen3-8b-1x4096; shapes: {', '.join(SHAPES)}")
 
 

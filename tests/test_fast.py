@@ -67,6 +67,11 @@ def test_rows_and_sides_are_named(monkeypatch):
 def test_a_row_of_ones_own():
     "Any shape by its name, checkpointed; those of the table as they stand there."
     assert fast.row_of("qwen3-8b-1x65536") == fast.Row("qwen3-8b", 1, 65536)
+    few = fast.row_of("qwen3-30b-a3b/8-4x1024")
+    assert few == fast.Row("qwen3-30b-a3b", 4, 1024, layers=8) and few.config(False).num_hidden_layers == 8
+    assert few.folder != fast.row_of("qwen3-30b-a3b-4x1024").folder
+    for layers in (0, 49):
+        with pytest.raises(SystemExit, match="no row"): fast.row_of(f"qwen3-30b-a3b/{layers}-4x1024")
     assert fast.row_of("llama-7b-4x512-kept").checkpointing is False
 
 

@@ -29,21 +29,24 @@ __all__ = ['NOTHING', 'turned_products', 'attend', 'mlp', 'watched', 'experts', 
 # two small products a layer and their sums. Lesson 14b; built in nbs/engine/decoder_layer.ipynb.
 
 # %% ../../nbs/engine/decoder_layer.ipynb #87727892
+import weakref
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _global_forward_hooks
 
 from .attention import Result
 from .beside import Beside, attention_of, beside_now, keep_attention
 from .group import adapter_gradients, group_backward, group_forward
 from .grouped_experts import graph_alone
+from .host_checkpoints import Sender
 from .layer_parts import FusedLayer
 from .packed_attention import Segments, segment_attention, segment_attention_backward, segments_now
 
 # %% ../../nbs/engine/decoder_layer.ipynb #38d12246
-NOTHING = Beside()  # of a layer that is not checkpointed, or whose checkpoint stays on the device
+NOTHING = Beside()  # of a layer that is not checkpointed, or whose checkpoints stay on the device
 
 def turned_products(
     f: FusedLayer,
@@ -108,8 +111,9 @@ def mlp(
 
 # %% ../../nbs/engine/decoder_layer.ipynb #9da5324b
 def watched(mlp: nn.Module) -> bool:
-    "Whether somebody may look at what an MLP's parts give."
-    return "forward" in mlp.__dict__ or any(m._forward_hooks or m._backward_hooks for m in mlp.modules())
+    "Whether somebody may look at what an MLP's parts give: by hooks, or by a forward pass in place of their own."
+    return bool(_global_forward_hooks) or any(
+        "forward" in m.__dict__ or m._forward_hooks or m._backward_hooks for m in mlp.modules())
 
 def experts(
     f: FusedLayer,
@@ -230,26 +234,27 @@ def _back(
 
 # %% ../../nbs/engine/decoder_layer.ipynb #2a3110ac
 class DecoderLayer(torch.autograd.Function):
-    "A decoder layer as one operation; with `again` it keeps little but its input and runs forward a second time."
+    "A decoder layer as one operation; with `again`, True or a Sender, it keeps little and runs forward a second time."
     @staticmethod
     def forward(ctx, f, again, x, cos, sin, *params):
         flat, segments = x.reshape(-1, x.shape[-1]).contiguous(), segments_now()
         longest = x.shape[1] if segments is None else segments.longest // 2 + 1  # that of a power of two at least
-        beside = beside_now(f, flat, longest) if again else NOTHING
+        beside = beside_now(f, flat, longest, again) if isinstance(again, Sender) else NOTHING
         y, kept, more = _run(f, flat, (cos, sin, segments), len(x), not again, beside, attention_of(beside))
         if again: kept, more = [flat], beside.staying()
         ctx.save_for_backward(cos, sin, *kept, *more, *params, *f.frozen)
-        ctx.f, ctx.again, ctx.batch, ctx.counts = f, again, len(x), (len(kept), len(kept) + len(more))
-        ctx.beside, ctx.segments = beside, segments
+        ctx.f, ctx.again, ctx.batch, ctx.counts = f, bool(again), len(x), (len(kept), len(kept) + len(more))
+        ctx.beside, ctx.segments = weakref.ref(beside), segments  # autograd holds it with the input, and lets it go so
         return torch.ops.aten._unsafe_view(y, x.shape)  # no view for autograd: FSDP2 warns of those that are hooked
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        ctx.beside.fetch()
+        beside = ctx.beside() or NOTHING
+        beside.fetch()
         (cos, sin, *saved), f, (some, more) = ctx.saved_tensors, ctx.f, ctx.counts
         x, halves, row = saved[0], [saved[:some], saved[some:more]], (cos, sin, ctx.segments)
-        beside = ctx.beside.with_middle(halves[1] if ctx.again else [])
+        beside = beside.with_middle(halves[1] if ctx.again else [])
         saved.clear()
         flat, wanted = grad.reshape(-1, grad.shape[-1]).contiguous(), ctx.needs_input_grad[2]
         g_x, found = _back(f, flat, x, row, ctx.batch, None if ctx.again else halves, beside, wanted)

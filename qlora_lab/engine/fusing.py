@@ -39,6 +39,7 @@ from .decoder_layer import DecoderLayer
 from .families import Parts, parts_of, size_of
 from .gpu import gpu_lack
 from .head_norms import fits_heads
+from .host_checkpoints import sender
 from .layer_parts import FusedLayer
 from .norms import NORMS
 from .packed_attention import segments_now
@@ -120,7 +121,8 @@ def _forward(
     if mask is not None and mask.numel() == 1: mask = None  # one entry for all: no mask
     more = {name for name, value in kwargs.items() if value is not None and value is not False} - HARMLESS
     if not more and mask is None and (f := fused_part(layer, x.shape[1], x.dtype, x.device)):
-        return DecoderLayer.apply(f, is_checkpointed(layer), x, *position_embeddings, *f.params)
+        again = is_checkpointed(layer) and (sender(layer) or True)
+        return DecoderLayer.apply(f, again, x, *position_embeddings, *f.params)
     if segments_now() is not None: raise LabError("a packed row has come to a layer that is not fused, without a mask")
     if position_embeddings is not None: kwargs["position_embeddings"] = position_embeddings
     return layer._unfused(x, attention_mask=attention_mask, **kwargs)

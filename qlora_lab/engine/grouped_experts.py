@@ -30,6 +30,7 @@ __all__ = ['MOST', 'Sorted', 'sort_rows', 'spread', 'unsort', 'grouped', 'groupe
 # %% ../../nbs/engine/grouped_experts.ipynb #4ce0425f
 from collections.abc import Callable
 from contextlib import contextmanager
+from threading import local
 from typing import NamedTuple
 
 import torch
@@ -152,14 +153,14 @@ class Gate(NamedTuple):
         return torch.autograd.grad(h, u, dh)[0], h.detach()
 
 # %% ../../nbs/engine/grouped_experts.ipynb #891207b5
-_ALONE = [False]  # whether experts run for their graph
+_here = local()  # a thread's own: `alone`, how many blocks of `graph_alone` it is in
 
 @contextmanager
 def graph_alone():
     "A block in which nobody reads what experts give, nor anything that is not linear in it: they give zeros."
-    _ALONE.append(True)
+    _here.alone = getattr(_here, "alone", 0) + 1
     try: yield
-    finally: _ALONE.pop()
+    finally: _here.alone -= 1
 
 # %% ../../nbs/engine/grouped_experts.ipynb #7770c941
 class GroupedExperts(torch.autograd.Function):
@@ -171,7 +172,7 @@ class GroupedExperts(torch.autograd.Function):
         u = one.forward(spread(x, rows, each), rows)
         ctx.save_for_backward(x, share, u, *rows, left1, right1, left2, right2, *packed)
         ctx.sides, ctx.gate, ctx.each = sides, gate, each
-        if _ALONE[-1]: return x.new_zeros(len(x), two.held.shape[1 if two.turned else 2])
+        if getattr(_here, "alone", 0): return x.new_zeros(len(x), two.held.shape[1 if two.turned else 2])
         y = unsort(two.forward(gate.forward(u), rows), rows).view(len(x), each, -1)
         return torch.bmm(share.to(y.dtype)[:, None], y)[:, 0]
 

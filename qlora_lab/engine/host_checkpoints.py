@@ -25,6 +25,7 @@ __all__ = ['SHARE', 'piece_bytes', 'Piece', 'Places', 'Kept', 'let_go', 'back', 
 # layers need to know. Built in nbs/engine/host_checkpoints.ipynb.
 
 # %% ../../nbs/engine/host_checkpoints.ipynb #4fbac89c
+import os
 import sys
 import weakref
 from collections import defaultdict
@@ -33,6 +34,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from itertools import count
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import psutil
 import torch
@@ -105,7 +107,8 @@ class _Travels:
 # %% ../../nbs/engine/host_checkpoints.ipynb #09957325
 class Kept(_Travels):
     "What a checkpointed layer keeps: here, on its way to the host, there, or on its way back."
-    home = None  # its place on the host; none on the meta device, and for an input that stays
+    home = None    # its place on the host; none on the meta device, and for an input that stays
+    beside = None  # of an input: what the layer keeps beside it, let go of with it (engine.beside)
     def __init__(self, x: Tensor, places: Places, before: list["Kept"], stays: bool):
         super().__init__(x)
         self.places, self.before, self.stays = places, before, stays  # `before`: to be fetched when this one is back
@@ -149,10 +152,12 @@ def _unpack(kept) -> Tensor:
                        f"{tuple(thing.shape)} is at version {thing._version}, expected {was}")
 
 # %% ../../nbs/engine/host_checkpoints.ipynb #6a1fd0c3
-SHARE = 0.7  # of the machine's memory, for all that checkpointed layers send there
+SHARE = 0.7  # of the machine's memory, for what the checkpointed layers of all its processes send there in a pass
 _PLANNED: list[float] = []  # bytes for a layer, where another machine's memory counts
 
-def host_bytes() -> float: return SHARE * psutil.virtual_memory().total
+def host_bytes() -> float:
+    "Of that, what this process may have: launchers say how many there are on a machine."
+    return SHARE * psutil.virtual_memory().total / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 def room_on_host(layers: int) -> float:
     "Bytes of host memory for one of so many checkpointed layers."
@@ -191,9 +196,9 @@ class _Sending:
 # %% ../../nbs/engine/host_checkpoints.ipynb #085386db
 class _Packing(_Sending):
     "How autograd comes to hold a `Kept` in place of a layer's input."
-    def packer(self, x: Tensor, stays: bool) -> Callable:
-        "What autograd calls for each tensor that a layer keeps; must not hold x."
-        memory, size, first = x.untyped_storage()._cdata, x.numel(), self.keep_input(x, stays)
+    def packer(self, x: Tensor, first: Kept) -> Callable:
+        "What autograd calls for each tensor that a layer keeps; must not hold x, in whose place it gives `first`."
+        memory, size = x.untyped_storage()._cdata, x.numel()
         def pack(t):
             whole = t.untyped_storage()._cdata == memory and t.numel() == size and t.is_contiguous()
             return (first, (t.shape, t.stride())) if whole else (t, t._version)
@@ -205,8 +210,9 @@ class Sender(NamedTuple):
     keep: Callable[[Tensor, bool], Kept]  # of a tensor, and whether it is fetched a layer ahead
     room: float                           # bytes of host memory for one layer
     stays: bool                           # whether its input stays on the device, so that nothing else is sent
+    first: Kept                           # its input, with which everything else is let go of
 
-_RUNNING: list[Sender | None] = []  # of the layers whose forward pass goes on
+_RUNNING: "WeakKeyDictionary[nn.Module, Sender | None]" = WeakKeyDictionary()  # the layers whose forward pass goes on
 
 # %% ../../nbs/engine/host_checkpoints.ipynb #1dc6b557
 class HostCheckpoints(_Packing):
@@ -215,21 +221,23 @@ class HostCheckpoints(_Packing):
         "Before a layer's forward pass."
         x, hooks = kwargs.get("hidden_states", args[0] if args else None), None
         while self.leaving: let_go(self.leaving.pop())
+        _RUNNING[layer] = None
         if torch.is_grad_enabled() and isinstance(x, Tensor) and x.is_contiguous():
-            hooks = saved_tensors_hooks(self.packer(x, stays), _unpack)
+            first = self.keep_input(x, stays)
+            _RUNNING[layer] = Sender(self.keep, room_on_host(self.layers), stays, first)
+            hooks = saved_tensors_hooks(self.packer(x, first), _unpack)
             hooks.__enter__()
         self.open.append(hooks)
-        _RUNNING.append(hooks and Sender(self.keep, room_on_host(self.layers), stays))
 
     def leave(self, layer: nn.Module, args: tuple, out) -> None:
         "After it, also where it failed."
-        if not self.open: return
-        hooks, _ = self.open.pop(), _RUNNING.pop()
+        _RUNNING.pop(layer, None)
+        hooks = self.open.pop() if self.open else None
         if hooks is not None: hooks.__exit__()
 
-def sender() -> Sender | None:
-    "What sends a tensor of the layer that runs to the host; None where what it keeps stays on the device."
-    return _RUNNING[-1] if _RUNNING else None
+def sender(layer: nn.Module) -> Sender | None:
+    "What sends a tensor of a layer that runs to the host; None where what it keeps stays on the device."
+    return _RUNNING.get(layer) if "_host_hooks" in layer.__dict__ else None
 
 # %% ../../nbs/engine/host_checkpoints.ipynb #0144cbaa
 def keep_on_host(
