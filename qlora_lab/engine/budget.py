@@ -116,7 +116,7 @@ def told_of(p: MemoryPlan) -> str:
     "What was chosen, in words."
     s, n = p.settings, (p.settings.checkpointed_layers or p.layers) if p.settings.checkpointing else 0
     layers = f"{n} of {p.layers} layers checkpointed" if n else "no layer checkpointed"
-    where = ", their inputs in host memory" if n and s.checkpoints_in == "host" else ""
+    where = ", what they keep in host memory" if n and s.checkpoints_in == "host" else ""
     pages = f", {s.device_budget >> 20} MiB of the optimizer on the device" if s.device_budget else ""
     passes = f"{s.accumulation} pass{'es' * (s.accumulation > 1)} of {s.batch_size}"
     return f"{passes}, {layers}{where}{pages}"

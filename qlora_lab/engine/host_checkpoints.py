@@ -155,9 +155,12 @@ def _unpack(kept) -> Tensor:
 SHARE = 0.7  # of the machine's memory, for what the checkpointed layers of all its processes send there in a pass
 _PLANNED: list[float] = []  # bytes for a layer, where another machine's memory counts
 
+@cache
+def _memory_here() -> int: return psutil.virtual_memory().total
+
 def host_bytes() -> float:
     "Of that, what this process may have: launchers say how many there are on a machine."
-    return SHARE * psutil.virtual_memory().total / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return SHARE * _memory_here() / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 def room_on_host(layers: int) -> float:
     "Bytes of host memory for one of so many checkpointed layers."
