@@ -61,6 +61,22 @@ def make_llama(seed=0, layers=2, hidden=64, tie=True, **other):
         bos_token_id=None, eos_token_id=1, pad_token_id=1) | other)).eval()
 
 
+def torch_state():
+    "What holds for all that a thread does with torch."
+    return dict(saved=torch._C._autograd._top_saved_tensors_default_hooks(True), grad=torch.is_grad_enabled(),
+                modes=torch._C._len_torch_dispatch_stack(), functions=torch._C._len_torch_function_stack(),
+                dtype=torch.get_default_dtype(), threads=torch.get_num_threads(),
+                exact=torch.are_deterministic_algorithms_enabled(), autocast=torch.is_autocast_enabled("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def torch_as_it_was():
+    "A block that somebody opened is closed again, however the pass in it ended."
+    before = torch_state()
+    yield
+    assert torch_state() == before
+
+
 @pytest.fixture
 def own():
     "A name for a code book, which is free again afterwards."

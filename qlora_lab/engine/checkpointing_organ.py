@@ -43,7 +43,7 @@ def _off(model: nn.Module):
     "The model without checkpoints of either kind."
     layers, marked = _layers(model), checkpointed_by_transformers(model)
     ours = [i for i, layer in enumerate(layers) if is_checkpointed(layer)]
-    where = "host" if any("_host_hooks" in layer.__dict__ for layer in layers) else "device"
+    where = "host" if any("_aside" in layer.__dict__ for layer in layers) else "device"
     for m in marked: m.gradient_checkpointing = False
     if ours: checkpoint_layers(model, on=False)
     try: yield

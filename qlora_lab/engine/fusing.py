@@ -33,13 +33,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..checkpointing import decoder_layers, is_checkpointed
+from ..checkpointing import aside, decoder_layers, is_checkpointed
 from .activation import CURVES
 from .decoder_layer import DecoderLayer
 from .families import Parts, parts_of, size_of
 from .gpu import gpu_lack
 from .head_norms import fits_heads
-from .host_checkpoints import sender
 from .layer_parts import FusedLayer
 from .norms import NORMS
 from .packed_attention import segments_now
@@ -121,8 +120,9 @@ def _forward(
     if mask is not None and mask.numel() == 1: mask = None  # one entry for all: no mask
     more = {name for name, value in kwargs.items() if value is not None and value is not False} - HARMLESS
     if not more and mask is None and (f := fused_part(layer, x.shape[1], x.dtype, x.device)):
-        again = is_checkpointed(layer) and (sender(layer) or True)
-        return DecoderLayer.apply(f, again, x, *position_embeddings, *f.params)
+        with aside(layer, x) as sender:
+            again = is_checkpointed(layer) and (sender or True)
+            return DecoderLayer.apply(f, again, x, *position_embeddings, *f.params)
     if segments_now() is not None: raise LabError("a packed row has come to a layer that is not fused, without a mask")
     if position_embeddings is not None: kwargs["position_embeddings"] = position_embeddings
     return layer._unfused(x, attention_mask=attention_mask, **kwargs)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SHARE', 'piece_bytes', 'Piece', 'Places', 'Kept', 'let_go', 'back', 'host_bytes', 'room_on_host', 'with_room_on_host',
-           'Sender', 'HostCheckpoints', 'sender', 'keep_on_host']
+           'Sender', 'HostCheckpoints', 'keep_on_host']
 
 # %% ../../nbs/engine/host_checkpoints.ipynb #39178a9d
 # The inputs of checkpointed layers in pinned host memory, fetched one layer ahead.
 #
-# Two module hooks a layer put torch's saved-tensor hooks around its forward pass. What autograd then wants to keep of
-# the layer's input becomes a `Kept`: the copy to the host starts on a stream of its own as soon as the input is there,
+# A block around each layer's forward pass holds torch's saved-tensor hooks. What autograd then wants to keep of the
+# layer's input becomes a `Kept`: the copy to the host starts on a stream of its own as soon as the input is there,
 # beside the layer's own work, and the input is let go of before the next layer begins. Unpacking, at the start of a
 # layer's backward pass, waits for its own copy and asks for the one of the layer before. So two inputs are on the
 # device at a time. The last checkpointed layer's input stays: it is wanted back at once. While a layer runs it may
@@ -29,18 +29,16 @@ import os
 import sys
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import count
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.hooks import RemovableHandle
 
 from .capture import Capture, capture_now
 from .copy_lanes import Streams
@@ -177,7 +175,7 @@ def with_room_on_host(each: float):
 class _Sending:
     "What a model's checkpointed layers send away in a forward pass."
     def __init__(self, layers: int):
-        self.layers, self.places, self.leaving, self.open = layers, Places(), [], []
+        self.layers, self.places, self.leaving = layers, Places(), []
         self.ahead = []  # weak references to what the latest layer wants first
 
     def __reduce__(self): return type(self), (self.layers,)  # a copy has places of its own
@@ -215,40 +213,24 @@ class Sender(NamedTuple):
     stays: bool                           # whether its input stays on the device, so that nothing else is sent
     first: Kept                           # its input, with which everything else is let go of
 
-_RUNNING: "WeakKeyDictionary[nn.Module, Sender | None]" = WeakKeyDictionary()  # the layers whose forward pass goes on
-
 # %% ../../nbs/engine/host_checkpoints.ipynb #1dc6b557
 class HostCheckpoints(_Packing):
-    "The hooks of a model's checkpointed layers."
-    def enter(self, layer: nn.Module, args: tuple, kwargs: dict, stays: bool) -> None:
-        "Before a layer's forward pass."
-        x, hooks = kwargs.get("hidden_states", args[0] if args else None), None
+    "The inputs of a model's checkpointed layers."
+    @contextmanager
+    def around(self, x: Tensor | None, stays: bool = False) -> Iterator[Sender | None]:
+        "A block that is the forward pass of a layer on x; gives nothing where all that it keeps stays on the device."
         while self.leaving: let_go(self.leaving.pop())
-        _RUNNING[layer] = None
-        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.is_contiguous():
-            first = self.keep_input(x, stays)
-            _RUNNING[layer] = Sender(self.keep, room_on_host(self.layers), stays, first)
-            hooks = saved_tensors_hooks(self.packer(x, first), _unpack)
-            hooks.__enter__()
-        self.open.append(hooks)
-
-    def leave(self, layer: nn.Module, args: tuple, out) -> None:
-        "After it, also where it failed."
-        _RUNNING.pop(layer, None)
-        hooks = self.open.pop() if self.open else None
-        if hooks is not None: hooks.__exit__()
-
-def sender(layer: nn.Module) -> Sender | None:
-    "What sends a tensor of a layer that runs to the host; None where what it keeps stays on the device."
-    return _RUNNING.get(layer) if "_host_hooks" in layer.__dict__ else None
+        if not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.is_contiguous()):
+            yield None
+            return
+        first = self.keep_input(x, stays)
+        with saved_tensors_hooks(self.packer(x, first), _unpack):
+            yield Sender(self.keep, room_on_host(self.layers), stays, first)
 
 # %% ../../nbs/engine/host_checkpoints.ipynb #0144cbaa
 def keep_on_host(
     layers: list[nn.Module],  # checkpointed, in their order
-) -> list[tuple[RemovableHandle, ...]]:  # for each layer, what takes it off again
+) -> list[Callable]:         # for each layer, the block around its forward pass, to be called with its input
     "Let the inputs of checkpointed layers wait in host memory; that of the last one stays on the device."
     keeper = HostCheckpoints(len(layers))
-    def hooks(layer, stays):
-        before = layer.register_forward_pre_hook(partial(keeper.enter, stays=stays), with_kwargs=True)
-        return before, layer.register_forward_hook(keeper.leave, always_call=True)
-    return [hooks(layer, layer is layers[-1]) for layer in layers]
+    return [partial(keeper.around, stays=layer is layers[-1]) for layer in layers]
