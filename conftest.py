@@ -2,9 +2,9 @@
 import os
 import re
 
-# The kernels inherit this: no test reaches for a network, and forked processes get no advice about tokenizers.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from scripts.warm_kernels import PLACE, QUIET
+
+for name, value in QUIET.items(): os.environ.setdefault(name, value)  # the kernels inherit it
 
 # Processes of pytest-xdist that share their cores would wait for each other's threads at every product.
 if "PYTEST_XDIST_WORKER" in os.environ: os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,8 +13,10 @@ import qlora_lab  # noqa: E402, F401  before torch, so that how threads wait is 
 
 
 def pytest_configure(config):
-    "Run notebooks in this environment, whatever kernels the user has installed elsewhere."
-    if hasattr(config.option, "nbval_current_env"): config.option.nbval_current_env = True
+    "Run notebooks in this environment, whatever kernels the user has installed elsewhere; warm, where `make` said so."
+    if not hasattr(config.option, "nbval_current_env"): return
+    if PLACE in os.environ: config.option.nbval_kernel_name = "python3"
+    else: config.option.nbval_current_env = True
 
 
 def pytest_itemcollected(item):
