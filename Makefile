@@ -4,8 +4,9 @@ LATEST := build/latest
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 ARGS  ?=
-# Two processes, for most tests keep one core busy; a notebook stays in one, with a kernel that starts warm.
-EVERY := scripts/warm_kernels.py -m pytest --nbval -n 2 --dist loadfile
+# Two processes, for most tests keep one core busy; a notebook stays in one, with a kernel that starts warm. The lessons
+# take longest and come first.
+EVERY := scripts/warm_kernels.py -m pytest --nbval -n 2 --dist loadfile --no-loadscope-reorder
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 

@@ -59,21 +59,20 @@ def _exactly(there: socket.socket, n: int) -> bytes:
 
 # ---------------------------------------------------------------- the process that forks
 
-def serve(door: socket.socket, parent: int) -> dict:
-    "Answer until the parent's end of a pipe is closed; gives what was asked for, in each fork."
+def serve(door: socket.socket, parent: socket.socket) -> dict:
+    "Answer until the parent's end is closed; gives what was asked for, in each fork."
     waiting = selectors.DefaultSelector()
     for thing in (door, parent): waiting.register(thing, selectors.EVENT_READ)
     kernels: dict[int, socket.socket] = {}
     while True:
         for key, _ in waiting.select(timeout=0.05):
-            if key.fileobj == parent:
+            if key.fileobj is parent:
                 for kernel in kernels: os.kill(kernel, signal.SIGKILL)
                 sys.exit()
             if key.fileobj is door:
                 there, asked = _asked(door)
                 if not (kernel := os.fork()):
-                    for thing in (door, there, waiting, *kernels.values()): thing.close()
-                    os.close(parent)
+                    for thing in (door, parent, there, waiting, *kernels.values()): thing.close()
                     return asked
                 for number in asked["outputs"]: os.close(number)
                 there.sendall(kernel.to_bytes(4, "big"))
@@ -130,8 +129,8 @@ def as_in_a_kernel():
         del builtins.get_ipython
 
 
-def warm(door: socket.socket, parent: int) -> None:
-    "Import, then serve."
+def warm(door: socket.socket, parent: socket.socket) -> None:
+    "Import, say so, then serve."
     atexit.register(os._exit, 0)  # registered first, so called last: to take down what forks share takes two seconds
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command decides what Ctrl-C ends
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as a kernel does
@@ -140,6 +139,7 @@ def warm(door: socket.socket, parent: int) -> None:
     with as_in_a_kernel():
         for name in WARM: __import__(name)
     gc.freeze()  # what is never looked at again stays in shared memory
+    parent.sendall(b".")
     become(serve(door, parent))
 
 
@@ -150,29 +150,32 @@ def main(argv: list[str]) -> int:
     command = [sys.executable, *argv]
     if not sys.platform.startswith("linux") or any(map(os.path.exists, CARDS)): return subprocess.call(command)
     with tempfile.TemporaryDirectory() as folder:
-        place, (ours, theirs) = Path(folder) / "door", os.pipe()
+        place, (ours, theirs) = Path(folder) / "door", socket.socketpair()
         spec = Path(folder) / "kernels/python3/kernel.json"
         spec.parent.mkdir(parents=True)
         argv = [sys.executable, str(Path(__file__).resolve()), "--kernel", "-f", "{connection_file}"]
         spec.write_text(json.dumps({"argv": argv, "display_name": "Python 3 (ipykernel)", "language": "python"}))
         door = socket.socket(socket.AF_UNIX)
-        door.bind(str(place))
+        try: door.bind(str(place))
+        except OSError: return subprocess.call(command)  # a place with too long a name
         door.listen(64)
         threads = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2))}
-        first = subprocess.Popen([sys.executable, __file__, "--warm", str(door.fileno()), str(ours)],
-                                 pass_fds=[door.fileno(), ours], env=threads | QUIET | os.environ)
+        numbers = door.fileno(), theirs.fileno()
+        first = subprocess.Popen([sys.executable, __file__, "--warm", *map(str, numbers)], pass_fds=numbers,
+                                 env=threads | QUIET | os.environ)
         door.close()
-        os.close(ours)
+        theirs.close()
+        ours.recv(1)  # until it is warm, or gone
         paths = os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")]))
         running = subprocess.Popen(command, env=os.environ | {"JUPYTER_PATH": paths, PLACE: str(place)})
         while running.returncode is None:
             with suppress(KeyboardInterrupt): running.wait()  # the command has heard it too
-        os.close(theirs)
+        ours.close()
         first.wait()
         return running.returncode
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--kernel": sys.exit(stand_in(sys.argv[2:]))
-    if sys.argv[1] == "--warm": warm(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]))
+    if sys.argv[1] == "--warm": warm(*(socket.socket(fileno=int(n)) for n in sys.argv[2:]))
     else: sys.exit(main(sys.argv[1:]))

@@ -82,13 +82,26 @@ print(json.dumps(ask("import os, peft, torch; print(os.getpid(), torch.rand(1).i
     assert not any(map(psutil.pid_exists, map(int, (first, number))))
 
 
-def test_without_the_process_that_forks_kernels_start_as_usual(tmp_path):
-    code = """
-import os
-os.environ["WARM_KERNELS"] = os.environ["WARM_KERNELS"] + " gone"
-km, kc = start_new_kernel()
+IMPORTED = """
 print(json.dumps(ask("import sys; print('torch' in sys.modules)")))
 kc.stop_channels()
 km.shutdown_kernel()
 """
-    assert talk(code, tmp_path, True) == [["False"]]
+
+
+def test_without_the_process_that_forks_kernels_start_as_usual(tmp_path):
+    gone = """
+import os
+kc.stop_channels()
+km.shutdown_kernel()
+os.environ["WARM_KERNELS"] = os.environ["WARM_KERNELS"] + " gone"
+km, kc = start_new_kernel()
+"""
+    assert talk(gone + IMPORTED, tmp_path, True) == [["False"]]
+
+
+def test_where_no_socket_can_be_kernels_start_as_usual(tmp_path):
+    "A temporary folder whose name is too long for one."
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    assert talk(IMPORTED, tmp_path, True, TMPDIR=str(folder)) == [["False"]]
