@@ -25,7 +25,7 @@ __all__ = ['Checkpoint', 'checkpoint', 'decoder_layers', 'is_checkpointed', 'che
 # %% ../nbs/07_checkpointing.ipynb #80b60b45
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import MethodType
 
@@ -140,7 +140,7 @@ def _chosen(layers: nn.ModuleList, which: int | Iterable[int] | None) -> list[nn
     raise LabError(f"layers={which}: expected a number from 1 to {len(layers)}, or some of 0 to {len(layers) - 1}")
 
 # %% ../nbs/07_checkpointing.ipynb #4f1d75f9
-def aside(layer: nn.Module, x: Tensor | None):
+def aside(layer: nn.Module, x: Tensor | None) -> AbstractContextManager:
     "A block that is a layer's forward pass on x, which waits in host memory if so asked; gives what sends more there."
     return layer._aside(x) if "_aside" in layer.__dict__ else nullcontext()
 

@@ -3,11 +3,11 @@
 
 Most notebooks import the same libraries, for some seconds each. Here one process imports them, and what Jupyter starts
 as a kernel asks it for a fork of itself, which takes over directory, environment and output, and runs the usual kernel.
-What forks share was imported and never used: no thread of it runs, no random number of it was drawn. Where no process
-can be forked safely (macOS, Windows, beside a GPU), or the first one is gone, kernels start as they always do.
+What forks share was imported and not used; their random numbers start anew. Where no process can be forked safely
+(macOS, Windows, beside a GPU), or the first one is gone, kernels start as they always do.
 
 Three roles: the command's parent (`main`), the process that forks (`serve`), and what Jupyter starts and waits for in
-place of a kernel (`stand_in`): it passes signals on, ends as the kernel does, and takes the kernel with it.
+place of a kernel (`stand_in`): it passes signals on, ends when the kernel does, and takes the kernel with it.
 """
 import atexit
 import builtins
@@ -24,8 +24,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
-WARM = "torch", "transformers", "peft", "pandas", "matplotlib.pyplot", "ipykernel.kernelapp"
+WARM = "ipykernel.kernelapp", "torch", "transformers", "peft", "pandas", "matplotlib.pyplot"  # tqdm looks for the first
 CARDS = "/dev/nvidiactl", "/dev/kfd"  # whose drivers no fork may share
+THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}  # as beside other tests; torch reads them once
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # no network, no advice to processes that fork
 PLACE = "WARM_KERNELS"  # the variable that says where the process is that forks
 USUAL = [sys.executable, str(Path(__file__).resolve().parent.parent / "qlora_lab/threads.py"), "ipykernel_launcher"]
@@ -33,26 +34,26 @@ USUAL = [sys.executable, str(Path(__file__).resolve().parent.parent / "qlora_lab
 
 # ---------------------------------------------------------------- what Jupyter starts
 
-def stand_in(argv: list[str]) -> int:
-    "A kernel by these arguments, as another process; how it ended."
+def stand_in(argv: list[str]) -> None:
+    "A kernel by these arguments, as another process, until it ends."
     there = socket.socket(socket.AF_UNIX)
-    try: there.connect(os.environ[PLACE])
-    except OSError: os.execv(USUAL[0], [*USUAL, *argv])
     asked = json.dumps({"argv": argv, "directory": os.getcwd(), "environment": dict(os.environ)}).encode()
-    socket.send_fds(there, [len(asked).to_bytes(4, "big")], [0, 1, 2])
-    there.sendall(asked)
-    kernel = int.from_bytes(_exactly(there, 4), "big")
+    try:
+        there.connect(os.environ[PLACE])
+        socket.send_fds(there, [len(asked).to_bytes(4, "big")], [0, 1, 2])
+        there.sendall(asked)
+        kernel = int.from_bytes(_exactly(there, 4), "big")
+    except (OSError, EOFError): os.execv(USUAL[0], [*USUAL, *argv])
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda number, _: os.kill(kernel, number))
-    ended = int.from_bytes(_exactly(there, 4), "big", signed=True)
-    return ended if ended >= 0 else 128 - ended
+    there.recv(1)
 
 
 def _exactly(there: socket.socket, n: int) -> bytes:
-    "So many bytes of the other side; where it is gone, an error."
+    "So many bytes of the other side; EOFError where it is gone."
     found = b""
     while len(found) < n:
         more = there.recv(n - len(found))
-        if not more: raise SystemExit("the process that starts kernels is gone")
+        if not more: raise EOFError
         found += more
     return found
 
@@ -71,32 +72,33 @@ def serve(door: socket.socket, parent: socket.socket) -> dict:
                 sys.exit()
             if key.fileobj is door:
                 there, asked = _asked(door)
+                if asked is None: continue
                 if not (kernel := os.fork()):
                     for thing in (door, parent, there, waiting, *kernels.values()): thing.close()
                     return asked
                 for number in asked["outputs"]: os.close(number)
-                there.sendall(kernel.to_bytes(4, "big"))
+                with suppress(OSError): there.sendall(kernel.to_bytes(4, "big"))
                 kernels[kernel] = there
                 waiting.register(there, selectors.EVENT_READ, kernel)
             else:  # its stand-in is gone
                 os.kill(key.data, signal.SIGKILL)
                 waiting.unregister(key.fileobj)
         for kernel in list(kernels):
-            done, status = os.waitpid(kernel, os.WNOHANG)
-            if done: _tell(waiting, kernels.pop(kernel), os.waitstatus_to_exitcode(status))
+            if os.waitpid(kernel, os.WNOHANG) == (0, 0): continue
+            there = kernels.pop(kernel)
+            with suppress(KeyError): waiting.unregister(there)
+            there.close()  # which its stand-in waits for
 
 
-def _asked(door: socket.socket) -> tuple[socket.socket, dict]:
+def _asked(door: socket.socket) -> tuple[socket.socket, dict | None]:
+    "What a stand-in wants; nothing of one that was ended before it had said so."
     there, _ = door.accept()
     size, outputs, _, _ = socket.recv_fds(there, 4, 3)
-    return there, json.loads(_exactly(there, int.from_bytes(size, "big"))) | {"outputs": outputs}
-
-
-def _tell(waiting: selectors.BaseSelector, there: socket.socket, ended: int) -> None:
-    "Its stand-in learns how a kernel ended, if it is still there."
-    with suppress(KeyError): waiting.unregister(there)
-    with suppress(OSError): there.sendall(ended.to_bytes(4, "big", signed=True))
-    there.close()
+    try: return there, json.loads(_exactly(there, int.from_bytes(size, "big"))) | {"outputs": outputs}
+    except (EOFError, ValueError):
+        for number in outputs: os.close(number)
+        there.close()
+        return there, None
 
 
 def become(asked: dict) -> None:
@@ -108,7 +110,7 @@ def become(asked: dict) -> None:
         os.close(number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(asked["directory"])
-    own = {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")}  # which torch has read
+    own = {name: os.environ[name] for name in THREADS}
     os.environ.clear()
     os.environ.update(asked["environment"] | own)
     sys.argv = ["ipykernel_launcher", *asked["argv"]]
@@ -159,10 +161,9 @@ def main(argv: list[str]) -> int:
         try: door.bind(str(place))
         except OSError: return subprocess.call(command)  # a place with too long a name
         door.listen(64)
-        threads = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2))}
         numbers = door.fileno(), theirs.fileno()
         first = subprocess.Popen([sys.executable, __file__, "--warm", *map(str, numbers)], pass_fds=numbers,
-                                 env=threads | QUIET | os.environ)
+                                 env=THREADS | QUIET | os.environ)
         door.close()
         theirs.close()
         ours.recv(1)  # until it is warm, or gone
@@ -176,6 +177,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--kernel": sys.exit(stand_in(sys.argv[2:]))
-    if sys.argv[1] == "--warm": warm(*(socket.socket(fileno=int(n)) for n in sys.argv[2:]))
+    if sys.argv[1] == "--kernel": stand_in(sys.argv[2:])
+    elif sys.argv[1] == "--warm": warm(*(socket.socket(fileno=int(n)) for n in sys.argv[2:]))
     else: sys.exit(main(sys.argv[1:]))

@@ -27,10 +27,12 @@ def ask(code, interrupt=False):
     return said
 """
 LOOK = """
-import os, signal, sys, torch
+import os, pandas, signal, sys, torch
+from tqdm.auto import tqdm
 print(__import__("json").dumps({
     "imported": [n for n in ("torch", "transformers", "peft") if n in before], "directory": os.getcwd(),
     "path": sys.path, "name": __name__, "arguments": len(sys.argv), "threads": torch.get_num_threads(),
+    "columns": pandas.options.display.max_columns, "bar": tqdm.__mro__[1].__module__,
     "interrupt": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
     "environment": {k: v for k, v in os.environ.items() if not k.startswith(("JPY_", "WARM_", "JUPYTER_PATH"))}}))
 """
@@ -56,7 +58,7 @@ km.shutdown_kernel()
 
 
 def test_a_warm_kernel_is_like_the_usual_one(tmp_path):
-    "But for what it has imported: directory, paths, environment, threads, what an interrupt does."
+    "But for what it has imported: directory, environment, threads, an interrupt, where libraries think that they are."
     usual, warm = surroundings(tmp_path, False), surroundings(tmp_path, True)
     assert (usual.pop("imported"), warm.pop("imported")) == ([], ["torch", "transformers", "peft"])
     assert warm == usual and warm["directory"] == str(tmp_path) and warm["environment"]["SAID"] == "here"
@@ -80,6 +82,22 @@ print(json.dumps(ask("import os, peft, torch; print(os.getpid(), torch.rand(1).i
     until = time.monotonic() + 10
     while any(map(psutil.pid_exists, map(int, (first, number)))) and time.monotonic() < until: time.sleep(0.1)
     assert not any(map(psutil.pid_exists, map(int, (first, number))))
+
+
+def test_one_that_was_ended_too_early_does_no_harm(tmp_path):
+    "It knocks and says nothing, half a word, or something else: the next kernel is warm all the same."
+    early = """
+import os, socket
+for words in (b"", bytes(3), (9).to_bytes(4, "big") + b"half", (3).to_bytes(4, "big") + b"odd"):
+    knocks = socket.socket(socket.AF_UNIX)
+    knocks.connect(os.environ["WARM_KERNELS"])
+    knocks.sendall(words)
+    knocks.close()
+kc.stop_channels()
+km.shutdown_kernel()
+km, kc = start_new_kernel()
+"""
+    assert talk(early + IMPORTED, tmp_path, True) == [["True"]]
 
 
 IMPORTED = """

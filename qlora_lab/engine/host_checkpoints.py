@@ -217,7 +217,7 @@ class Sender(NamedTuple):
 class HostCheckpoints(_Packing):
     "The inputs of a model's checkpointed layers."
     @contextmanager
-    def around(self, x: Tensor | None, stays: bool = False) -> Iterator[Sender | None]:
+    def around(self, x: Tensor | None, stays: bool) -> Iterator[Sender | None]:
         "A block that is the forward pass of a layer on x; gives nothing where all that it keeps stays on the device."
         while self.leaving: let_go(self.leaving.pop())
         if not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.is_contiguous()):
