@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -166,9 +167,9 @@ def recordings(monkeypatch):
     monkeypatch.setattr(StepGraph, "record", record)
     monkeypatch.setattr("qlora_lab.engine.step_graph.captured", captured)
     monkeypatch.setattr("qlora_lab.engine.step_graph.capture_stream", lambda card: f"of card {card}")
-    stand_ins = {"CUDAGraph": Recording, "memory_reserved": lambda: 100,
-                 "memory_allocated": lambda: 60, "mem_get_info": lambda: (1000, 2000),
-                 "get_per_process_memory_fraction": lambda: 1.}
+    stand_ins = {"CUDAGraph": Recording, "memory_reserved": lambda *_: 100,
+                 "memory_allocated": lambda *_: 60, "mem_get_info": lambda *_: (1000, 2000),
+                 "get_per_process_memory_fraction": lambda *_: 1.}
     for name, stand_in in stand_ins.items(): monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(Recording, "made", [])
     return Recording.made
@@ -228,6 +229,30 @@ def test_a_failed_recording_leaves_nothing_behind(recordings):
     assert found == [2.] * 3 and graph.graphs[(torch.Size([1]),), True] == (None, None, None)
     for _ in range(2): graph(passes, torch.ones(2))
     assert recordings[1].own is not recordings[0].own and recordings[1].replays == 1
+
+
+def test_a_failed_recording_holds_nothing(recordings, monkeypatch):
+    "What its pass has made is gone before the next one starts, also where the capture's end raises anew."
+    @contextmanager
+    def captured(*_):
+        try: yield
+        finally: raise RuntimeError("the capture did not end")
+    monkeypatch.setattr("qlora_lab.engine.step_graph.captured", captured)
+    graph, made, there = StepGraph([nn.Parameter(torch.ones(3))]), [], []
+    def passes(t):
+        there.append(any(ref() is not None for ref in made))
+        result = t * 2
+        made.append(weakref.ref(result))
+        def inner():  # as torch calls a module that has hooks
+            if graph.recording: raise torch.OutOfMemoryError("no room")
+            return result
+        return inner()
+    gc.disable()
+    try:
+        with pytest.warns(UserWarning, match="without a graph .no room.$"):
+            for _ in range(3): assert graph(passes, torch.ones(1)).item() == 2
+    finally: gc.enable()
+    assert not any(there) and len(there) == 6
 
 
 def test_a_model_that_waits_is_tried_once(recordings):

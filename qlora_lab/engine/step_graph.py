@@ -31,12 +31,11 @@ __all__ = ['PATIENCE', 'GradientPlaces', 'Recordings', 'Roomy', 'Recorder', 'Mea
 import warnings
 from collections.abc import Callable
 from operator import is_
-from traceback import clear_frames
 
 import torch
 from torch import Tensor, nn
 
-from .capture import capture_stream, captured, ended
+from .capture import capture_stream, captured, drop_frames, ended
 from .filled_up import causal, filled_losses, padded, takes
 from .gpu import empty_cache, on_device
 from .packed_rows import Row, filled_row, row_losses, same_angles
@@ -135,7 +134,7 @@ class Recorder(Roomy):
         except BaseException as e:
             for p in self.params if makes else (): p.grad = None
             if not ended(graph): self.clear()
-            for broken in (e, e.__context__): clear_frames(broken and broken.__traceback__)  # what its variables hold
+            drop_frames(e)
             if not isinstance(e, RuntimeError): raise
             if isinstance(e.__context__, torch.OutOfMemoryError): e = e.__context__  # the capture's end failed on it
             short = isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e)
