@@ -28,7 +28,7 @@ import sys
 import types
 from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from difflib import get_close_matches
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from unittest.mock import patch
 
@@ -37,6 +37,7 @@ from rich.text import Text
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from .commands.report import complain, defect, heading, show, table
+from .provenance import versions
 from .records import LabError
 from .settings import check_fields
 
@@ -168,7 +169,7 @@ def _run(argv: list[str]) -> int:
     "The command that a line names, with its options; the exit code."
     name, *words = argv or [""]
     if name in ("-h", "--help"): return overview() or 0
-    if name == "--version": return print(f"qlora-lab {metadata.version('qlora-lab')}") or 0
+    if name == "--version": return print("qlora-lab", versions(("qlora-lab",))["qlora-lab"] or "not installed") or 0
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, 1)
         what = f"not {name!r}{f'; did you mean {near[0]}?' if near else ''}" if name else "and found none"

@@ -326,6 +326,20 @@ def test_what_is_missing_is_said(capsys, monkeypatch, tmp_path):
     assert code == 1 and "MISSING" in text and "Something needed is missing." in text
 
 
+def test_a_folder_that_is_not_installed(capsys, monkeypatch):
+    "Run from a checkout by path alone, with no metadata of the package: the versions are told, and what is not known."
+    from importlib import metadata
+    def gone(name): raise metadata.PackageNotFoundError(name)
+    monkeypatch.setattr("qlora_lab.tested_versions.requires", gone)
+    real = metadata.version
+    monkeypatch.setattr("qlora_lab.provenance.version", lambda name: gone(name) if name == "qlora-lab" else real(name))
+    code, told = doctor(capsys, "--json")
+    found = {c["name"]: c for c in json.loads(told)["checks"]}
+    assert code == 0 and found["qlora-lab"]["state"] == "note" and "pip install" in found["qlora-lab"]["advice"]
+    assert found["torch"]["found"] == metadata.version("torch")
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out == "qlora-lab not installed\n"
+
+
 def test_a_lack_of_kernels_is_a_note(capsys, monkeypatch):
     "Everything works without a compiler, so the machine is well; the doctor says what would make it faster."
     from qlora_lab.engine import dispatch

@@ -356,9 +356,10 @@ def test_recordings_go_where_memory_is_short(recordings, monkeypatch):
     "52 bytes of a pool, of which 12 are gradients: 40 for recordings of up to 2 numbers, so one of 8 may want 160."
     p, card = nn.Parameter(torch.ones(3)), {"free": 1000, "cached": 0, "limit": 1.}
     graph = StepGraph([p])
-    def reserved(): return 60 + card["cached"] + 52 * bool(graph.graphs)
-    stand_ins = {"memory_reserved": reserved, "memory_allocated": lambda: 60 + 12 * bool(graph.graphs),
-                 "mem_get_info": lambda: (card["free"], 2000), "get_per_process_memory_fraction": lambda: card["limit"]}
+    def reserved(*_): return 60 + card["cached"] + 52 * bool(graph.graphs)
+    stand_ins = {"memory_reserved": reserved, "memory_allocated": lambda *_: 60 + 12 * bool(graph.graphs),
+                 "mem_get_info": lambda *_: (card["free"], 2000),
+                 "get_per_process_memory_fraction": lambda *_: card["limit"]}
     for name, stand_in in stand_ins.items(): monkeypatch.setattr(torch.cuda, name, stand_in)
     def one_step(n, **now):
         card.update(now)

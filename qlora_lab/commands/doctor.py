@@ -25,6 +25,7 @@ import os
 import shutil
 import warnings
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -61,9 +62,14 @@ def _version_check(name: str, version: str | None, needed, tested: str) -> Check
 
 def _version_checks() -> list[Check]:
     "Each required package, and when the versions named were tested together."
+    from qlora_lab import __version__
     from qlora_lab.provenance import versions
     from qlora_lab.tested_versions import TESTED_ON, TESTED_PYTHONS, packages
-    needed, tested = packages(""), packages("tested")
+    try: needed, tested = packages(""), packages("tested")
+    except PackageNotFoundError:
+        advice = "which versions it needs is not known then: make setup, or pip install -e . in its folder"
+        lab = Check("qlora-lab", f"{__version__}, not installed", "note", advice)
+        return [lab, *(Check(name, version or "not installed") for name, version in versions().items())]
     def check(name, version): return _version_check(name, version, needed.get(name), str(tested.get(name, "")))
     when = Check("tested", f"all of it on {TESTED_ON}, with Python {', '.join(TESTED_PYTHONS)}")
     return [*(check(name, version) for name, version in versions(tuple(needed)).items()), when]
