@@ -169,7 +169,8 @@ def _run(argv: list[str]) -> int:
     "The command that a line names, with its options; the exit code."
     name, *words = argv or [""]
     if name in ("-h", "--help"): return overview() or 0
-    if name == "--version": return print("qlora-lab", versions(("qlora-lab",))["qlora-lab"] or "not installed") or 0
+    if name == "--version":
+        return print("qlora-lab", versions(("qlora-lab",))["qlora-lab"] or import_module("qlora_lab").__version__) or 0
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, 1)
         what = f"not {name!r}{f'; did you mean {near[0]}?' if near else ''}" if name else "and found none"

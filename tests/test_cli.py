@@ -332,12 +332,16 @@ def test_a_folder_that_is_not_installed(capsys, monkeypatch):
     def gone(name): raise metadata.PackageNotFoundError(name)
     monkeypatch.setattr("qlora_lab.tested_versions.requires", gone)
     real = metadata.version
-    monkeypatch.setattr("qlora_lab.provenance.version", lambda name: gone(name) if name == "qlora-lab" else real(name))
+    away = {"qlora-lab"}
+    monkeypatch.setattr("qlora_lab.provenance.version", lambda name: gone(name) if name in away else real(name))
     code, told = doctor(capsys, "--json")
     found = {c["name"]: c for c in json.loads(told)["checks"]}
     assert code == 0 and found["qlora-lab"]["state"] == "note" and "pip install" in found["qlora-lab"]["advice"]
     assert found["torch"]["found"] == metadata.version("torch")
-    assert cli.main(["--version"]) == 0 and capsys.readouterr().out == "qlora-lab not installed\n"
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out == f"qlora-lab {real('qlora-lab')}\n"
+    away.add("peft")
+    code, told = doctor(capsys, "--json")
+    assert code == 1 and next(c for c in json.loads(told)["checks"] if c["name"] == "peft")["state"] == "missing"
 
 
 def test_a_lack_of_kernels_is_a_note(capsys, monkeypatch):

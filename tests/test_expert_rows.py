@@ -5,6 +5,7 @@ Protects: sums over a token's rows, the gate's way back with shares, keys of eve
 import pytest
 import torch
 
+from conftest import devices
 from qlora_lab.engine import expert_rows as rows_of
 from qlora_lab.engine.activation import activation
 from qlora_lab.engine.gpu import triton
@@ -30,11 +31,13 @@ def near(a, b, dtype):
     return off < (1e-5 if dtype is torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("experts", [1, 4, 255, 256, 257, 600])
-def test_rows_stand_by_expert(experts):
+def test_rows_stand_by_expert(experts, device):
     "However many there are: each row has its token's choice, and each expert's rows end where it says."
-    chosen = torch.randint(experts, (50, 3), generator=torch.Generator().manual_seed(0))
-    rows = rows_of.sort_rows(chosen, experts)
+    chosen = torch.randint(experts, (50, 3), generator=torch.Generator().manual_seed(0)).to(device)
+    rows = rows_of.Sorted(*(t.cpu() for t in rows_of.sort_rows(chosen, experts)))
+    chosen = chosen.cpu()
     flat = chosen.reshape(-1)
     assert torch.equal(rows.expert.long(), flat.sort().values) and torch.equal(flat[rows.order], rows.expert.long())
     assert torch.equal(rows.ends.long(), flat.bincount(minlength=experts).cumsum(0)) and rows.ends.dtype == torch.int32
@@ -69,7 +72,6 @@ def test_the_way_back_through_gate_and_share(curve, width, gated, dtype, device)
     assert near(kernel, activation(u, 0, curve, gated), dtype) and found[1].dtype == torch.float32
 
 
-@needs_triton
 def test_meta_tensors_pass():
     rows = rows_of.Sorted(*(t.to("meta") for t in rows_of.sort_rows(choices(6, 2, 4), 4)))
     y, u = torch.empty(12, 8, device="meta"), torch.empty(12, 16, device="meta")

@@ -107,6 +107,15 @@ def test_each_place_of_the_table_holds_a_function():
     assert set(REHEARSED) | IN_TORCH <= {operation for operation, _ in FASTER}
 
 
+def test_what_stays_without_triton_uses_none_of_it():
+    "A card whose Triton is broken keeps twins in torch alone: they take no function of a module that has kernels."
+    for key, place in FASTER.items():
+        if key[0] not in IN_TORCH: continue
+        module = sys.modules[dispatch._found(place).__module__]
+        used = {sys.modules.get(getattr(thing, "__module__", "")) for thing in vars(module).values()} - {None}
+        assert not [m.__name__ for m in used if "triton" in vars(m)], key
+
+
 def test_nothing_of_the_engine_is_imported_before_it_is_asked_for():
     "The package, and the question itself, wait for no compiler and no Triton."
     code = ("import sys, qlora_lab, qlora_lab.engine.dispatch as d; from qlora_lab import codebook; "

@@ -60,6 +60,7 @@ def _version_check(name: str, version: str | None, needed, tested: str) -> Check
         return Check(name, f"{version}, tested with {want}", "note", f"if something fails, try {name}=={want}")
     return Check(name, f"{version}, as tested")
 
+# %% ../../nbs/commands/doctor.ipynb #2852161e
 def _version_checks() -> list[Check]:
     "Each required package, and when the versions named were tested together."
     from qlora_lab import __version__
@@ -69,7 +70,9 @@ def _version_checks() -> list[Check]:
     except PackageNotFoundError:
         advice = "which versions it needs is not known then: make setup, or pip install -e . in its folder"
         lab = Check("qlora-lab", f"{__version__}, not installed", "note", advice)
-        return [lab, *(Check(name, version or "not installed") for name, version in versions().items())]
+        def there(name, version):
+            return Check(name, version) if version else Check(name, "not installed", "missing", f"pip install {name}")
+        return [lab, *(there(*found) for found in versions().items())]
     def check(name, version): return _version_check(name, version, needed.get(name), str(tested.get(name, "")))
     when = Check("tested", f"all of it on {TESTED_ON}, with Python {', '.join(TESTED_PYTHONS)}")
     return [*(check(name, version) for name, version in versions(tuple(needed)).items()), when]

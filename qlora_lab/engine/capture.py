@@ -85,9 +85,13 @@ def ended(
 # %% ../../nbs/engine/capture.ipynb #d0f7a3e2
 def drop_frames(e: BaseException | None) -> None:
     "Clear the variables of the functions that an exception went through, and those of the ones from which it came."
-    while e is not None:
+    seen, left = set(), [e]
+    while left:
+        e = left.pop()
+        if e is None or id(e) in seen: continue
+        seen.add(id(e))
         clear_frames(e.__traceback__)
-        e = e.__context__
+        left += [e.__cause__, e.__context__]
 
 # %% ../../nbs/engine/capture.ipynb #b655b272
 def _switch_back(device: int, pool: tuple) -> None:

@@ -9,8 +9,8 @@ __all__ = ['Sorted', 'sort_rows', 'spread', 'unsort', 'combine_plain', 'combine_
 # %% ../../nbs/engine/expert_rows.ipynb #e5b0a003
 # What lies between the tokens of a layer and the products of its experts.
 #
-# A row is a token with one of its experts; there are S = tokens x top_k, sorted by expert. Three things are done to
-# them:
+# A row is a token with one of its experts; there are S = tokens x top_k, sorted by expert. Beside the gather that
+# makes them (`spread`):
 #     sort_rows             which row belongs to which token, and where each expert's rows end
 #     combine               out_t = sum over k of share_tk y_tk: rows are read where they lie, nothing written between
 #     shared_gate_backward  from v, the gradient of h = gate(u) as if the share were one: the share's own gradient
@@ -44,7 +44,7 @@ class Sorted(NamedTuple):
 
 def sort_rows(chosen: Tensor, experts: int) -> Sorted:  # [tokens, top_k] experts; how many there are
     "Rows in the order of their experts, nothing asked of the host."
-    kind = torch.uint8 if experts <= 256 else torch.int16
+    kind = torch.uint8 if experts < 256 else torch.int16
     expert, order = chosen.reshape(-1).to(kind).sort(stable=True)
     ends = torch.searchsorted(expert, torch.arange(experts, device=expert.device).to(kind), right=True, out_int32=True)
     back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
@@ -60,11 +60,11 @@ def unsort(y: Tensor, rows: Sorted) -> Tensor:  # [S], or [S, n]
 
 # %% ../../nbs/engine/expert_rows.ipynb #e5b0a011
 def combine_plain(
-    y: Tensor,              # [S, n]
+    y: Tensor,    # [S, n]
     rows: Sorted,
-    each: int,              # top_k
-    share: Tensor | None,   # [tokens, top_k]; None for ones
-) -> Tensor:                # [tokens, n]
+    each: int,    # top_k
+    share: Tensor | None = None,  # [tokens, top_k]; None for ones
+) -> Tensor:      # [tokens, n]
     "The sum over a token's rows, each times its share."
     y = unsort(y, rows).view(-1, each, y.shape[1])
     return y.sum(1) if share is None else torch.bmm(share.to(y.dtype)[:, None], y)[:, 0]
@@ -95,7 +95,7 @@ if triton:
 # %% ../../nbs/engine/expert_rows.ipynb #e5b0a013
 if triton is None: _combine = None
 
-def combine_kernel(y: Tensor, rows: Sorted, each: int, share: Tensor | None) -> Tensor:
+def combine_kernel(y: Tensor, rows: Sorted, each: int, share: Tensor | None = None) -> Tensor:
     "As `combine_plain`, in one pass."
     y, tokens, width = y.contiguous(), len(y) // each, y.shape[1]
     out = y.new_empty(tokens, width)

@@ -17,8 +17,8 @@ __all__ = ['MOST', 'grouped', 'grouped_outer', 'decoded', 'multiply_rows', 'Side
 #
 # Back: with g = d out[token], v = g M2^T; the share's gradient is v . h, dh = share v, du by the gate's own derivative,
 # d rows = du M1^T. autograd keeps x, the shares, u and what sorts; h is made again. None of that needs y: a second run,
-# which is there for its graph (`graph_alone`), leaves the second product out, and hands the decoded M1 to the way back
-# that follows at once. Offsets stay on the device, so the host waits for nothing and the whole can be recorded in a
+# which is there for its graph (`graph_alone`), leaves the second product out, and hands the decoded M1 to the way back,
+# where it lies beside M2. Offsets stay on the device, so the host waits for nothing and the whole can be recorded in a
 # graph, as long as the decoded experts fit into `MOST` bytes; beyond that they come some at a time, and the host asks
 # once for the offsets. What is done to rows between tokens and products is engine.expert_rows.
 #
@@ -46,7 +46,7 @@ from .expert_rows import Sorted, combine, shared_gate_backward, sort_rows, sprea
 from .held_experts import HeldExperts
 
 # %% ../../nbs/engine/grouped_experts.ipynb #2408de91
-MOST = 1 << 30  # bytes of decoded experts at a time
+MOST = 1 << 30  # bytes that a product's experts may take decoded
 
 def grouped(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     "[S, K] times [E, K, N] to [S, N], each stretch of rows with its own matrix."
@@ -155,12 +155,12 @@ def graph_alone():
 
 # %% ../../nbs/engine/grouped_experts.ipynb #7770c941
 class GroupedExperts(torch.autograd.Function):
-    "Experts with their adapters and shares; autograd keeps x, the shares, u, what sorts, and packed bytes."
+    "Experts with adapters and shares; keeps x, shares, u, what sorts, packed bytes; in a second run the decoded M1."
     @staticmethod
     def forward(ctx, x, share, chosen, left1, right1, left2, right2, sides, gate, *packed):
         one, two = sides[0]._replace(left=left1, right=right1), sides[1]._replace(left=left2, right=right2)
         rows, each, alone = sort_rows(chosen, len(one.held)), chosen.shape[1], getattr(_here, "alone", 0)
-        whole = decoded(one.held, x.dtype) if alone else None  # the way back follows at once
+        whole = decoded(one.held, x.dtype) if alone else None  # the way back follows
         u = one._replace(whole=whole).forward(spread(x, rows, each), rows)
         ctx.save_for_backward(x, share, u, *rows, left1, right1, left2, right2, *packed)
         ctx.sides, ctx.gate, ctx.each, ctx.whole = sides, gate, each, whole
