@@ -336,7 +336,7 @@ def test_a_folder_that_is_not_installed(capsys, monkeypatch):
     monkeypatch.setattr("qlora_lab.provenance.version", lambda name: gone(name) if name in away else real(name))
     code, told = doctor(capsys, "--json")
     found = {c["name"]: c for c in json.loads(told)["checks"]}
-    assert code == 0 and found["qlora-lab"]["state"] == "note" and "pip install" in found["qlora-lab"]["advice"]
+    assert code == 0 and found["qlora-lab"]["state"] == "note" and "make setup" in found["qlora-lab"]["advice"]
     assert found["torch"]["found"] == metadata.version("torch")
     assert cli.main(["--version"]) == 0 and capsys.readouterr().out == f"qlora-lab {real('qlora-lab')}\n"
     away.add("peft")

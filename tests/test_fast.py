@@ -75,9 +75,17 @@ def test_a_row_of_ones_own():
     assert fast.row_of("llama-7b-4x512-kept").checkpointing is False
 
 
-def test_rows_of_before_are_kept(tmp_path, monkeypatch):
-    "A run of some rows replaces those, and no others."
-    monkeypatch.setattr(fast, "RESULTS", tmp_path)
-    def of(row, who, n): return {"row": row, "who": who, "n": n}
-    (tmp_path / "gpu_fast.json").write_text(json.dumps({"rows": [of("a", "lab", 1), of("a", "bnb", 1)]}))
-    assert fast.merged([of("a", "lab", 2)]) == [of("a", "bnb", 1), of("a", "lab", 2)]
+def test_rows_of_before_are_kept():
+    "A run of some rows replaces those, and no others; of a peer, how fast it was before stays beside how fast it is."
+    def of(row, who, date, speed=1.): return {k: speed for k in fast.SEEN} | {"row": row, "who": who, "made": date}
+    before = [of("a", "lab", 1), of("a", "unsloth", 1, 7.), of("b", "bnb", 1)]
+    done = [of("a", "lab", 2), of("a", "unsloth", 2, 5.)]
+    for _ in range(2): before = fast.merged(done, before)  # it is saved after each side
+    assert before == [of("b", "bnb", 1), *done] and "elsewhere" not in done[0]
+    def speeds(r): return [e["tokens_per_s"] for e in r["elsewhere"]]
+    assert speeds(done[1]) == [7.]
+    third = of("a", "unsloth", 3, 6.)
+    assert fast.merged([third], before)[-1] is third and speeds(third) == [7., 5.]
+    failed = {"row": "a", "who": "unsloth", "error": "out of memory", "made": 4}
+    fast.merged([failed], [third])
+    assert speeds(failed) == [7., 5., 6.]

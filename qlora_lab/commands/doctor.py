@@ -49,11 +49,11 @@ class Check:
 
 # %% ../../nbs/commands/doctor.ipynb #2852160d
 def _version_check(name: str, version: str | None, needed, tested: str) -> Check:
-    "One required package: there, new enough, and as tested."
+    "One required package: there, new enough, and as tested; where nothing is known of it, there."
     want = tested.removeprefix("==")
-    if name == "python": return Check("python", version)
     if version is None:
-        return Check(name, "not installed", "missing", f"install it: make setup, or pip install {name}=={want}")
+        return Check(name, "not installed", "missing", f"install it: make setup, or pip install {name}{tested}")
+    if needed is None: return Check(name, version)
     if version not in needed:
         return Check(name, version, "missing", f"{needed} is needed: make setup, or pip install {name}=={want}")
     if want and version.split("+")[0] != want:
@@ -63,19 +63,16 @@ def _version_check(name: str, version: str | None, needed, tested: str) -> Check
 # %% ../../nbs/commands/doctor.ipynb #2852161e
 def _version_checks() -> list[Check]:
     "Each required package, and when the versions named were tested together."
-    from qlora_lab import __version__
-    from qlora_lab.provenance import versions
+    from qlora_lab.provenance import PACKAGES, versions
     from qlora_lab.tested_versions import TESTED_ON, TESTED_PYTHONS, packages
-    try: needed, tested = packages(""), packages("tested")
+    try:
+        needed, tested = packages(""), packages("tested")
+        last = Check("tested", f"all of it on {TESTED_ON}, with Python {', '.join(TESTED_PYTHONS)}")
     except PackageNotFoundError:
-        advice = "which versions it needs is not known then: make setup, or pip install -e . in its folder"
-        lab = Check("qlora-lab", f"{__version__}, not installed", "note", advice)
-        def there(name, version):
-            return Check(name, version) if version else Check(name, "not installed", "missing", f"pip install {name}")
-        return [lab, *(there(*found) for found in versions().items())]
+        needed = tested = {}
+        last = Check("qlora-lab", "not installed", "note", "to know the versions that it needs, install it: make setup")
     def check(name, version): return _version_check(name, version, needed.get(name), str(tested.get(name, "")))
-    when = Check("tested", f"all of it on {TESTED_ON}, with Python {', '.join(TESTED_PYTHONS)}")
-    return [*(check(name, version) for name, version in versions(tuple(needed)).items()), when]
+    return [*(check(name, version) for name, version in versions(tuple(needed) or PACKAGES).items()), last]
 
 # %% ../../nbs/commands/doctor.ipynb #28127d70
 def _machine_checks() -> list[Check]:
