@@ -8,7 +8,8 @@
 
 Random weights in real shapes, made in 4 bits where they are used; r = 64, all linear layers, all tokens learned. A
 row's sides are processes of their own, one after the other, with a time limit. Prints a table and merges what was
-measured into results/gpu_fast.json; each row says its card, date and versions.
+measured into results/gpu_fast.json, or for another card than an H100 into a file with its name; each row says its card,
+date and versions.
 
 Sides: lab; host (the lab, checkpoints in host memory); called (the lab, not recorded); unfused (recorded, but
 transformers' own layers); bnb; unsloth.
@@ -33,6 +34,7 @@ import torch
 
 from benchmarks.common import RESULTS, peer_step, random_batch, random_model, random_peer, save_result, spread_of
 from benchmarks.shapes import SHAPES, shape_config
+from qlora_lab.loading import use_expandable_segments
 
 LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PHI = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -155,6 +157,7 @@ def measured(step, tiny: bool, rounds: int) -> dict:
 def in_this_process(name: str, who: str, tiny: bool, rounds: int) -> dict:
     "A side of a row, by the lab or by peft and bitsandbytes."
     row, start = row_of(name), time.perf_counter()
+    if who != "bnb": use_expandable_segments()  # as `load_model` does; bitsandbytes and PEFT leave it to their users
     if tiny: row = row._replace(batch=2, sequence=64)
     config = row.config(tiny)
     batch = random_batch(row.batch, row.sequence, vocabulary=min(1000, config.vocab_size))
@@ -241,6 +244,15 @@ def table(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(shown).dropna(axis=1, how="all").round(3)
 
 
+FIRST = "NVIDIA H100 80GB HBM3"  # whose record most pages show
+
+
+def record_name() -> str:
+    "Each kind of card has a record of its own, so that no row stands beside another card's."
+    card = torch.cuda.get_device_name()
+    return "gpu_fast" if card == FIRST else "gpu_fast_" + re.sub("[^a-z0-9]+", "_", card.lower()).strip("_")
+
+
 PEERS = "bnb", "unsloth"
 SEEN = "tokens_per_s", "reserved_gib", "seconds", "losses", "norms", "made"  # what is kept of a peer's earlier run
 
@@ -256,9 +268,9 @@ def merged(rows: list[dict], before: list[dict]) -> list[dict]:
     return [*old.values(), *rows]
 
 
-def recorded() -> list[dict]:
+def recorded(name: str) -> list[dict]:
     "The rows on record."
-    path = RESULTS / "gpu_fast.json"
+    path = RESULTS / f"{name}.json"
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
@@ -284,7 +296,9 @@ def main(argv: list[str] | None = None) -> None:
             for who in sides:
                 done.append(one_side(name, who, args, folders))
                 print(table(done[-1:]).to_string(index=False), flush=True)
-                if not args.tiny: save_result("gpu_fast", {"rows": merged(done, recorded())})  # what is done stays done
+                if args.tiny: continue
+                record = record_name()
+                save_result(record, {"rows": merged(done, recorded(record))})  # what is done stays done
             if rows[name].folder not in [rows[other].folder for other in asked[i + 1:]]:
                 shutil.rmtree(folders / rows[name].folder, ignore_errors=True)
     finally: shutil.rmtree(folders, ignore_errors=True)

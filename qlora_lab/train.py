@@ -160,8 +160,8 @@ def train_step(
             part = summed_loss(model, batch) / total
             part.backward()
         parts.append(part.detach())
-    sum_gradients(trainable(model))  # over all processes
-    norm = nn.utils.clip_grad_norm_(trainable(model), max_grad_norm or float("inf"))
+    sum_gradients(learns := trainable(model))  # over all processes
+    norm = nn.utils.clip_grad_norm_(learns, max_grad_norm or float("inf"))
     groups = optimizer.param_groups
     for group, rate in zip(groups, lr if isinstance(lr, list) else [lr] * len(groups)): group["lr"] = rate
     if device.type != "cpu" or norm.isfinite(): optimizer.step()  # what it would spoil stays; a GPU is not waited for

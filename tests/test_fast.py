@@ -89,3 +89,13 @@ def test_rows_of_before_are_kept():
     failed = {"row": "a", "who": "unsloth", "error": "out of memory", "made": 4}
     fast.merged([failed], [third])
     assert speeds(failed) == [7., 5., 6.]
+
+
+@pytest.mark.parametrize("card, name", [("NVIDIA H100 80GB HBM3", "gpu_fast"), ("NVIDIA H200", "gpu_fast_nvidia_h200"),
+                                        ("NVIDIA A100-SXM4-40GB", "gpu_fast_nvidia_a100_sxm4_40gb")])
+def test_a_card_has_its_own_record(card, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card)
+    assert fast.record_name() == name
+    before = fast.recorded(name)
+    assert {r["made"]["gpu"] for r in before} == ({card} if before else set())
+    assert before or "a100" in name

@@ -2,8 +2,11 @@
 import copy
 import json
 import logging
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 import warnings
 
 import families
@@ -22,7 +25,7 @@ from qlora_lab import bnb_files
 from qlora_lab.against_file import Stored, hold_against, stored_files
 from qlora_lab.bnb_files import save_quantized, skip_list
 from qlora_lab.linear4bit import Linear4bit, quantize_model
-from qlora_lab.loading import listening
+from qlora_lab.loading import ALLOCATOR, listening, settle
 from qlora_lab.lora import add_lora, save_adapter
 from qlora_lab.model import answer, load_model, token_losses
 from qlora_lab.records import LabError
@@ -345,3 +348,34 @@ def test_a_tokenizer_that_gives_token_types(names, folder):
     assert tokenizer.model_input_names == (names or tokenizer.model_input_names)
     assert len(answer(model, tokenizer, ["Hello", "Hello, a longer one"], 3)) == 2
     assert answer(model, tokenizer, []) == []
+
+
+@pytest.mark.parametrize("system, said, device, left", [
+    ("linux", {}, "cuda", {ALLOCATOR[1]: "expandable_segments:True"}),
+    ("linux", {}, "cpu", {}), ("win32", {}, "cuda", {}),
+    *(("linux", {name: "max_split_size_mb:64"}, "cuda", {name: "max_split_size_mb:64"}) for name in ALLOCATOR)])
+def test_segments_that_grow_are_asked_for(system, said, device, left, monkeypatch):
+    "On a card, where the system has them and nobody has said something of the allocator."
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(os, "environ", dict(said))
+    settle(device, torch.bfloat16, None)
+    assert os.environ == left
+
+
+SEGMENTS = """
+import sys, torch
+from qlora_lab.model import load_model
+assert torch.cuda.is_available() and not torch.cuda.is_initialized()
+load_model(sys.argv[1])
+large = [s for s in torch.cuda.memory_snapshot() if s["segment_type"] == "large"]
+print(all(s["is_expandable"] for s in large), len(large) > 0)
+"""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_model_lies_in_segments_that_grow(tmp_path):
+    "torch has read the wish, though it was imported before."
+    families.folder("llama", tmp_path, vocab_size=65536)
+    env = {k: v for k, v in os.environ.items() if k not in ALLOCATOR}
+    done = subprocess.run([sys.executable, "-c", SEGMENTS, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], done.stderr[-2000:]

@@ -25,6 +25,7 @@ __all__ = ['HOOKS', 'OWN', 'relied_on', 'overheard', 'records_gathers']
 # %% ../../nbs/engine/recordable.ipynb #5ec00004
 import os
 import warnings
+from operator import itemgetter
 
 from torch import distributed, nn
 
@@ -51,6 +52,8 @@ OWN = {"transformers", "peft", "accelerate", "qlora_lab"}
 
 def overheard(modules: list[nn.Module], params: list[nn.Parameter], sharded: bool = False) -> bool:
     "Whether anybody else's hook waits for a pass; what FSDP2 does before and behind a layer is part of it."
+    at_modules = any(map(any, map(itemgetter(*HOOKS), [m.__dict__ for m in modules])))
+    if not (at_modules or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in params)): return False
     hooks = [hook for m in modules for kind in HOOKS for hook in m.__dict__[kind].values()]
     for p in params:
         for found in (p._backward_hooks, p._post_accumulate_grad_hooks): hooks += (found or {}).values()
