@@ -25,6 +25,7 @@ from qlora_lab import cli
 from qlora_lab.adapter_sets import adapter_set
 from qlora_lab.engine.decoded_once import decode_once
 from qlora_lab.engine.dispatch import standing_in, use_kernels
+from qlora_lab.engine.host_memory import HostMemory
 from qlora_lab.linear4bit import Linear4bit, quantize_model
 from qlora_lab.lora import add_lora, load_adapter, save_adapter
 from qlora_lab.model import answer, load_model
@@ -349,7 +350,7 @@ def test_an_answer_decodes_each_weight_once(tokenizer):
 def test_weights_that_would_not_fit_are_decoded_in_each_pass(monkeypatch):
     model = quantize_model(make_llama())
     assert decode_once(model) is not None and decode_once(make_llama()) is None
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr("qlora_lab.engine.decoded_once.host_memory", lambda: HostMemory(2000, 1000))
     assert decode_once(model) is None
 
 

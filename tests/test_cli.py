@@ -207,15 +207,15 @@ def test_the_longest_text_of_a_budget_is_one_alone(capsys, tmp_path):
 
 def test_a_run_is_planned_before_it_starts(capsys, monkeypatch, jsonl, tiny):
     "With a warning, and what would help, where the machine has too little."
-    import psutil
     import torch
 
     from qlora_lab.data import load_jsonl, split
+    from qlora_lab.engine.host_memory import HostMemory
     asked = cli.read("train", ["--model", str(tiny), "--data", str(jsonl)])
     config, data = training.config_of_run(asked, "runs/x"), split(load_jsonl(jsonl), 0.2)
     line = planning.foresee(asked, config, data, torch.device("cpu"))
     assert line.startswith("memory") and "planned" in line and "warning" not in line, line
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Small", (), {"available": 0})())
+    monkeypatch.setattr(planning, "host_memory", lambda: HostMemory(2 ** 20, 0))
     assert "warning" in planning.foresee(asked, config, data, torch.device("cpu"))
 
 

@@ -22,6 +22,7 @@ from qlora_lab.double_quant import DYNAMIC8
 from qlora_lab.engine import paged_adamw as module
 from qlora_lab.engine.copy_lanes import LaneMover
 from qlora_lab.engine.dispatch import faster, use_kernels
+from qlora_lab.engine.host_memory import HostMemory
 from qlora_lab.engine.paged_adamw import PagedAdamW
 from qlora_lab.engine.state_formats import BLOCK, UDYNAMIC8, state_bytes
 from qlora_lab.paged import Mover, Pager
@@ -288,8 +289,7 @@ def test_arguments_are_checked_before_anything_is_allocated(message, given_param
 
 
 def test_a_state_larger_than_the_hosts_memory_is_refused(monkeypatch):
-    class Little: available = 50_000
-    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: Little)
+    monkeypatch.setattr(module, "host_memory", lambda: HostMemory(100_000, 50_000))
     needs = "the state takes 69,632 bytes of host memory and 50,000 are free"
     with pytest.raises(LabError, match=needs): idle([8192], device_budget=4096, page_bytes=2048)
     assert idle([5000], device_budget=42_000).pager is None  # all of it stays on the device, once

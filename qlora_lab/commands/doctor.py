@@ -79,7 +79,9 @@ def _machine_checks() -> list[Check]:
     "Cores, memory and GPU."
     import psutil
     import torch
-    memory, gib = psutil.virtual_memory(), 2 ** 30
+
+    from qlora_lab.engine.host_memory import host_memory
+    memory, gib = host_memory(), 2 ** 30
     cores = psutil.cpu_count(logical=False) or os.cpu_count()
     slow = () if cores > 1 else ("note", "training takes about twice as long on one core")
     advice = ("training the default model takes up to 2 GiB: close other programs, "

@@ -37,6 +37,7 @@ from ..data import encode
 from ..engine.allocator import CONTEXT_GIB
 from ..engine.budget import fastest, frugal, told_of
 from ..engine.fitting import CARDS, advice, cards, largest, resized
+from ..engine.host_memory import host_memory
 from ..engine.known_models import KNOWN
 from ..engine.planner import MemoryPlan, plan
 from ..engine.portion import Spread
@@ -226,7 +227,7 @@ def plan_of_run(
     if recorded: step["accumulation"] = max(2, config.accumulation)
     if device.type == "cpu":
         used = psutil.Process().memory_info().rss
-        there = psutil.virtual_memory().available + used
+        there = host_memory().available + used
     else:
         used = 0
         there = torch.cuda.mem_get_info(device)[0] + CONTEXT_GIB * 2 ** 30  # the context is there already

@@ -23,12 +23,12 @@ __all__ = ['SHARE', 'KEY', 'decoded_bytes', 'decode_once']
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from ..double_quant import QuantizedTensor
 from .dispatch import standing_in, twin
+from .host_memory import host_memory
 from ..linear4bit import PackedWeight
 
 # %% ../../nbs/engine/decoded_once.ipynb #672d59dd
@@ -57,5 +57,5 @@ def decode_once(
 ) -> AbstractContextManager[dict] | None:  # None where each pass decodes as before
     "A block in which the model's 4-bit weights are decoded once."
     layers = [m for m in model.modules() if isinstance(m, PackedWeight) and m.weight.device.type == "cpu"]
-    if not layers or decoded_bytes(layers) > SHARE * psutil.virtual_memory().available: return None
+    if not layers or decoded_bytes(layers) > SHARE * host_memory().available: return None
     return _keeping(layers)

@@ -35,13 +35,13 @@ from functools import cache, partial
 from itertools import count
 from typing import NamedTuple
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from .capture import Capture, capture_now
 from .copy_lanes import Streams
+from .host_memory import host_memory
 
 # %% ../../nbs/engine/host_checkpoints.ipynb #df6301a2
 def piece_bytes(n: int) -> int:
@@ -154,7 +154,7 @@ SHARE = 0.7  # of the machine's memory, for what the checkpointed layers of all 
 _PLANNED: list[float] = []  # bytes for a layer, where another machine's memory counts
 
 @cache
-def _memory_here() -> int: return psutil.virtual_memory().total
+def _memory_here() -> int: return host_memory().total
 
 def host_bytes() -> float:
     "Of that, what this process may have: launchers say how many there are on a machine."

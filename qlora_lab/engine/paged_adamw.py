@@ -27,10 +27,10 @@ __all__ = ['Piece', 'lay_out', 'check_params', 'check_budget', 'check_saved', 'P
 from math import ceil
 from typing import NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 
+from .host_memory import host_memory
 from .state_formats import BLOCK, FORMATS, page_parameters, read_moments, state_bytes, write_moments
 from ..paged import Pager, PageTable, adamw
 from ..records import LabError
@@ -81,7 +81,7 @@ def check_budget(
     device: torch.device,
 ) -> None:
     "Refuse what cannot work before anything is allocated; raises LabError."
-    asked, free = f"device_budget={budget:,} bytes is", psutil.virtual_memory().available
+    asked, free = f"device_budget={budget:,} bytes is", host_memory().available
     if budget < page_bytes: raise LabError(f"{asked} smaller than one page of {page_bytes:,}; "
                                            "raise it, or lower page_bytes")
     if budget > free: raise LabError(f"{asked} more than the {free:,} bytes of free host memory; "
