@@ -34,7 +34,7 @@ import torch
 
 from benchmarks.common import RESULTS, peer_step, random_batch, random_model, random_peer, save_result, spread_of
 from benchmarks.shapes import SHAPES, shape_config
-from qlora_lab.loading import use_expandable_segments
+from qlora_lab.segments import use_expandable_segments
 
 LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PHI = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -157,7 +157,7 @@ def measured(step, tiny: bool, rounds: int) -> dict:
 def in_this_process(name: str, who: str, tiny: bool, rounds: int) -> dict:
     "A side of a row, by the lab or by peft and bitsandbytes."
     row, start = row_of(name), time.perf_counter()
-    if who != "bnb": use_expandable_segments()  # as `load_model` does; bitsandbytes and PEFT leave it to their users
+    if who != "bnb" and not tiny: use_expandable_segments()  # as `load_model`; PEFT leaves it to its users
     if tiny: row = row._replace(batch=2, sequence=64)
     config = row.config(tiny)
     batch = random_batch(row.batch, row.sequence, vocabulary=min(1000, config.vocab_size))

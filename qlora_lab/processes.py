@@ -38,6 +38,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .records import LabError
+from .segments import use_expandable_segments
 
 # %% ../nbs/reference/processes.ipynb #d11fcc69
 def _together() -> bool: return dist.is_available() and dist.is_initialized()
@@ -78,6 +79,7 @@ def own_number() -> int:
 
 def own_card(device: torch.device) -> torch.device:
     "Of several cards that of this process; raises LabError where there are fewer cards than processes."
+    if device.type == "cuda": use_expandable_segments()
     if device.type != "cuda" or not launched(): return device
     local, cards = _numbers()[2], torch.cuda.device_count()
     if cards == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"): local = 0  # a launcher that shows each process its own

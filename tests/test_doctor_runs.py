@@ -292,14 +292,15 @@ def test_the_machine(monkeypatch, tmp_path):
     assert machine_organ._threads(0.1).verdict == "well" and machine_organ._threads(2.).name == "threads spin"
     monkeypatch.setattr(machine_organ, "choose", lambda: Choice("passive", "others are at work"))
     assert machine_organ._threads(2.).verdict == "well" and machine_organ._threads(3.8).name == "a busy machine"
-    assert names(machine_organ._limits(tmp_path)) == []
+    here = tmp_path, tmp_path / "of no process"
+    assert names(machine_organ._limits(*here)) == []
     (tmp_path / "cpu.max").write_text("50000 100000\n")
     (tmp_path / "memory.max").write_text("1048576\n")
     monkeypatch.setenv("OMP_NUM_THREADS", "4,2")  # a number for each level, as OpenMP allows
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert names(machine_organ._limits(tmp_path)) == ["fewer cores than it seems", "memory is limited"]
+    assert names(machine_organ._limits(*here)) == ["fewer cores than it seems", "memory is limited"]
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert machine_organ.cores_allowed(tmp_path) is None
+    assert machine_organ.cores_allowed(*here) is None
     sensor = namedtuple("Sensor", "label current high critical")
     assert machine_organ._hot({"cpu": [sensor("", 60., 95., 100.)]}) is None
     assert "97 °C" in machine_organ._hot({"cpu": [sensor("", 97., 95., 100.)]})

@@ -29,7 +29,7 @@ def groups(tmp_path, monkeypatch):
 
 
 OLDER = {"memory/a/memory.limit_in_bytes": 4 * GIB, "memory/a/memory.usage_in_bytes": 3 * GIB,
-         "memory/a/memory.stat": f"inactive_file 7\ntotal_inactive_file {GIB}"}
+         "memory/a/memory.stat": f"inactive_file 7\ntotal_inactive_file {GIB}\ntotal_active_file 0"}
 
 
 def v2(group, limit, used): return {f"{group}/memory.max": limit, f"{group}/memory.current": used}
@@ -45,8 +45,11 @@ def v2(group, limit, used): return {f"{group}/memory.max": limit, f"{group}/memo
     ("0::/../../x\n", v2(".", 8 * GIB, 2 * GIB), 8, 6),                       # seen from within another namespace
     ("0::/a\n", v2("a", 100 * GIB, 99 * GIB), 64, 50),                        # more than there is
     ("0::/a\n", {"a/memory.max": 8 * GIB}, 8, 8),
-    ("0::/a\n", v2("a", 8 * GIB, 7 * GIB) | {"a/memory.stat": f"anon 5\ninactive_file {2 * GIB}\nactive_file 9"}, 8, 3),
+    ("0::/a\n", v2("a", 8 * GIB, 7 * GIB) | {"a/memory.stat": f"anon 5\ninactive_file {GIB}\nactive_file {GIB}"}, 8, 3),
     ("0::/a\n", v2("a", "twelve", 1), 64, 50),
+    ("0::/a\n", v2("unified/a", 8 * GIB, 3 * GIB), 8, 5),                     # both forms beside each other
+    ("3:cpu,memory:/a\n", {"cpu,memory/a/memory.limit_in_bytes": 4 * GIB}, 4, 4),
+    ("nonsense\n\n0::/a\n", v2("a", 8 * GIB, 3 * GIB), 8, 5),
     ("9:memory:/a\n1:cpu,cpuacct:/b\n0::/\n", OLDER, 4, 2),
     ("9:memory:/a\n", {"memory/memory.limit_in_bytes": 4 * GIB}, 4, 4),
     ("9:memory:/a\n", {"memory/a/memory.limit_in_bytes": 9223372036854771712}, 64, 50),
@@ -74,14 +77,14 @@ def test_the_least_quota_of_processors(files, cores, groups):
 
 
 def test_groups_are_named_from_within(groups):
-    found = groups("0::/a/b\n4:memory:/c\n5:cpuset:/d\n", {}, lambda tree, own: control_groups("memory", tree, own))
-    assert [str(p).partition("tree")[2] for p in found] == ["/a/b", "/a", "", "/memory/c", "/memory"]
+    def named(tree, own): return [str(p.relative_to(tree)) for p in control_groups("memory", tree, own)]
+    found = groups("0::/a/b\n4:memory:/c\n5:cpuset:/d\n", {}, named)
+    assert found == ["a/b", "a", ".", "unified/a/b", "unified/a", "unified", "memory/c", "memory"]
 
 
 def test_checkpoints_on_the_host_keep_to_the_limit(monkeypatch):
     "Where the container has a tenth of the machine, its layers send away what the tenth has room for."
     monkeypatch.setattr(host_checkpoints, "host_memory", lambda: HostMemory(10 * GIB, 9 * GIB))
-    host_checkpoints._memory_here.cache_clear()
+    monkeypatch.setattr(host_checkpoints, "_memory_here", host_checkpoints._memory_here.__wrapped__)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert host_checkpoints.host_bytes() == pytest.approx(7 * GIB)
-    host_checkpoints._memory_here.cache_clear()

@@ -21,14 +21,17 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from conftest import devices, make_tokenizer
-from qlora_lab import bnb_files
+from qlora_lab import bnb_files, segments
 from qlora_lab.against_file import Stored, hold_against, stored_files
 from qlora_lab.bnb_files import save_quantized, skip_list
+from qlora_lab.cell_inputs import device_of
 from qlora_lab.linear4bit import Linear4bit, quantize_model
-from qlora_lab.loading import ALLOCATOR, listening, settle
+from qlora_lab.loading import listening, settle
 from qlora_lab.lora import add_lora, save_adapter
 from qlora_lab.model import answer, load_model, token_losses
+from qlora_lab.processes import own_card
 from qlora_lab.records import LabError
+from qlora_lab.segments import ALLOCATOR
 
 EXACT = dict(device="cpu", dtype=torch.float32, compute_dtype=torch.float32)
 
@@ -350,16 +353,32 @@ def test_a_tokenizer_that_gives_token_types(names, folder):
     assert answer(model, tokenizer, []) == []
 
 
-@pytest.mark.parametrize("system, said, device, left", [
-    ("linux", {}, "cuda", {ALLOCATOR[1]: "expandable_segments:True"}),
-    ("linux", {}, "cpu", {}), ("win32", {}, "cuda", {}),
-    *(("linux", {name: "max_split_size_mb:64"}, "cuda", {name: "max_split_size_mb:64"}) for name in ALLOCATOR)])
-def test_segments_that_grow_are_asked_for(system, said, device, left, monkeypatch):
-    "On a card, where the system has them and nobody has said something of the allocator."
+def takes_segments(call, said, monkeypatch, system="linux", can=True):
+    "What the call leaves in an environment where this was said before."
     monkeypatch.setattr(sys, "platform", system)
-    monkeypatch.setattr(os, "environ", dict(said))
-    settle(device, torch.bfloat16, None)
-    assert os.environ == left
+    monkeypatch.setattr(segments, "cards_map_memory", lambda: can)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", dict(said))
+        call()
+        return os.environ
+
+
+@pytest.mark.parametrize("system, said, can, left", [
+    ("linux", {}, True, {ALLOCATOR[1]: "expandable_segments:True"}), ("linux", {}, False, {}), ("win32", {}, True, {}),
+    *(("linux", {name: "max_split_size_mb:64"}, True, {name: "max_split_size_mb:64"}) for name in ALLOCATOR)])
+def test_segments_that_grow_are_asked_for(system, said, can, left, monkeypatch):
+    "Where system and cards have them and nobody has said something of the allocator."
+    assert takes_segments(segments.use_expandable_segments, said, monkeypatch, system, can) == left
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("call", [lambda name: settle(name, torch.bfloat16, None), device_of,
+                                  lambda name: own_card(torch.device(name))], ids=["load_model", "sweep", "commands"])
+def test_who_chooses_a_card_asks_for_them(call, device, monkeypatch):
+    "Before CUDA can have started."
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = takes_segments(lambda: call(device), {}, monkeypatch)
+    assert (ALLOCATOR[1] in found) == (device == "cuda")
 
 
 SEGMENTS = """

@@ -227,7 +227,8 @@ def plan_of_run(
     if recorded: step["accumulation"] = max(2, config.accumulation)
     if device.type == "cpu":
         used = psutil.Process().memory_info().rss
-        there = host_memory().available + used
+        host = host_memory()
+        there = min(host.total, host.available + used)
     else:
         used = 0
         there = torch.cuda.mem_get_info(device)[0] + CONTEXT_GIB * 2 ** 30  # the context is there already

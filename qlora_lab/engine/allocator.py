@@ -16,7 +16,7 @@ __all__ = ['ROUNDED', 'LIBRARY_BYTES', 'CONTEXT_GIB', 'FRAGMENTS', 'cuda_block']
 # LIBRARY_BYTES is work space that cuBLAS takes from the same allocator (counted by torch), on a CPU what MKL and
 # oneDNN hold. CONTEXT_GIB is what CUDA itself takes: context and loaded kernels, counted by nobody but the card.
 # FRAGMENTS is the share of its memory that the allocator holds in pieces that nobody can use; it supposes
-# PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, which `load_model` sets before CUDA starts.
+# PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True (`segments`).
 #
 # The rule is torch's (CUDACachingAllocator); the constants were measured, see benchmarks/memory.py and its records.
 #
