@@ -37,7 +37,6 @@ from .model import load_model
 from .open_run import round_base
 from .records import LabError
 from .scoring import spread
-from .segments import use_expandable_segments
 from .support_desk import desk
 
 # %% ../nbs/reference/cell_inputs.ipynb #ca11b8a7
@@ -55,7 +54,6 @@ def device_of(
     try: device = torch.device(name) if name else best_device()
     except RuntimeError: raise LabError(f"device={name!r}: expected 'cpu', 'cuda', or one card, 'cuda:0'") from None
     if device.type not in ("cpu", "cuda"): raise LabError(f"device={name!r}: expected 'cpu' or 'cuda'")
-    if device.type == "cuda": use_expandable_segments()
     cards = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= cards:
         raise LabError(f"device={name!r}: torch finds {cards} GPUs here")

@@ -79,8 +79,9 @@ def own_number() -> int:
 
 def own_card(device: torch.device) -> torch.device:
     "Of several cards that of this process; raises LabError where there are fewer cards than processes."
-    if device.type == "cuda": use_expandable_segments()
-    if device.type != "cuda" or not launched(): return device
+    if device.type != "cuda": return device
+    use_expandable_segments()
+    if not launched(): return device
     local, cards = _numbers()[2], torch.cuda.device_count()
     if cards == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"): local = 0  # a launcher that shows each process its own
     if local >= cards:

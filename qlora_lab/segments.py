@@ -9,8 +9,8 @@ __all__ = ['MAPS_MEMORY', 'ALLOCATOR', 'cards_map_memory', 'use_expandable_segme
 # torch's `expandable_segments:True`, where it can be had.
 #
 # torch reads the setting from the environment when CUDA starts, and never again. So `use_expandable_segments` is called
-# where a card is chosen, by the first of `load_model`, `own_card` (the command line, and processes under a launcher)
-# and a sweep. Where CUDA runs already it has no effect.
+# where a card is chosen: by `load_model`, and before that by `own_card`, with which `qlora-lab train` begins, and each
+# process under a launcher. Where CUDA runs already it has no effect.
 #
 # Whoever has said something of torch's allocator is not overruled: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False is
 # the way out. Cards that cannot map memory (some virtual ones) would fail at their first tensor, so the driver is asked

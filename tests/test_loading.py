@@ -24,7 +24,6 @@ from conftest import devices, make_tokenizer
 from qlora_lab import bnb_files, segments
 from qlora_lab.against_file import Stored, hold_against, stored_files
 from qlora_lab.bnb_files import save_quantized, skip_list
-from qlora_lab.cell_inputs import device_of
 from qlora_lab.linear4bit import Linear4bit, quantize_model
 from qlora_lab.loading import listening, settle
 from qlora_lab.lora import add_lora, save_adapter
@@ -372,11 +371,10 @@ def test_segments_that_grow_are_asked_for(system, said, can, left, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-@pytest.mark.parametrize("call", [lambda name: settle(name, torch.bfloat16, None), device_of,
-                                  lambda name: own_card(torch.device(name))], ids=["load_model", "sweep", "commands"])
+@pytest.mark.parametrize("call", [lambda name: settle(name, torch.bfloat16, None),
+                                  lambda name: own_card(torch.device(name))], ids=["load_model", "commands"])
 def test_who_chooses_a_card_asks_for_them(call, device, monkeypatch):
     "Before CUDA can have started."
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     found = takes_segments(lambda: call(device), {}, monkeypatch)
     assert (ALLOCATOR[1] in found) == (device == "cuda")
 

@@ -150,7 +150,7 @@ def _unpack(kept) -> Tensor:
                        f"{tuple(thing.shape)} is at version {thing._version}, expected {was}")
 
 # %% ../../nbs/engine/host_checkpoints.ipynb #6a1fd0c3
-SHARE = 0.7  # of the machine's memory, for what the checkpointed layers of all its processes send there in a pass
+SHARE = 0.7  # of `host_memory`, for what the checkpointed layers of all the machine's processes send there in a pass
 _PLANNED: list[float] = []  # bytes for a layer, where another machine's memory counts
 
 @cache
