@@ -392,7 +392,7 @@ print(all(s["is_expandable"] for s in large), len(large) > 0)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_model_lies_in_segments_that_grow(tmp_path):
     "torch has read the wish, though it was imported before."
-    families.folder("llama", tmp_path, vocab_size=65536)
-    env = {k: v for k, v in os.environ.items() if k not in ALLOCATOR}
-    done = subprocess.run([sys.executable, "-c", SEGMENTS, str(tmp_path)], env=env, capture_output=True, text=True)
+    folder, env = families.folder("llama", tmp_path, vocab_size=65536), os.environ.copy()
+    for name in ALLOCATOR: env.pop(name, None)
+    done = subprocess.run([sys.executable, "-c", SEGMENTS, str(folder)], env=env, capture_output=True, text=True)
     assert done.stdout.split() == ["True", "True"], done.stderr[-2000:]
