@@ -55,6 +55,7 @@ FASTER: dict[Key, str | Callable] = {
     ("experts", "cuda"): "engine.grouped_experts.grouped_experts",
     ("fuse_layers", "cuda"): "engine.fusing.fuse_layers",
     ("summed_loss", "cuda"): "engine.packed_rows.summed_loss",
+    ("head_logits", "cuda"): "engine.odd_vocabulary.odd_logits",
     ("slopes", "cuda"): "engine.piecewise_loss.slopes_triton",
     ("forward_backward", "cuda"): "engine.step_graph.forward_backward",
     ("forget", "cuda"): "engine.step_graph.forget",

@@ -42,6 +42,7 @@ from .head_norms import fits_heads
 from .layer_parts import FusedLayer
 from .norms import NORMS
 from .packed_attention import segments_now
+from .recordable import HOOKS
 from ..linear4bit import Linear4bit
 from ..lora import LoRALinear
 from ..records import LabError
@@ -80,8 +81,7 @@ def _untouched(layer: nn.Module, parts: Parts) -> bool:
     "Whether no part has a forward pass or hooks that somebody put there; experts may, they are called as a module."
     inside = [m for m in layer.modules() if m is not layer]
     if parts.down is None: inside = [m for m in inside if m not in set(parts.mlp.modules())]
-    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    hooks = [hook for m in inside for kind in kinds for hook in getattr(m, kind).values()]
+    hooks = [hook for m in inside for kind in HOOKS for hook in getattr(m, kind).values()]
     hooks = [hook for hook in hooks if getattr(hook, "__name__", "") != "output_capturing_hook"]  # these sleep
     return not hooks and not any("forward" in m.__dict__ for m in inside)
 
