@@ -1,6 +1,6 @@
 """The step of models as people bring them: the lab, peft + bitsandbytes, and Unsloth where it can be imported.
 
-    make bench-gpu ARGS="--only fast"                       # all rows; on an H100 some 25 minutes with three sides
+    make bench-gpu ARGS="--only fast"                       # all rows; on an H100 some 40 minutes with three sides
     python -m benchmarks.fast --rows qwen3-8b-16x512 --sides lab,bnb,unsloth
     python -m benchmarks.fast --tiny --sides lab,bnb        # the same code on a CPU, in small
     python -m benchmarks.fast --rows qwen3-30b-a3b/8-4x1024 # 8 of its 48 layers
@@ -12,7 +12,7 @@ measured into results/gpu_fast.json, or for another card than an H100 into a fil
 date and versions.
 
 Sides: lab; host (the lab, checkpoints in host memory); called (the lab, not recorded); unfused (recorded, but
-transformers' own layers); bnb; unsloth.
+transformers' own layers); one-head (the head as one product, whatever its vocabulary); bnb; unsloth.
 """
 import argparse
 import gc
@@ -69,6 +69,8 @@ ROWS = {
     "llama-7b-16x512": Row("llama-7b", 16, 512),
     "llama-7b-1x32768": Row("llama-7b", 1, 32768),
     "llama-7b-4x512-kept": Row("llama-7b", 4, 512, checkpointing=False),
+    **{f"{shape}/8-4x2048": Row(shape, 4, 2048, layers=8) for shape in (  # no target names them
+        "gemma-2-9b", "granite-3.1-8b", "llama-3.2-3b", "mistral-nemo-12b", "olmo-2-7b", "qwen3-14b", "smollm3-3b")},
 }
 
 
@@ -104,6 +106,9 @@ def settings_of(row: Row, tiny: bool, who: str = "lab"):
                     device="cpu" if tiny else "cuda", **small)
 
 
+LEFT_OUT = {"called": "forward_backward", "unfused": "fuse_layers", "one-head": "head_logits"}  # side: twin
+
+
 def lab_step(row: Row, who: str, config, batch: dict, tiny: bool):
     "The lab's model and step, and the loss of its plain path."
     from qlora_lab.engine.dispatch import AT_WORK, use_kernels
@@ -111,7 +116,7 @@ def lab_step(row: Row, who: str, config, batch: dict, tiny: bool):
     from qlora_lab.lora import trainable
     from qlora_lab.train import summed_loss, train_step
     use_kernels()
-    gone = {"called": "forward_backward", "unfused": "fuse_layers"}.get(who)
+    gone = LEFT_OUT.get(who)
     AT_WORK.pop((gone, "cuda"), None)
     model = random_model(config, settings_of(row, tiny, who), "cpu" if tiny else "cuda")
     optimizer = PagedAdamW(trainable(model), lr=1e-4)
@@ -254,6 +259,7 @@ def record_name() -> str:
 
 
 PEERS = "bnb", "unsloth"
+SIDES = "lab", "host", *LEFT_OUT, *PEERS
 SEEN = "tokens_per_s", "reserved_gib", "seconds", "losses", "norms", "made"  # what is kept of a peer's earlier run
 
 
@@ -277,7 +283,7 @@ def recorded(name: str) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default=",".join(ROWS), help="names, with commas between")
-    parser.add_argument("--sides", default="lab,bnb,unsloth", help="of lab, host, called, unfused, bnb, unsloth")
+    parser.add_argument("--sides", default="lab,bnb,unsloth", help="of " + ", ".join(SIDES))
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="measured steps, after two more")
     parser.add_argument("--limit", type=int, default=180, help="seconds for a side")
     parser.add_argument("--tiny", action="store_true", help="small models on a CPU; nothing is written")
@@ -287,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.tiny and not torch.cuda.is_available(): raise SystemExit("this benchmark needs a GPU, or --tiny")
     if args.rounds < 2: raise SystemExit(f"--rounds {args.rounds}: expected at least 2, for a median and its spread")
     asked, sides = args.rows.split(","), args.sides.split(",")
-    unknown = sorted({*sides} - {"lab", "host", "called", "unfused", "bnb", "unsloth"})
+    unknown = sorted({*sides} - {*SIDES})
     if unknown: raise SystemExit(f"no side {', '.join(unknown)}")
     rows = {name: row_of(name) for name in asked}  # a name that is none ends it here, not after the others' minutes
     done, folders = [], Path(tempfile.mkdtemp(prefix="fast-", dir=os.environ.get("TMPDIR")))

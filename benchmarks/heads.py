@@ -1,58 +1,86 @@
-"""A head whose vocabulary no eight divides: loss and slope of 8,192 places, by the head's own product and by two.
+"""A head whose vocabulary is not a multiple of eight: its loss by one product and by two, and its products alone.
 
     python -m benchmarks.heads              # writes results/heads_CARD.json
 
-Heads of models as people bring them, and of the same models without the odd tokens. Times of recorded work would be the
-same: these are kernels of milliseconds. The sides take turns.
+Heads of models as people bring them, and of the same models without the tokens that were added. `losses`: loss and
+slope of 8,192 places, the sides in turns, and how far the slope of the first places is from float32's. `products`: one
+piece, into rows of the vocabulary's length and of the next multiple of 64. No graphs: kernels of milliseconds.
 """
 import re
+from functools import partial
 from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.common import interleaved, save_result
+from benchmarks.gpu import timed
 from qlora_lab.engine.dispatch import standing_in
-from qlora_lab.head_loss import Head, in_pieces
+from qlora_lab.engine.piecewise_loss import slopes_triton
+from qlora_lab.head_loss import PIECE, Head, in_pieces
 
-HEADS = {"granite-3.1-8b": (49155, 4096), "llama-2-7b, a padding token": (32001, 4096), "llama-2-7b": (32000, 4096),
-         "llama-2-7b, two tokens more": (32002, 4096), "llama-3.2-1b, a padding token": (128257, 2048),
-         "llama-3.2-1b": (128256, 2048), "gpt2-large": (50257, 1280), "qwen3-8b": (151936, 4096)}
-PLACES = 8192
+HEADS = {"granite-3.1-8b": (49155, 4096), "llama-2-7b, one token more": (32001, 4096), "llama-2-7b": (32000, 4096),
+         "llama-2-7b, two tokens more": (32002, 4096), "llama-2-7b, four tokens more": (32004, 4096),
+         "llama-3.2-1b, one token more": (128257, 2048), "llama-3.2-1b": (128256, 2048), "gpt2-large": (50257, 1280),
+         "qwen3-8b": (151936, 4096)}
+PLACES, EXACT = 8192, 256
+MADE = dict(device="cuda", dtype=torch.bfloat16)
 
 
-def row(name: str, rounds: int) -> dict:
-    "Milliseconds of each side, and how far its slope is from the other's."
+def made(name: str) -> tuple[nn.Linear, Tensor, Tensor]:
+    "A frozen head, states and targets."
     vocabulary, width = HEADS[name]
-    made = dict(device="cuda", dtype=torch.bfloat16)
     torch.manual_seed(0)
-    head = nn.Linear(width, vocabulary, bias=False, **made).requires_grad_(False)
-    states = torch.randn(PLACES, width, **made).requires_grad_()
-    targets = torch.randint(vocabulary, (PLACES,), device="cuda")
-    found = {}
+    head = nn.Linear(width, vocabulary, bias=False, **MADE).requires_grad_(False)
+    return head, torch.randn(PLACES, width, **MADE), torch.randint(vocabulary, (PLACES,), device="cuda")
 
-    def side(who, twins):
-        def work():
-            states.grad = None
-            with standing_in(twins): in_pieces(states, None, targets, Head(head, (), 2 * vocabulary)).sum().backward()
-            torch.cuda.synchronize()
-            found[who] = states.grad
-        return work
 
-    seconds = interleaved({"one product": side("one", {("head_logits", "cuda"): None}), "two": side("two", {})}, rounds)
-    off = (found["two"].float() - found["one"].float()).norm() / found["one"].float().norm()
-    return {"head": name, "vocabulary": vocabulary, "width": width, "slope_off": off.item(),
-            **{f"{who}_ms": 1e3 * median(s) for who, s in seconds.items()}}
+def slope(head: nn.Linear, states: Tensor, targets: Tensor, twins: dict) -> Tensor:
+    "The gradient of the states, of the whole loss in pieces."
+    states = states.detach().requires_grad_()
+    with standing_in(twins):
+        in_pieces(states, None, targets, Head(head, (), 2 * len(head.weight))).sum().backward()
+    torch.cuda.synchronize()
+    return states.grad
+
+
+def losses(name: str, rounds: int = 9) -> dict:
+    "Milliseconds of each side, and how far its slope is from float32's."
+    head, states, targets = made(name)
+    ways = {"one product": {("head_logits", "cuda"): None}, "two": {}}
+    seconds = interleaved({who: partial(slope, head, states, targets, twins) for who, twins in ways.items()}, rounds)
+    found = {who: slope(head, states, targets, twins).float() for who, twins in ways.items()}
+    exact = slope(head.float(), states[:EXACT].float(), targets[:EXACT], {("slopes", "cuda"): None})
+    return {"head": name, "vocabulary": head.out_features, "width": states.shape[1],
+            "slope_off": ((found["two"] - found["one product"]).norm() / found["one product"].norm()).item(),
+            **{f"{who}_ms": 1e3 * median(s) for who, s in seconds.items()},
+            **{f"{who}_off": ((f[:EXACT] - exact).norm() / exact.norm()).item() for who, f in found.items()}}
+
+
+def products(name: str) -> list[dict]:
+    "Milliseconds of one piece: forward, loss and slope in place, back."
+    head, states, targets = made(name)
+    vocabulary, weight = head.out_features, head.weight
+    places = min(PLACES, PIECE // (2 * vocabulary) // 64 * 64)
+    states, targets, found = states[:places], targets[:places], []
+    for row in dict.fromkeys((vocabulary, -(-vocabulary // 64) * 64)):
+        rows = torch.empty(places, row, **MADE)[:, :vocabulary]
+        works = {"forward": partial(torch.mm, states, weight.t(), out=rows),
+                 "slopes": partial(slopes_triton, rows, targets), "back": partial(torch.mm, rows, weight)}
+        found.append({"head": name, "vocabulary": vocabulary, "width": head.in_features, "places": places, "row": row,
+                      **{f"{what}_ms": timed(work)[0] for what, work in works.items()}})
+    return found
 
 
 def main() -> None:
     if not torch.cuda.is_available(): raise SystemExit("this benchmark needs a GPU")
     card = re.sub("[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()).strip("_")
-    rows = []
+    found = {"places": PLACES, "losses": [], "products": []}
     for name in HEADS:
-        rows.append(row(name, rounds=9))
-        print(rows[-1], flush=True)
-    print(save_result(f"heads_{card}", {"places": PLACES, "rows": rows}))
+        found["losses"].append(losses(name))
+        found["products"] += products(name)
+        print(found["losses"][-1], *found["products"][-2:], sep="\n", flush=True)
+    print(save_result(f"heads_{card}", found))
 
 
 if __name__ == "__main__": main()

@@ -92,7 +92,8 @@ ALWAYS |= _on("cpu", "cuda", "meta", quantize_experts="engine.experts.quantize_e
 # %% ../../nbs/engine/dispatch.ipynb #4f329919
 LACK = {"cpu": "engine.c_functions.c_lack", "cuda": "engine.gpu.gpu_lack"}  # device type to where its reason is found
 TRIAL = {"cuda": "engine.gpu.first_kernel"}  # where a device is tried, the first time that a twin is to work on it
-REHEARSED = "adapted_linear", "experts", "fuse_layers", "summed_loss", "slopes", "adamw"  # what a step holds
+# what a step holds:
+REHEARSED = "adapted_linear", "experts", "fuse_layers", "summed_loss", "head_logits", "slopes", "adamw"
 IN_TORCH = {"adapted_linear", "decode_once", "kept_apart"}  # in torch alone: no compiler, no Triton
 
 # %% ../../nbs/engine/dispatch.ipynb #4d720f62

@@ -6,19 +6,21 @@
 __all__ = ['InTwo', 'is_plain', 'odd_logits']
 
 # %% ../../nbs/engine/odd_vocabulary.ipynb #7d3a1e03
-# Logits of a frozen 16-bit head whose vocabulary no eight divides: [places, vocabulary], in rows of a multiple of 64.
+# Logits of a frozen 16-bit head whose vocabulary is not a multiple of eight: [places, vocabulary], in longer rows.
 #
 # vocabulary = most + rest, with most = 8 floor(vocabulary / 8):
 #
 #     states [places, width] @ weight[:most].T -> rows[:, :most]      and back   slope[:, :most] @ weight[:most]
 #     states                 @ weight[most:].T -> rows[:, most:]                 + slope[:, most:] @ weight[most:]
 #
-# The weight is cut between two of its rows, so both parts are views. A row's first number lies at a multiple of 128
-# bytes, for the products and for the kernel that turns logits into slopes. On the way back the small product comes
-# first and the large one adds to it, so that only the small one is rounded once more.
+# The weight is cut between two of its rows, so both parts are views. Rows are a multiple of 64 long: each begins at a
+# multiple of 128 bytes, for the products and for the kernel that turns logits into slopes. On the way back the small
+# product comes first and the large one adds to it, so that the larger number is not rounded before the sum.
 #
-# torch hands cuBLAS the sizes as they are; where N is no multiple of eight cuBLAS has slow kernels only, however far
-# apart the rows are. Built in nbs/engine/odd_vocabulary.ipynb.
+# With the lab's GPU kernels on, and outside of autocast; else the head's own forward pass stays, and its speed. torch
+# hands cuBLAS the sizes as they are, and cuBLAS chooses by them, wherever rows begin.
+#
+# Built in nbs/engine/odd_vocabulary.ipynb.
 
 # %% ../../nbs/engine/odd_vocabulary.ipynb #7d3a1e04
 import torch
