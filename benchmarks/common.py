@@ -1,5 +1,6 @@
 "What every benchmark shares: fair timing of two sides, and results that say where they come from."
 import json
+import re
 import statistics
 import time
 from pathlib import Path
@@ -13,6 +14,12 @@ RESULTS = Path(__file__).parent / "results"
 def save_result(name: str, result: dict) -> Path:
     "Write results/NAME.json with its provenance."
     return write_whole(RESULTS / f"{name}.json", json.dumps({"provenance": provenance(), **result}, indent=1) + "\n")
+
+
+def card_slug() -> str:
+    "The card's name, as part of a file's."
+    import torch
+    return re.sub("[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()).strip("_")
 
 
 def interleaved(sides: dict, rounds: int = 7, warmup: int = 2) -> dict[str, list[float]]:

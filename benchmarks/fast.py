@@ -1,6 +1,6 @@
 """The step of models as people bring them: the lab, peft + bitsandbytes, and Unsloth where it can be imported.
 
-    make bench-gpu ARGS="--only fast"                       # all rows; on an H100 some 40 minutes with three sides
+    make bench-gpu ARGS="--only fast"                       # all rows; on an H100 the targets take some 25 minutes
     python -m benchmarks.fast --rows qwen3-8b-16x512 --sides lab,bnb,unsloth
     python -m benchmarks.fast --tiny --sides lab,bnb        # the same code on a CPU, in small
     python -m benchmarks.fast --rows qwen3-30b-a3b/8-4x1024 # 8 of its 48 layers
@@ -32,7 +32,16 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 
-from benchmarks.common import RESULTS, peer_step, random_batch, random_model, random_peer, save_result, spread_of
+from benchmarks.common import (
+    RESULTS,
+    card_slug,
+    peer_step,
+    random_batch,
+    random_model,
+    random_peer,
+    save_result,
+    spread_of,
+)
 from benchmarks.shapes import SHAPES, shape_config
 from qlora_lab.segments import use_expandable_segments
 
@@ -254,8 +263,7 @@ FIRST = "NVIDIA H100 80GB HBM3"  # whose record most pages show
 
 def record_name() -> str:
     "Each kind of card has a record of its own, so that no row stands beside another card's."
-    card = torch.cuda.get_device_name()
-    return "gpu_fast" if card == FIRST else "gpu_fast_" + re.sub("[^a-z0-9]+", "_", card.lower()).strip("_")
+    return "gpu_fast" if torch.cuda.get_device_name() == FIRST else f"gpu_fast_{card_slug()}"
 
 
 PEERS = "bnb", "unsloth"

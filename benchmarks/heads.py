@@ -6,22 +6,23 @@ Heads of models as people bring them, and of the same models without the tokens 
 slope of 8,192 places, the sides in turns, and how far the slope of the first places is from float32's. `products`: one
 piece, into rows of the vocabulary's length and of the next multiple of 64. No graphs: kernels of milliseconds.
 """
-import re
 from functools import partial
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import interleaved, save_result
+from benchmarks.common import card_slug, interleaved, save_result
 from benchmarks.gpu import timed
 from qlora_lab.engine.dispatch import standing_in
 from qlora_lab.engine.piecewise_loss import slopes_triton
 from qlora_lab.head_loss import PIECE, Head, in_pieces
 
-HEADS = {"granite-3.1-8b": (49155, 4096), "llama-2-7b, one token more": (32001, 4096), "llama-2-7b": (32000, 4096),
+HEADS = {"granite-3.1-8b": (49155, 4096), "granite-3.1-8b, three tokens less": (49152, 4096),
+         "llama-2-7b, one token more": (32001, 4096), "llama-2-7b": (32000, 4096),
          "llama-2-7b, two tokens more": (32002, 4096), "llama-2-7b, four tokens more": (32004, 4096),
-         "llama-3.2-1b, one token more": (128257, 2048), "llama-3.2-1b": (128256, 2048), "gpt2-large": (50257, 1280),
+         "llama-3.2-1b, one token more": (128257, 2048), "llama-3.2-1b": (128256, 2048),
+         "llama-3-8b, one token more": (128257, 4096), "gpt2-large": (50257, 1280),
          "qwen3-8b": (151936, 4096)}
 PLACES, EXACT = 8192, 256
 MADE = dict(device="cuda", dtype=torch.bfloat16)
@@ -74,13 +75,13 @@ def products(name: str) -> list[dict]:
 
 def main() -> None:
     if not torch.cuda.is_available(): raise SystemExit("this benchmark needs a GPU")
-    card = re.sub("[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()).strip("_")
-    found = {"places": PLACES, "losses": [], "products": []}
+    found = {"places": PLACES, "losses": [], "products": [], "products_made": "each call after the cache was emptied"}
     for name in HEADS:
-        found["losses"].append(losses(name))
-        found["products"] += products(name)
-        print(found["losses"][-1], *found["products"][-2:], sep="\n", flush=True)
-    print(save_result(f"heads_{card}", found))
+        whole, pieces = losses(name), products(name)
+        print(whole, *pieces, sep="\n", flush=True)
+        found["losses"].append(whole)
+        found["products"] += pieces
+    print(save_result(f"heads_{card_slug()}", found))
 
 
 if __name__ == "__main__": main()

@@ -131,7 +131,7 @@ def piece_losses(
     here, learn = states.detach(), slope is not None
     here.requires_grad_(learn)
     with torch.set_grad_enabled(learn):
-        logits = faster("head_logits", here.device, head.module, here)  # no multiple of eight
+        logits = faster("head_logits", here.device, head.module, here)  # of a vocabulary that is no multiple of 8
         if logits is None: logits = head.module(here)
     numbers, down = head.numbers(), logits.detach()
     nats = None if numbers is None else faster("slopes", states.device, down, targets, *numbers)  # in place

@@ -36,7 +36,7 @@ def far(found, right): return ((found.float() - right).norm() / right.norm()).it
 @NEEDS_TRITON
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("vocabulary", [9, 15, 127, 1001, 9001, 9002, 9004])
+@pytest.mark.parametrize("vocabulary", [7, 9, 127, 1001, 9001, 9002, 9004])
 def test_loss_and_slope_as_by_one_product(vocabulary, kind, bias):
     "With the kernel that works in the longer rows: as near to float32 as the head's own passes, but for a rounding."
     head, states = made(vocabulary, kind, bias), torch.randn(24, 256, device=DEVICE).to(kind)
@@ -100,7 +100,7 @@ def replaced(head):
 
 
 OTHERS = {
-    "eight divides": lambda: made(104), "less than eight": lambda: made(7), "32 bits": lambda: made(103, torch.float32),
+    "eight divides": lambda: made(104), "32 bits": lambda: made(103, torch.float32),
     "learns": lambda: made(103).requires_grad_(), "a class of its own": lambda: Listens(256, 103).bfloat16(),
     "a hook": lambda: with_hook(made(103)), "another forward": lambda: replaced(made(103)),
     "parametrized": lambda: nn.utils.parametrizations.weight_norm(made(103)), "no weight": nn.Identity,

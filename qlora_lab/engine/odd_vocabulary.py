@@ -64,10 +64,8 @@ def odd_logits(
     head: nn.Module,   # a model's head
     states: Tensor,    # [places, width]
 ) -> Tensor | None:    # [places, vocabulary]; None where the head's own forward pass has to do it
-    "What a head gives, where eight does not divide its vocabulary."
-    if not is_plain(head) or len(head.weight) % 8 == 0 or len(head.weight) < 8: return None
-    kinds = {states.dtype, *(p.dtype for p in head.parameters())}
-    if not kinds <= {torch.bfloat16} and not kinds <= {torch.float16}: return None
-    if head.weight.device != states.device or not head.weight.is_contiguous(): return None
-    if states.device.type != "meta" and torch.is_autocast_enabled(states.device.type): return None
+    "What a head gives, where its vocabulary is not a multiple of eight."
+    if not is_plain(head) or len(head.weight) % 8 == 0: return None
+    if {states.dtype, *(p.dtype for p in head.parameters())} not in ({torch.bfloat16}, {torch.float16}): return None
+    if not states.is_meta and torch.is_autocast_enabled(states.device.type): return None
     return InTwo.apply(states, head.weight, head.bias)
