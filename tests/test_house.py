@@ -49,6 +49,15 @@ def test_no_wide_line_in_a_notebook(path):
     assert not [line for line in lines if len(line) > 120 and not WIDE.match(line)]
 
 
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p in LESSONS or p.parent.name == "engine"], ids=name)
+def test_no_wide_line_is_printed(path):
+    "What a page shows 80 characters of; a table of pandas has its own layout, and a widget's text is not shown."
+    outputs = [o for c in json.loads(path.read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", [])]
+    plain = [o.get("text", o.get("data", {}).get("text/plain", "")) for o in outputs
+             if not {"text/html", "image/png", "application/vnd.jupyter.widget-view+json"} & o.get("data", {}).keys()]
+    assert not [line for text in plain for line in "".join(text).splitlines() if len(line) > 84]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_short_cells(path):
     "A cell teaches one point; what outgrows 25 lines holds two."
