@@ -3,6 +3,7 @@
     pip install cosmic-ray
     python -m benchmarks.mutation                        # the modules of the table below
     python -m benchmarks.mutation rates data --minutes 30
+    python -m benchmarks.mutation settings --rest        # go on where the time was up
 
 cosmic-ray says where a module can be changed and changes it: another comparison, another operation, a number one up or
 down, `not`, `break` for `continue`, loops that never run. A statement that is left out is this file's own. At a place
@@ -229,17 +230,18 @@ def listed(module: str, alive: list[Change], before: dict | None, tried: set[str
             sorted(found, key=lambda c: int(c["place"].partition(":")[0]))]
 
 
-def try_module(module: str, until: float, pages: bool, one_in: int, before: dict | None) -> dict:
+def try_module(module: str, until: float, pages: bool, one_in: int, before: dict | None, rest: bool) -> dict:
     """All changes of a module that the time allows, or one in so many of them, by lot; with a record from before only
-    those that nothing caught then."""
+    those that nothing caught then, or the `rest`, for which the time was up (changes are tried in order)."""
     page, names = MODULES[module]
     tests = [f"tests/{file}.py{sign}{name}" for file, sign, name in (n.partition("::") for n in names.split())]
     every, said = changes(module), json.loads(SAID.read_text()) if SAID.exists() else {}
     count, alive, tried = {"changes": len(every), "tried": 0, "by tests": 0, "by the page": 0}, [], set()
     every = [change for change in every if int(change.mark, 16) % one_in == 0]
     if before:
+        if rest and before["changes"] != len(every): raise SystemExit(f"{module}: has changed since it was tried")
         there = {c["mark"] for c in before["alive"]}
-        every = [change for change in every if change.mark in there and change.key not in said]
+        every = every[before["tried"]:] if rest else [c for c in every if c.mark in there and c.key not in said]
         count = {k: before[k] for k in count}
     begun = time.monotonic()
     if every and forked(None, tests, 900) != "passed": raise SystemExit(f"{module}: its tests fail as it is")
@@ -249,7 +251,7 @@ def try_module(module: str, until: float, pages: bool, one_in: int, before: dict
         for change in every:
             if time.monotonic() > until: break
             tried.add(change.mark)
-            count["tried"] += not before
+            count["tried"] += rest or not before
             if forked(change, tests, 3 * whole + 30) != "passed": count["by tests"] += 1
             elif pages and by_page(change, page, tree) != "passed": count["by the page"] += 1
             else:
@@ -266,10 +268,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=110, help="after which no further change is tried")
     parser.add_argument("--no-pages", action="store_true", help="show what the tests let pass to no page")
     parser.add_argument("--one-in", type=int, default=1, help="try one change in so many, by lot")
-    parser.add_argument("--again", action="store_true", help="try only what nothing caught before")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--again", action="store_true", help="try only what nothing caught before")
+    which.add_argument("--rest", action="store_true", help="try only what the time did not allow before")
     parser.add_argument("--list", action="store_true", help="say the changes and try none")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/mutation.json")
     args = parser.parse_args()
+    if args.rest and args.one_in > 1: parser.error("--rest goes on in order; --one-in draws lots")
     every = {module: changes(module) for module in args.modules}
     if args.list: return print("\n".join(c.key for some in every.values() for c in some))
     sys.path.insert(0, str(ROOT / "tests"))
@@ -278,7 +283,7 @@ def main() -> None:
     done = old.get("modules", {})
     for module in args.modules:
         done[module] = try_module(module, until, not args.no_pages, args.one_in,
-                                  done.get(module) if args.again else None)
+                                  done.get(module) if args.again or args.rest else None, args.rest)
         write(args.out, done)
 
 
