@@ -230,7 +230,7 @@ def listed(module: str, alive: list[Change], before: dict | None, tried: set[str
             sorted(found, key=lambda c: int(c["place"].partition(":")[0]))]
 
 
-def try_module(module: str, until: float, pages: bool, one_in: int, before: dict | None, rest: bool) -> dict:
+def try_module(module: str, until: float, pages: bool, one_in: int, before: dict | None, rest=False) -> dict:
     """All changes of a module that the time allows, or one in so many of them, by lot; with a record from before only
     those that nothing caught then, or the `rest`, for which the time was up (changes are tried in order)."""
     page, names = MODULES[module]

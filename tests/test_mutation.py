@@ -27,6 +27,24 @@ def test_what_was_not_tried_again_stays_listed(monkeypatch, tmp_path):
     assert found["tried"] == 20 == found["by tests"] + found["by the page"] + len(found["alive"])
 
 
+def test_a_run_goes_on_where_the_time_was_up(monkeypatch):
+    "In the order of the lines, beside what was found before; not where the module has changed since."
+    text, tried = [mutation.Change("rates", f"{n}:0 x", "Add", f"text {n}") for n in range(5)], []
+    alive = [{"place": text[1].place, "change": "Add", "mark": text[1].mark, "said": None}]
+    before = {"changes": 5, "tried": 2, "by tests": 1, "by the page": 0, "alive": alive}
+    def forked(change, *_):
+        tried.append(change)
+        return "failed" if change is text[2] else "passed"
+    monkeypatch.setattr(mutation, "changes", lambda module: text)
+    monkeypatch.setattr(mutation, "forked", forked)
+    found = mutation.try_module("rates", float("inf"), pages=False, one_in=1, before=before, rest=True)
+    assert tried == [None, *text[2:]]
+    assert (found["tried"], found["by tests"]) == (5, 2)
+    assert [c["place"] for c in found["alive"]] == ["1:0 x", "3:0 x", "4:0 x"]
+    with pytest.raises(SystemExit, match="changed since"):
+        mutation.try_module("rates", float("inf"), False, 1, before | {"changes": 4}, rest=True)
+
+
 def test_a_change_reaches_the_tests_of_a_module_that_was_there_already():
     "The levels of NF4 are loaded with the package; a changed one fails its tests, the unchanged one does not."
     pytest.importorskip("cosmic_ray")
