@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,11 +102,17 @@ def build_site(out):
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    "The documentation site; any warning of the renderer ends the build."
+    "The documentation site, built once for all processes of pytest; any warning of the renderer ends the build."
     if os.environ.get("QLORA_LAB_SITE"): return Path(os.environ["QLORA_LAB_SITE"])
-    out = tmp_path_factory.mktemp("docs")/"site"
-    done = build_site(out)
-    assert done.returncode == 0, done.stderr[-4000:]
+    place = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"): place = place.parent  # which all share
+    out, whole = place / "docs/site", place / "docs/whole"
+    out.parent.mkdir(exist_ok=True)
+    with FileLock(place / "docs.lock"):
+        if not whole.exists():
+            done = build_site(out)
+            assert done.returncode == 0, done.stderr[-4000:]
+            whole.touch()
     return out
 
 
