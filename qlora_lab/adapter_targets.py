@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'MAMBA', 'UNSUPPORTED', 'last', 'family_of', 'with_names', 'adapter_targets', 'stored_transposed',
-           'check_stored', 'named_matrices', 'parameters_meant', 'experts_of', 'rank_and_alpha', 'check_patterns']
+           'check_stored', 'named_matrices', 'parameters_meant', 'experts_of', 'pattern_names', 'rank_and_alpha',
+           'ranks_and_alphas', 'check_patterns']
 
 # %% ../nbs/reference/adapter_targets.ipynb #9359646a
 # Which layers a LoraConfig means, by the rules of PEFT 0.21.
@@ -27,11 +28,12 @@ import copy
 import re
 import sys
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .linear_layers import LINEAR, is_transposed, left_alone, linear_layers, output_head
+from .linear_layers import LINEAR, is_transposed, left_alone, linear_layers, output_head, read_in_passing
 from .records import LabError
 from .replacing import grouped
 
@@ -55,15 +57,15 @@ def _by_family(model: nn.Module, config: "LoraConfig") -> set[str] | str:
     raise LabError(f"LoraConfig.target_modules=None: PEFT has no layers on record for a model of the family "
                    f"{family_of(model)!r}; name some of {there}, or 'all-linear'")
 
-def _all_linear(model: nn.Module, config: "LoraConfig") -> set[str]:
-    "Every linear layer but the head; what is left out for another reason is said."
+def _all_linear(model: nn.Module, config: "LoraConfig", say: bool) -> set[str]:
+    "Every linear layer but the head; what is left out for another reason is said, unless it was."
     odd, head = _unfit(model), output_head(model)
     names = {n for n, m in linear_layers(model).items() if m is not head and n not in odd}
     if head is None and config.task_type == "SEQ_CLS": names -= set(HEADS)
     heads = {n for n, m in model.named_modules() if m is head}
     experts = () if config.target_parameters else experts_of(model)
     odd |= dict.fromkeys(experts, "experts, no linear layers; name them in target_parameters")
-    said = grouped({n: why for n, why in odd.items() if n not in heads})
+    said = say and grouped({n: why for n, why in odd.items() if n not in heads})
     if said: warnings.warn(f"'all-linear' leaves out {said}", stacklevel=4)
     return names
 
@@ -84,11 +86,11 @@ def _unfit(model: nn.Module) -> dict[str, str]:
         odd |= {n: reason for n in linear_layers(model) if last(n) == "out_proj"}
     return odd
 
-def with_names(model: nn.Module, config: "LoraConfig") -> "LoraConfig":
+def with_names(model: nn.Module, config: "LoraConfig", say: bool = True) -> "LoraConfig":
     "A copy of the config whose target_modules are names or a regular expression."
     found, wanted = copy.copy(config), config.target_modules
     if wanted is None: found.target_modules = _by_family(model, config)
-    elif isinstance(wanted, str) and wanted.lower() == "all-linear": found.target_modules = _all_linear(model, config)
+    elif str(wanted).lower() == "all-linear": found.target_modules = _all_linear(model, config, say)
     return found
 
 # %% ../nbs/reference/adapter_targets.ipynb #00088f99
@@ -116,6 +118,7 @@ def adapter_targets(
         else: _check_named(name, m, odd, not isinstance(chosen.target_modules, str))
     for name in _by_weight(linear, config):
         if name in odd: _check_named(name, linear[name], odd, False)
+        if name not in found: _check_turned(model, name, linear[name])
         found[name] = linear[name]
     if found or config.target_parameters: return found
     there = sorted({last(n) for n in linear})
@@ -145,11 +148,22 @@ def _by_weight(linear: dict[str, nn.Module], config: "LoraConfig") -> list[str]:
     "Linear layers whose weight is named."
     return [n for n in linear if _meant(f"{n}.weight", config)]
 
+def _check_turned(model: nn.Module, name: str, m: nn.Module) -> None:
+    "Refuse a weight that is stored as [in, out] and named as a parameter."
+    if not stored_transposed(model, m): return
+    raise LabError(f"LoraConfig.target_parameters names {name}.weight, which is stored as [in, out]: PEFT takes a "
+                   "parameter's rows for outputs, so that both halves change places; name the layer in target_modules")
+
 def named_matrices(model: nn.Module, config: "LoraConfig") -> dict[str, nn.Parameter]:
     "Matrices that are named and belong to no linear layer; their modules multiply with them."
-    linear = linear_layers(model)
-    return {n: p for n, p in model.named_parameters()
-            if p.dim() == 2 and _meant(n, config) and n.rpartition(".")[0] not in linear}
+    linear, read = linear_layers(model), read_in_passing(model)
+    found = {n: p for n, p in model.named_parameters()
+             if p.dim() == 2 and _meant(n, config) and n.rpartition(".")[0] not in linear}
+    for n in found:
+        if not (reader := read.get(n.rpartition(".")[0])): continue
+        raise LabError(f"LoraConfig.target_parameters names {n}: {reader} takes it without calling its layer, where "
+                       "PEFT's adapter has no effect; leave it out")
+    return found
 
 # %% ../nbs/reference/adapter_targets.ipynb #c234161a
 def parameters_meant(model: nn.Module, config: "LoraConfig") -> list[str]:
@@ -168,10 +182,23 @@ def experts_of(model: nn.Module) -> list[str]:
     found |= {n: None for n, m in model.named_modules() if _is_stack(m)}
     return list(found)
 
+# %% ../nbs/reference/adapter_targets.ipynb #4261fb82
+def pattern_names(
+    model: nn.Module,        # without adapters
+    config: "LoraConfig",
+    found: Iterable[str],    # names of the layers that the config names
+) -> dict[str, str]:         # layers, and parameters that belong to none of them
+    "The name that patterns are held against: for a layer of which only the weight is named the weight's, as in PEFT."
+    if not config.target_parameters: return {n: n for n in found}
+    from peft.tuners.tuners_utils import check_target_module_exists
+    chosen = with_names(model, config, say=False)
+    keys = {n: n if check_target_module_exists(chosen, n) else f"{n}.weight" for n in found}
+    return keys | {n: n for n in parameters_meant(model, config) if n.removesuffix(".weight") not in keys}
+
 # %% ../nbs/reference/adapter_targets.ipynb #4261fb83
 def rank_and_alpha(
     config: "LoraConfig",
-    name: str,  # of a layer
+    name: str,  # of a layer, as `pattern_names` has it, or of a parameter
 ) -> tuple[int, float]:
     "What the patterns say of a layer, else `r` and `lora_alpha`."
     from peft.utils.other import get_pattern_key
@@ -179,9 +206,13 @@ def rank_and_alpha(
     r = ranks.get(get_pattern_key(ranks, name), config.r)
     return r, alphas.get(get_pattern_key(alphas, name), config.lora_alpha)
 
+def ranks_and_alphas(model: nn.Module, config: "LoraConfig", found: Iterable[str]) -> dict[str, tuple[int, float]]:
+    "Rank and alpha of each layer and parameter that a config names."
+    return {n: rank_and_alpha(config, key) for n, key in pattern_names(model, config, found).items()}
+
 def check_patterns(
     config: "LoraConfig",
-    names: list[str],  # of the adapted layers
+    names: Iterable[str],  # of the adapted layers and parameters
 ) -> None:
     "Refuse a pattern that fits no adapted layer; raises LabError that names it."
     for field in ("rank_pattern", "alpha_pattern"):

@@ -39,7 +39,7 @@ from .adapter_files import PEFT_PREFIX, check_fits, read_adapter, write_adapter
 from .adapter_kinds import LoRABias, LoRAEmbedding, Wrapped, adapted_layers, scaling_of
 from .adapter_settings import check_config
 from .adapter_starts import freeze_as_started, start
-from .adapter_targets import adapter_targets, check_patterns, check_stored, parameters_meant, rank_and_alpha
+from .adapter_targets import adapter_targets, check_patterns, check_stored, pattern_names, ranks_and_alphas
 from .adapter_written import written_settings
 from .claimed_sizes import told_of
 from .dora import DoRAEmbedding, DoRALinear
@@ -104,13 +104,15 @@ def _made(model: nn.Module, config: "LoraConfig", dtype: torch.dtype) -> tuple[d
     found = adapter_targets(model, config)
     check_stored(model, config, found)
     rest = config.lora_dropout, config.use_rslora, dtype
-    layers = {n: _kind(base, config)(base, *rank_and_alpha(config, n), *rest) for n, base in found.items()}
+    ranks = ranks_and_alphas(model, config, found)
+    layers = {n: _kind(base, config)(base, *ranks[n], *rest) for n, base in found.items()}
     return layers, trained_copies(model, config, list(layers))
 
 # %% ../nbs/06_lora.ipynb #6bc03d8d
 def _place(model: nn.Module, config: "LoraConfig", layers: dict, copies: dict, dtype: torch.dtype) -> None:
     "Freeze the model and put layers and copies in their places; a layer with two names is replaced under both."
     model.requires_grad_(False)
+    model.lora_ranks = ranks_and_alphas(model, config, layers)
     everywhere = list(model.named_modules(remove_duplicate=False))
     for layer in layers.values():
         for name in [n for n, m in everywhere if m is layer.base_layer]: set_submodule(model, name, layer)
@@ -130,7 +132,7 @@ def add_lora(
     "Freeze the model and put an adapter on each layer the config names."
     check_config(config)
     layers, copies = _made(model, config, dtype)
-    check_patterns(config, [*layers, *parameters_meant(model, config)])
+    check_patterns(config, pattern_names(model, config, layers).values())
     parameter_shapes(model, config)  # raises for a parameter that can't be adapted
     start(layers, config, seed)
     _place(model, config, layers, copies, dtype)

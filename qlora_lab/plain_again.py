@@ -81,8 +81,8 @@ def _own(model: nn.Module, name: str, p: nn.Parameter) -> None:
     setattr(model.get_submodule(at), last, nn.Parameter(p.detach().clone(), requires_grad=False))
 
 # %% ../nbs/reference/plain_again.ipynb #712ec70e
-NOTES = ("lora_config", "lora_beside", "save_pretrained", "decoded_kind", "lab_source", "lab_before", "lab_method",
-         "lab_rounded", "lab_chosen", "lab_scales", "lab_base_changed")  # what the lab notes on a model
+NOTES = ("lora_config", "lora_ranks", "lora_beside", "save_pretrained", "decoded_kind", "lab_source", "lab_before",
+         "lab_method", "lab_rounded", "lab_chosen", "lab_scales", "lab_base_changed")  # what the lab notes on a model
 QUANTIZED = "hf_quantizer", "is_quantized", "is_loaded_in_4bit", "quantization_method"  # what transformers notes
 
 def not_quantized(model: nn.Module) -> nn.Module:

@@ -225,6 +225,53 @@ def test_the_weight_of_a_layer_named_as_a_parameter_is_the_layer(tmp_path):
 
 # -- adding does what the config says
 
+PATTERNED = {"of the weight": dict(alpha_pattern={"q_proj.weight": 64}, rank_pattern={"q_proj.weight": 2}),
+             "of the layer, named too": dict(alpha_pattern={"v_proj": 64}, rank_pattern={"v_proj": 2})}
+
+
+@pytest.mark.parametrize("case", PATTERNED)
+def test_patterns_for_a_layer_named_by_its_weight(case, tmp_path):
+    "PEFT holds them against the weight's name; saved here, where the layer is named, they say the same."
+    expected, _ = by_peft(llama(), tmp_path / "peft", target_modules=["v_proj"], target_parameters=["q_proj.weight"],
+                          **PATTERNED[case])
+    ours = load_adapter(llama(), tmp_path / "peft")
+    assert torch.allclose(logits(ours), expected, atol=1e-4)
+    save_adapter(ours, tmp_path / "ours")
+    assert torch.equal(logits(load_adapter(llama(), tmp_path / "ours")), logits(ours))
+    assert torch.allclose(logits(in_peft(llama(), tmp_path / "ours")), expected, atol=1e-4)
+
+
+def test_a_pattern_that_misses_a_weights_name_is_refused():
+    "PEFT would leave it without effect."
+    settings = config(target_modules=["v_proj"], target_parameters=["q_proj.weight"], alpha_pattern={"q_proj": 64})
+    with pytest.raises(LabError, match="'q_proj', which fits no adapted layer"): add_lora(llama(), settings)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_the_first_pattern_that_fits_decides_in_the_file_too(field, tmp_path):
+    "The keys of a file are sorted; the special case was first, and would come second."
+    patterns = {field: {"v_proj|q_proj": 2, r"layers\.0\.self_attn\.q_proj": 6}}
+    ours = shake(add_lora(quantize_model(llama()), config(target_modules=["q_proj", "v_proj"], **patterns)))
+    save_adapter(ours, tmp_path)
+    assert torch.equal(logits(load_adapter(quantize_model(llama()), tmp_path)), logits(ours))
+    assert torch.allclose(logits(in_peft(decoded(quantize_model(llama()), llama), tmp_path)), logits(ours), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["attn.c_proj.weight", "c_attn.weight"])
+def test_a_weight_stored_turned_round_is_refused_as_a_parameter(name, tmp_path):
+    "PEFT takes its rows for outputs: a square one would load with both halves in each other's place."
+    by_peft(families.build("gpt2"), tmp_path, target_modules=[], target_parameters=[name])
+    with pytest.raises(LabError, match=r"stored as \[in, out\].*target_modules"):
+        load_adapter(families.build("gpt2"), tmp_path)
+
+
+def test_a_weight_that_is_read_in_passing_is_refused_as_a_parameter(tmp_path):
+    "Where PEFT's own forward pass goes without the adapter."
+    by_peft(families.build("mamba"), tmp_path, target_modules=["in_proj"], target_parameters=["dt_proj.weight"])
+    with pytest.raises(LabError, match="MambaMixer takes it without calling"):
+        load_adapter(families.build("mamba"), tmp_path)
+
+
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_adding_is_a_no_op_and_trains_what_the_file_holds(kind):
     "A fresh adapter changes nothing, whatever its kind; each tensor that PEFT trains gets a gradient."
