@@ -10,7 +10,8 @@ __all__ = ['written_targets', 'written_patterns', 'written_settings']
 #
 # target_modules are last parts of names where no module without an adapter ends in them, else whole names, and where
 # even those are the end of another module's name, a regular expression. exclude_modules, layers_to_transform and
-# layers_pattern are then spent, and None. target_parameters keeps what names no linear layer.
+# layers_pattern are then spent, and None. target_parameters keeps what names no linear layer, and the weight of a layer
+# whose own name PEFT would take for experts'.
 #
 # fan_in_fan_out is True where an adapted layer stores its weight as [in, out] in the model's own checkpoint, in 4 bits
 # or not: PEFT changes the field with a warning where it is wrong.
@@ -30,15 +31,19 @@ from types import SimpleNamespace
 from torch import nn
 
 from .adapter_kinds import adapted_layers
-from .adapter_targets import last, rank_and_alpha, stored_transposed
+from .adapter_targets import last, rank_and_alpha, stored_transposed, taken_for_experts
 
 # %% ../nbs/reference/adapter_written.ipynb #9d91ff9d
+def _by_weight_alone(model: nn.Module, name: str) -> bool:
+    "Whether a layer's name would mean something else to PEFT, so that its weight is named."
+    return last(name) in taken_for_experts(model)
+
 def written_targets(
     model: nn.Module,  # with adapters
 ) -> list[str] | str:
     "The shortest target_modules that mean the adapted layers and no others."
-    adapted = list(adapted_layers(model))
-    inside = tuple(f"{n}." for n in adapted)
+    adapted = [n for n in adapted_layers(model) if not _by_weight_alone(model, n)]
+    inside = tuple(f"{n}." for n in adapted_layers(model))
     others = [n for n, _ in model.named_modules() if n and n not in adapted and not n.startswith(inside)]
     def hit(names): return any(o == n or o.endswith(f".{n}") for n in names for o in others)
     short = sorted({last(n) for n in adapted})
@@ -53,6 +58,7 @@ def written_patterns(
     config, said = model.lora_config, model.lora_ranks
     ranks, alphas = (dict(sorted((table or {}).items())) for table in (config.rank_pattern, config.alpha_pattern))
     stored = SimpleNamespace(r=config.r, lora_alpha=config.lora_alpha, rank_pattern=ranks, alpha_pattern=alphas)
+    said = {f"{n}.weight" if _by_weight_alone(model, n) else n: pair for n, pair in said.items()}
     if all(rank_and_alpha(stored, n) == pair for n, pair in said.items()): return {}
     named = {f"^{re.escape(n)}": pair for n, pair in said.items()}
     return {"rank_pattern": {n: r for n, (r, _) in named.items() if r != config.r},
@@ -61,7 +67,7 @@ def written_patterns(
 # %% ../nbs/reference/adapter_written.ipynb #2367d56c
 def written_settings(model: nn.Module) -> dict:
     "The fields of a saved config that say which layers, and how they store their weight."
-    weights = {f"{n}.weight" for n in adapted_layers(model)}
+    weights = {f"{n}.weight" for n in adapted_layers(model) if not _by_weight_alone(model, n)}
     wanted = model.lora_config.target_parameters or []
     left = [name for name in wanted if not any(w == name or w.endswith(f".{name}") for w in weights)]
     turned = any(stored_transposed(model, m.base_layer) for m in adapted_layers(model).values())

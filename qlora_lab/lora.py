@@ -39,7 +39,7 @@ from .adapter_files import PEFT_PREFIX, check_fits, read_adapter, write_adapter
 from .adapter_kinds import LoRABias, LoRAEmbedding, Wrapped, adapted_layers, scaling_of
 from .adapter_settings import check_config
 from .adapter_starts import freeze_as_started, start
-from .adapter_targets import adapter_targets, check_patterns, check_stored, pattern_names, ranks_and_alphas
+from .adapter_targets import adapter_targets, check_patterns, check_stored, ranks_and_alphas, with_parameters
 from .adapter_written import written_settings
 from .claimed_sizes import told_of
 from .dora import DoRAEmbedding, DoRALinear
@@ -132,7 +132,7 @@ def add_lora(
     "Freeze the model and put an adapter on each layer the config names."
     check_config(config)
     layers, copies = _made(model, config, dtype)
-    check_patterns(config, pattern_names(model, config, layers).values())
+    check_patterns(model, config, layers)
     parameter_shapes(model, config)  # raises for a parameter that can't be adapted
     start(layers, config, seed)
     _place(model, config, layers, copies, dtype)
@@ -161,7 +161,7 @@ def load_adapter(
     config, saved = read_adapter(Path(folder))
     config.inference_mode = False
     with told_of(folder):
-        layers, copies = _made(model, config, dtype)
+        layers, copies = _made(model, config := with_parameters(model, config), dtype)
         wanted = wanted_tensors(model, config, layers, copies)
         base = carried(model, saved.keys() - wanted.keys(), list(layers))
     check_fits(wanted | base, saved, Path(folder), config.base_model_name_or_path, tuple(base))

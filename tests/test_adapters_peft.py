@@ -213,6 +213,23 @@ def test_all_linear_of_peft_means_experts_and_routers(family, tmp_path):
     assert torch.allclose(families.logits(back), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("weight", ["shared_experts.gate_proj.weight", "mlp.gate.weight"])
+def test_a_layer_whose_name_peft_takes_for_experts_is_named_by_its_weight(weight, tmp_path):
+    "Its name in target_modules would become the experts' in PEFT; names that no parameter has are passed over."
+    names = [weight, "of.another.model"]
+    settings = dict(target_modules=["o_proj"], target_parameters=names, alpha_pattern={weight: 64})
+    expected, _ = by_peft(families.build("deepseek_v3"), tmp_path / "a", **settings)
+    ours = load_adapter(families.build("deepseek_v3"), tmp_path / "a").eval()
+    assert torch.allclose(logits(ours), expected, atol=1e-5)
+    save_adapter(ours, tmp_path / "b")
+    again = load_adapter(families.build("deepseek_v3"), tmp_path / "b").eval()
+    assert torch.allclose(logits(again), expected, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's: that the pattern fits no module; for the parameter it counts
+        back = PeftModel.from_pretrained(families.build("deepseek_v3"), tmp_path / "b").eval()
+    assert torch.allclose(logits(back), expected, atol=1e-5)
+
+
 def test_the_weight_of_a_layer_named_as_a_parameter_is_the_layer(tmp_path):
     "target_parameters=['q_proj.weight']: PEFT's file has the names of an adapted layer."
     settings = dict(target_modules=["v_proj"], target_parameters=["q_proj.weight"])
