@@ -36,6 +36,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from .adapter_settings import check_config, check_file
+from .against_file import equal_bits
 from .claimed_sizes import told_of
 from .records import LabError, read_json
 from .safe_files import check_folder
@@ -102,6 +103,16 @@ def layer_name(
     name = name.replace(".modules_to_save.", ".")
     return name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector"), adapter if found else None
 
+# %% ../nbs/reference/adapter_files.ipynb #c46d0b7e
+def _by_name(saved: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    "By the names in a model; raises LabError where two spellings of a name hold two values."
+    keys = {}
+    for key, t in saved.items():
+        one = keys.setdefault(layer_name(key)[0], key)
+        if not equal_bits(saved[one], t):
+            raise LabError(f"{path}: {one} and {key} are one tensor and differ; delete the one that is not meant")
+    return {name: saved[key] for name, key in keys.items()}
+
 # %% ../nbs/reference/adapter_files.ipynb #0798f36c
 def read_tensors(path: Path) -> dict[str, Tensor]:
     "The tensors of an adapter file by their names in a model; raises LabError for a damaged file."
@@ -114,7 +125,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise LabError(f"{path}: holds the adapters {sorted(adapters)} in one file; save them one by one")
     broken = next((k for k, t in saved.items() if t.is_floating_point() and not t.isfinite().all()), None)
     if broken: raise LabError(f"{path}: {broken} has numbers that are not finite; train the adapter again")
-    return {layer_name(k)[0]: t for k, t in saved.items() if ".original_module." not in k}
+    return _by_name({k: t for k, t in saved.items() if ".original_module." not in k}, path)
 
 def read_adapter(
     folder: Path,  # PEFT's two files

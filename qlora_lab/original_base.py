@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .admission import admit, quantization_of
-from .against_file import Stored, converted, same, stored_dtype, stored_files, targets
+from .against_file import Stored, converted, same, sources_of, stored_dtype, stored_files
 from .double_quant import quantize_4bit
 from .linear4bit import PackedWeight
 from .linear_layers import is_transposed
@@ -51,7 +51,7 @@ class _Opened:
                            f"{twin.config.model_type}")
         self.stored = Stored(stored_files(self.source))
         self.dtype, state = stored_dtype(self.stored, self.source), twin.state_dict()
-        self.found = targets(twin, state, list(self.stored.place))
+        self.found = sources_of(twin, state, self.stored)
         self.tied = {t: s for t, s in twin.all_tied_weights_keys.items() if t not in self.found}
 
 # %% ../nbs/reference/original_base.ipynb #22123ca4

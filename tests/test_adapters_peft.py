@@ -432,6 +432,18 @@ def test_names_in_every_spelling(spelling, adapter, tmp_path):
     assert torch.equal(logits(load_adapter(llama(), tmp_path)), logits(model))
 
 
+def test_two_spellings_of_one_name(tmp_path):
+    "Harmless with equal bits; with two values nobody could say which of them is loaded."
+    path = written(tmp_path) / ADAPTER_FILES[1]
+    name, first = next(iter((saved := load_file(path)).items()))
+    other = name.removeprefix("base_model.model.")
+    save_file(saved | {other: first.clone()}, path)
+    load_adapter(llama(), tmp_path)
+    for t in (first + 1, first.double(), first[:1].clone()):
+        save_file(saved | {other: t}, path)
+        with pytest.raises(LabError, match=f"{name} and {other}|{other} and {name}"): load_adapter(llama(), tmp_path)
+
+
 def test_a_compiled_model_of_pefts(tmp_path):
     "PEFT's file of a model that was compiled before it was wrapped."
     theirs = shake(get_peft_model(torch.compile(llama(), backend="eager"), config(target_modules=["q_proj"]))).eval()

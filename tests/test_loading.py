@@ -111,6 +111,63 @@ def test_other_files_than_one_in_safetensors(folder):
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(LabError, match="can run code"): load_model(folder, **EXACT)
 
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+
+def test_a_tensor_in_two_spellings(either):
+    "`layers.0…` beside `model.layers.0…`: harmless with equal bits, refused with two values."
+    name = "model.layers.0.input_layernorm.weight"
+    rewrite(either, lambda s: s | {name.removeprefix("model."): s[name].clone()})
+    load_model(either, **EXACT)
+    rewrite(either, lambda s: s | {name.removeprefix("model."): s[name] + 1})
+    with pytest.raises(LabError, match=rf"safetensors: layers\S+ and {name} are both {name} and differ"):
+        load_model(either, **EXACT)
+
+
+def test_an_expert_in_two_spellings(tmp_path):
+    "transformers makes one tensor of a list: all of a list are different experts, but for two of one number."
+    made = families.folder("mixtral", tmp_path)
+    model, name = AutoModelForCausalLM.from_pretrained(made), "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+    assert hold_against(model, Stored(stored_files(made)), "the file") == 21
+    rewrite(made, lambda s: s | {name.removeprefix("model."): s[name] + 1})
+    with pytest.raises(LabError, match="transformers could not convert"): load_model(made, **EXACT)
+    with pytest.raises(LabError, match=f"{name} are both model.layers.0.mlp.experts.gate_up_proj and differ"):
+        hold_against(model, Stored(stored_files(made)), "the file")
+
+
+def shard(folder, change=lambda first, second, index: None):
+    "The folder's file as two shards with an index, each changed before it is written."
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, files = sorted(tensors), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    parts = [{n: tensors[n] for n in names[i::2]} for i in range(2)]
+    index = {n: file for part, file in zip(parts, files) for n in part}
+    change(*parts, index)
+    for part, file in zip(parts, files): save_file(part, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder
+
+
+@pytest.mark.parametrize("change, told", [
+    (lambda a, b, index: (b if QUERY in a else a).update({QUERY: torch.ones(64, 64)}), f"holds {QUERY}, and so does"),
+    (lambda a, b, index: index.update({QUERY: next(f for f in index.values() if f != index[QUERY])}),
+     f"holds {QUERY}, and by .*index.json it lies in model-0000"),
+    (lambda a, b, index: index.pop(QUERY), f"holds {QUERY}, and .*index.json does not name it"),
+    (lambda a, b, index: (a if QUERY in a else b).pop(QUERY), f"missing: {QUERY}"),
+], ids=["in two files", "in another file", "not in the index", "in no file"])
+def test_shards_that_are_not_as_their_index_says(change, told, folder):
+    with pytest.raises(LabError, match=told): load_model(shard(folder, change), **EXACT)
+
+
+def test_shards_as_the_hub_has_them(folder):
+    "Files that no index names are not looked at, and an index may name a tied tensor that no file holds."
+    reconfigure(folder, tie_word_embeddings=True)
+    shard(folder, lambda a, b, index: [part.pop("lm_head.weight", None) for part in (a, b)])
+    for surplus in ("consolidated", "model-00003-of-00003"):
+        save_file({QUERY: torch.ones(64, 64)}, folder / f"{surplus}.safetensors")
+    model, _ = load_model(folder, quantize=None, **EXACT)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and not model.get_parameter(QUERY).eq(1).all()
+
 
 @pytest.mark.parametrize("config, told", [
     (dict(model_type="t5"), "t5 is an encoder-decoder"),

@@ -34,7 +34,7 @@ from gguf import MODEL_ARCH as Arch
 from torch import Tensor
 
 from ..admission import admit, quantization_of
-from ..against_file import Stored, stored_files, targets
+from ..against_file import Stored, sources_of, stored_files
 from ..records import LabError
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def entries(
     from transformers import AutoModelForCausalLM
     with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
     state, stored, names = model.state_dict(), _opened(folder), name_map(config, family)
-    found = {target: parts[0][0] for target, (_, parts) in targets(model, state, list(stored.place)).items()}
+    found = {target: parts[0][0] for target, (_, parts) in sources_of(model, state, stored).items()}
     tied = set(model.all_tied_weights_keys or ())
     lost = sorted(set(state) - set(found) - tied)
     if lost: raise LabError(f"{folder}: {lost[0]} is missing, and {len(lost) - 1} more; is the folder whole?")
