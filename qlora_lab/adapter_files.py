@@ -36,7 +36,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from .adapter_settings import check_config, check_file
-from .against_file import equal_bits
+from .against_file import check_floats, equal_bits
 from .claimed_sizes import told_of
 from .records import LabError, read_json
 from .safe_files import check_folder
@@ -113,11 +113,19 @@ def _by_name(saved: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             raise LabError(f"{path}: {one} and {key} are one tensor and differ; delete the one that is not meant")
     return {name: saved[key] for name, key in keys.items()}
 
+# %% ../nbs/reference/adapter_files.ipynb #7be0d915
+def _check_kind(path: Path, key: str, dtype: str) -> None:
+    "Floats, but for whole numbers that a module beside the adapters keeps as buffers."
+    counter = dtype[0] in "IU" or dtype == "BOOL"
+    if not counter or re.search(r"\.lora_|\.(weight|bias)$", key): check_floats(path, key, dtype)
+
 # %% ../nbs/reference/adapter_files.ipynb #0798f36c
 def read_tensors(path: Path) -> dict[str, Tensor]:
     "The tensors of an adapter file by their names in a model; raises LabError for a damaged file."
     try:
-        with safe_open(path, "pt") as f: saved = {k: f.get_tensor(k) for k in f.keys()}
+        with safe_open(path, "pt") as f:
+            for key in f.keys(): _check_kind(path, key, f.get_slice(key).get_dtype())
+            saved = {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as e:
         raise LabError(f"{path}: not a whole safetensors file ({e}); copy or train it again") from None
     adapters = {found for key in saved if (found := layer_name(key)[1])}

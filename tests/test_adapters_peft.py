@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import make_llama
-from qlora_lab.adapter_files import ADAPTER_FILES
+from qlora_lab.adapter_files import ADAPTER_FILES, read_tensors
 from qlora_lab.adapter_kinds import adapted_layers
 from qlora_lab.dora import DoRALinear
 from qlora_lab.linear4bit import Linear4bit, quantize_model
@@ -430,6 +430,24 @@ def test_names_in_every_spelling(spelling, adapter, tmp_path):
         return spelling.format(f"{stem}{adapter}.{last}")
     save_file({spelt(n): t for n, t in load_file(path).items()}, path)
     assert torch.equal(logits(load_adapter(llama(), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("dtype, told", [
+    (torch.float8_e4m3fn, "F8_E4M3"), (torch.int32, "I32"), (torch.complex64, "C64"), (torch.bool, "BOOL")])
+def test_a_tensor_that_is_no_float(dtype, told, tmp_path):
+    "torch casts these without a word, and looks for infinities in none of 8 bits."
+    path = written(tmp_path) / ADAPTER_FILES[1]
+    name, first = next(iter((saved := load_file(path)).items()))
+    save_file(saved | {name: first.to(dtype)}, path)
+    with pytest.raises(LabError, match=f"{name} is stored in {told} and belongs where floats are"):
+        load_adapter(llama(), tmp_path)
+
+
+def test_a_module_beside_the_adapters_may_count(tmp_path):
+    "Whole numbers among the buffers of a module that is trained beside them."
+    path = written(tmp_path) / ADAPTER_FILES[1]
+    save_file(load_file(path) | {"base_model.model.score.seen": torch.tensor([3])}, path)
+    assert read_tensors(path)["score.seen"].dtype == torch.int64
 
 
 def test_two_spellings_of_one_name(tmp_path):

@@ -189,6 +189,31 @@ def test_what_cannot_be_trained_is_refused_from_the_config(config, told, tmp_pat
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("change, dtype", [
+    (lambda t: (t * 100).to(torch.int8), "I8"), (lambda t: t > 0, "BOOL"), (lambda t: t + 1j, "C64"),
+    (lambda t: (t * 1e6).long(), "I64")], ids=["int8", "bool", "complex64", "int64"])
+@pytest.mark.parametrize("name", [QUERY, "model.norm.weight", "lm_head.weight"])
+def test_what_torch_would_cast_to_floats_is_refused(name, change, dtype, folder):
+    rewrite(folder, lambda s: s | {name: change(s[name])})
+    with pytest.raises(LabError, match=f"safetensors: {name} is stored in {dtype} and belongs where floats are"):
+        load_model(folder, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
+def test_floats_beside_4_bit_weights_are_floats(dtype, folder, tmp_path):
+    packed = save_quantized(*load_model(folder, **EXACT)[:1], tmp_path / "packed", make_tokenizer())
+    rewrite(packed, lambda s: s | {"model.norm.weight": s["model.norm.weight"].to(dtype)})
+    with pytest.raises(LabError, match="model.norm.weight is stored in"): load_model(packed, **EXACT)
+
+
+def test_whole_numbers_that_the_model_has_too(folder):
+    "A buffer of a model that counts something is read as it is."
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.norm.register_buffer("seen", torch.tensor([3]))
+    rewrite(folder, lambda s: s | {"model.norm.seen": torch.tensor([3])})
+    assert hold_against(model, Stored(stored_files(folder)), "the file") == 22
+
+
 def test_eight_bit_floats_and_adapters_are_not_taken_for_a_model(folder):
     "A file of fp8 without a word in the config; an adapter's config beside the model's."
     eight = shutil.copytree(folder, folder.parent / "eight")

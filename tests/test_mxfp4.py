@@ -176,6 +176,7 @@ def test_trained_through(tmp_path):
     (lambda s: [s.pop(f"model.layers.1.mlp.experts.down_proj_{k}") for k in ("blocks", "scales")], "lacks .*down_proj"),
     (lambda s: s.update({"model.layers.7.bias": torch.zeros(2)}), "model.layers.7.bias is in the file and not"),
     (lambda s: s.update({"model.norm.weight": torch.zeros(2)}), r"model.norm.weight: \(2,\) in the file"),
+    (lambda s: s.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}), "norm.weight: torch.int8 in the"),
     (lambda s: s["model.layers.0.mlp.experts.down_proj_scales"].__setitem__((1, 2, 0), 255), "not a number"),
     (lambda s: s.update({k: t[:, :-1].contiguous() for k, t in s.items() if "gate_up_proj_" in k and "bias" not in k}),
      "gate_up_proj: .* by config.json")])

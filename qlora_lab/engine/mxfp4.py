@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..against_file import Stored, stored_files
+from ..against_file import FLOATS, Stored, stored_files
 from ..blockwise import codebook
 from ..bnb_files import write_generation, write_tensors
 from ..casting import kept_dtype
@@ -164,6 +164,8 @@ def _place(model: nn.Module, full: str, t: Tensor, dtype: torch.dtype) -> None:
     there = module._parameters if name in module._parameters else module._buffers
     if there[name].shape != t.shape:
         raise LabError(f"{full}: {tuple(t.shape)} in the file, {tuple(there[name].shape)} by config.json")
+    if there[name].is_floating_point() and t.dtype not in FLOATS.values():
+        raise LabError(f"{full}: {t.dtype} in the file, and floats of 16 bits or more in the model")
     if t.is_floating_point(): t = t.to(dtype)
     there[name] = nn.Parameter(t, requires_grad=False) if there is module._parameters else t
 
