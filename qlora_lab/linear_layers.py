@@ -16,7 +16,8 @@ __all__ = ['LINEAR', 'PLAIN', 'TRANSPOSED', 'known', 'is_transposed', 'weight_of
 #     hooks or parametrizations hang on it, which a twin would lose,
 #     another module takes its weight or bias without calling it (Mamba's dt_proj; torch's own attention).
 # The last is found in source: `read_in_passing` looks for `self.layer.weight` in the parent's methods, and leaves out
-# branches that the parent's own settings rule out, as `if self.pretraining_tp > 1` does.
+# branches that the parent's own settings rule out, as `if self.pretraining_tp > 1` does. A write, as
+# `block.output.weight.div_(2)`, counts by any name. Whether a model trains just now rules nothing out.
 #
 # `quantizable` leaves out more: the output head, and what transformers keeps in float32 (`_keep_in_fp32_modules`).
 #
@@ -79,7 +80,7 @@ def looks_linear(m: nn.Module) -> bool:
 
 # %% ../nbs/reference/linear_layers.ipynb #c77889de
 _SETUP = {"__init__", "_init_weights", "init_weights", "reset_parameters", "_reset_parameters", "extra_repr"}
-_HARMLESS = {"device", "dtype", "is_meta", "requires_grad"}
+_HARMLESS = {"device", "dtype", "is_meta", "requires_grad", "requires_grad_"}
 
 def _dotted(node: ast.AST) -> str | None:
     "'self.a.b' of such an expression; None for any other."
@@ -89,12 +90,19 @@ def _dotted(node: ast.AST) -> str | None:
         node = node.value
     return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else None
 
+_WRITE = re.compile(r"(?!self\.)\w+(\..+\.(?:weight|bias))\.(?:data|\w*[^\W_]_)")  # `block.a.b.weight.div_`
+
+def _taken(name: str) -> list[str]:
+    "Of a dotted name, what it takes of a layer: 'x.weight' of `self.x.weight`, '*.x.weight' of a write by any name."
+    if re.fullmatch(r"self\..+\.(weight|bias)", name): return [name.split(".", 1)[1]]
+    return [f"*{m[1]}" for m in [_WRITE.fullmatch(name)] if m]
+
+# %% ../nbs/reference/linear_layers.ipynb #5d0e7a31
 def _reads(node: ast.AST, tests: tuple, found: list) -> None:
-    "Collect (dotted name, tests on the way to it) of each `self.x.weight` and `self.x.bias` below a node."
+    "Collect (what is taken of a layer, tests on the way to it) below a node."
     if isinstance(node, ast.Attribute):
-        name = _dotted(node) or ""
-        if re.fullmatch(r"self\..+\.(weight|bias)", name): found.append((name.split(".", 1)[1], tests))
         if node.attr in _HARMLESS: return
+        found += [(name, tests) for name in _taken(_dotted(node) or "")]
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "to":
         names = [(_dotted(arg) or "").split(".", 1) for arg in node.args]
         found += [(n[1], tests) for n in names if n[0] == "self" and n[1].endswith(".weight.dtype")]
@@ -107,7 +115,7 @@ def _reads(node: ast.AST, tests: tuple, found: list) -> None:
     for child in ast.iter_child_nodes(node): _reads(child, tests, found)
 
 # %% ../nbs/reference/linear_layers.ipynb #732f221b
-_A_READ = re.compile(r"self(\s*\.\s*\w+)+?\s*\.\s*(weight|bias)\b")
+_A_READ = re.compile(r"self(\s*\.\s*\w+)+?\s*\.\s*(weight|bias)\b|\.(weight|bias)\.(data|\w*[^\W_]_)\b")
 
 @cache
 def _classes(module: str) -> dict[str, ast.ClassDef]:
@@ -136,6 +144,8 @@ def _reads_of_class(cls: type) -> tuple:
         for method in methods: _reads(method, (), found)
     return tuple(found)
 
+def _passing(node: ast.AST) -> bool: return getattr(node, "attr", "") in ("training", "gradient_checkpointing")
+
 def _ruled_out(test: ast.AST, wanted: bool, m: nn.Module) -> bool:
     "Whether a module's own settings decide a test, and against `wanted`; what cannot be decided rules nothing out."
     if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) and wanted:
@@ -143,11 +153,18 @@ def _ruled_out(test: ast.AST, wanted: bool, m: nn.Module) -> bool:
     if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.Or) and not wanted:
         return any(_ruled_out(part, False, m) for part in test.values)
     names = {n.id for n in ast.walk(test) if isinstance(n, ast.Name)}
-    if names != {"self"} or any(isinstance(n, ast.Call) for n in ast.walk(test)): return False
+    if names != {"self"} or any(isinstance(n, ast.Call) or _passing(n) for n in ast.walk(test)): return False
     try: return bool(eval(compile(ast.Expression(test), "test", "eval"), {}, {"self": m})) != wanted
     except Exception: return False
 
 # %% ../nbs/reference/linear_layers.ipynb #fb8afea2
+def _layers_of(m: nn.Module, child: str) -> list[str]:
+    "The linear layers below a module that go by a name: one, or with '*.' before it all whose names end in it."
+    if child.startswith("*."):
+        return [n for n, layer in m.named_modules() if f".{n}".endswith(child[1:]) and looks_linear(layer)]
+    try: return [child] if looks_linear(m.get_submodule(child)) else []
+    except AttributeError: return []
+
 def read_in_passing(
     model: nn.Module,
     casts: bool = False,  # True: layers to whose weight's dtype another module casts, which in 4 bits is that of bytes
@@ -158,11 +175,8 @@ def read_in_passing(
         for attribute, tests in _reads_of_class(type(m)):
             if attribute.endswith(".dtype") != casts: continue
             child, _, _ = attribute.removesuffix(".dtype").rpartition(".")
-            try: layer = m.get_submodule(child)
-            except AttributeError: continue
-            if not looks_linear(layer): continue
             if any(_ruled_out(test, wanted, m) for test, wanted in tests): continue
-            found[f"{name}.{child}" if name else child] = type(m).__name__
+            found |= {f"{name}.{n}" if name else n: type(m).__name__ for n in _layers_of(m, child)}
     return found
 
 # %% ../nbs/reference/linear_layers.ipynb #b5a85fbb

@@ -286,3 +286,32 @@ def test_a_layer_to_whose_dtype_inputs_are_cast_stays():
     take, stay = quantizable(build("mamba"), skip=())
     assert "lm_head" not in take and "dtype" in stay["lm_head"]
     assert "lm_head" in quantizable(build("llama"), skip=())[0]
+
+
+def writes_into_weights(family):
+    "A model of a family that changes weights by itself, in eval mode."
+    from families import LLAMA, TOKENS, config
+    from transformers import AutoModelForCausalLM
+    gemma = LLAMA | dict(intermediate_size=[128, 128], head_dim=16, vocab_size_per_layer_input=320, altup_num_inputs=2,
+                         hidden_size_per_layer_input=64, num_kv_shared_layers=0, laurel_rank=8,
+                         layer_types=["sliding_attention", "full_attention"], activation_sparsity_pattern=[0.0, 0.0])
+    rwkv = TOKENS | dict(hidden_size=64, attention_hidden_size=64, num_hidden_layers=2, context_length=64)
+    return AutoModelForCausalLM.from_config(config(family, **{"gemma3n_text": gemma, "rwkv": rwkv}[family])).eval()
+
+
+@pytest.mark.parametrize("family, stays", [("gemma3n_text", "altup.prediction_coefs"), ("rwkv", "attention.output")])
+def test_a_layer_into_which_a_model_writes_stays(family, stays):
+    "Gemma 3n clamps a weight while it trains, RWKV divides some while it does not; both are loaded in eval mode."
+    from qlora_lab.linear_layers import left_alone
+    model, ids = writes_into_weights(family), torch.randint(3, 250, (1, 8))
+    odd = left_alone(model)
+    assert sum(name.endswith(stays) for name in odd) == 2 and left_alone(model.train()) == odd
+    quantize_model(model.eval())
+    for training in (False, True, False): assert model.train(training)(input_ids=ids).logits.isfinite().all()
+
+
+def test_a_write_that_the_settings_rule_out_leaves_a_layer_in():
+    from qlora_lab.linear_layers import left_alone
+    rwkv = writes_into_weights("rwkv")
+    rwkv.rwkv.config.rescale_every = 0
+    assert not left_alone(rwkv)
