@@ -37,8 +37,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .admission import LAB_METHOD, Kind, quantization_of, stored_kind
-from .against_file import Stored, fits, hold_against, stored_files
+from .against_file import Stored, fits, hold_against, stored_files, written_names
 from .assets import quiet
+from .bnb_format import packed_names
 from .casting import cast, empty_twin
 from .claimed_sizes import told_of
 from .decoding import Decoded, written_plainly
@@ -65,6 +66,7 @@ def save_quantized(
     if lost and decode:
         state, names = written_plainly(state, model, lost), skip_list(model, lost)[0]
     if lost: warnings.warn(f"{folder}: {_told(state, lost)}", stacklevel=2)
+    state = _as_read(state, model)
     config = _config(model, kind, names, LAB_METHOD if lost and not decode else "bitsandbytes", untied)
     with whole_folder(folder) as made:
         write_whole(made / "config.json", config.to_json_string())
@@ -123,6 +125,18 @@ def _config(model: nn.Module, kind: Kind, skip: list[str], method: str, untied: 
         "bnb_4bit_use_double_quant": kind.double_quant, "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_compute_dtype": plain(compute), "llm_int8_skip_modules": skip}
     return config
+
+# %% ../nbs/reference/bnb_files.ipynb #7c13e5b8
+def _as_read(state: dict[str, Tensor | Decoded], model: nn.Module) -> dict[str, Tensor | Decoded]:
+    "4-bit weights and their statistics under the names by which a reader finds them."
+    packed = packed_names(state)
+    layers = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+    written = written_names(model, packed, frozenset(packed) - layers)
+    moved = {n: new for n, new in written.items() if n != new}
+    def name(key):
+        old = next((n for n in moved if key == n or key.startswith(f"{n}.")), None)
+        return moved[old] + key.removeprefix(old) if old else key
+    return {name(key): t for key, t in state.items()}
 
 # %% ../nbs/reference/bnb_files.ipynb #6639f405
 def skip_list(

@@ -22,6 +22,7 @@ __all__ = ['Waiting', 'single_experts', 'exchanged', 'fused', 'LabConfig', 'pack
 # Built in nbs/reference/bnb_reader.ipynb.
 
 # %% ../nbs/reference/bnb_reader.ipynb #84fbd415
+import json
 import re
 from contextlib import suppress
 
@@ -53,8 +54,8 @@ class _Gather(ConversionOps):
     def convert(self, input_dict, model=None, full_layer_name=None, **kwargs):
         tensors: dict[str, Tensor] = {_PARTS[k]: t[0] if isinstance(t, list) else t for k, t in input_dict.items()}
         packed = tensors.pop("", torch.empty(0, dtype=torch.uint8))
-        if tensors:  # not a plain weight
-            place = model.get_submodule(full_layer_name.rpartition(".")[0])
+        place = model.get_submodule(full_layer_name.rpartition(".")[0])
+        if tensors and isinstance(place, Waiting):  # no plain weight, and no experts
             try: place.quantized = read_weight(packed, tensors)
             except ValueError as e: place.fault = f"{full_layer_name}: {e}"
         return {"weight": packed}
@@ -98,9 +99,17 @@ class LabConfig(QuantizationConfigMixin):
 
 # %% ../nbs/reference/bnb_reader.ipynb #c24f0531
 def packed_parameters(stored: Stored) -> list[str]:
-    "Names of parameters in 4 bits that are no layer's weight: fused experts."
+    "Names of parameters in 4 bits that are no layer's weight: fused experts, whatever they are called."
     found = [n.removesuffix(".absmax") for n in stored.place if n.endswith(".absmax")]
-    return [n for n in found if not n.endswith(".weight") and f"{n}.quant_map" in stored.place]
+    found = [n for n in found if f"{n}.quant_map" in stored.place]
+    return [n for n in found if not n.endswith(".weight") or _axes(stored, n) != 2]
+
+def _axes(stored: Stored, name: str) -> int:
+    "How many axes a packed tensor has; 2 where its statistics do not say, which is told when they are read."
+    states = [f"{name}.{tail}" for tail in _TAILS if f"{name}.{tail}" in stored.place and "quant_state" in tail]
+    with suppress(ValueError, TypeError, LookupError, RecursionError):
+        return len(json.loads(bytes(stored[states[0]].tolist()))["shape"])
+    return 2
 
 def hold_experts(model: nn.Module, stored: Stored, names: list[str], compute_dtype: torch.dtype | None) -> None:
     "Put the engine's modules in place of packed parameters; raises LabError where the engine has none."
@@ -115,12 +124,13 @@ def hold_experts(model: nn.Module, stored: Stored, names: list[str], compute_dty
 def prepare(model: nn.Module, stored: Stored) -> list[str]:
     "Make places for what a file has in 4 bits; the names of its packed experts."
     if any(re.search(r"\.experts\.\d+\.", n) for n in stored.place): single_experts(model)
+    experts = packed_parameters(stored)
     for name, weight in _places(model, stored).items():
+        if weight in experts: continue
         try: there = model.get_submodule(name)
         except AttributeError: continue  # transformers will call it unexpected
         dtype = stored[weight].dtype if weight in stored.place else torch.uint8
         set_submodule(model, name, Waiting(dtype, getattr(there, "bias", None)))
-    experts = packed_parameters(stored)
     passed_over = [re.escape(n) + r"\." for n in experts]
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *passed_over}
     return experts

@@ -147,6 +147,27 @@ def test_kept_in_4_bits_for_the_lab(family):
     assert len(lost(again)) == len(lost(family.model))
 
 
+MISLEADING = {  # families whose names lead a reader astray
+    "jetmoe": families.of("jetmoe", num_local_experts=4, num_experts_per_tok=2, kv_channels=16),
+    "laguna": families.of("laguna", head_dim=16, **families.EXPERTS)}
+
+
+@pytest.mark.parametrize("name", MISLEADING)
+def test_misleading_names_come_back(name, tmp_path, monkeypatch):
+    "JetMoE calls a parameter of experts `weight`; a rule for older files renames Laguna's shared experts."
+    monkeypatch.setitem(FAMILIES, name, MISLEADING[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        family = Family(name, tmp_path)
+        again = {form: opened(getattr(family, form))[0] for form in ("saved", "kept")}
+        save_quantized(again["kept"], tmp_path / "again", family.tokenizer, decode=False)
+    assert torch.equal(logits(again["kept"]), family.logits)
+    assert torch.allclose(logits(again["saved"]), family.logits, atol=1e-5)
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (family.kept / "model.safetensors").read_bytes()
+    theirs, info = AutoModelForCausalLM.from_pretrained(family.saved, output_loading_info=True, device_map={"": "cpu"})
+    assert not any(info.values()) and torch.allclose(logits(theirs.train()), family.logits, atol=1e-3)
+
+
 ALONE = """
 import sys
 import torch
