@@ -90,13 +90,15 @@ KINDS = {
     "before": (_score, "a score"), "after": (_score, "a score"), "memory": (_bill, "bytes by component"),
     "answers": (_answers, "prompts, references and answers"), "adapter_step": WHOLE, "steps": WHOLE,
     "seconds": NUMBER, "peak_memory_gib": NUMBER,
-    **dict.fromkeys(("identity", "config", "provenance", "base", "ended", "best", "last"), OBJECT)}
+    **dict.fromkeys(("identity", "config", "provenance", "base", "tokens", "ended", "best", "last"), OBJECT)}
 INSIDE = {  # of these parts, what is read in them
     "identity": dict.fromkeys(("model", "backend", "scales"), TEXT) | {
         "dtype": DTYPE, "compute_dtype": DTYPE_OR_NONE, "quantization": TEXT_OR_NONE,
         "rounded": (_rounded, "a format and its block size")},
-    "config": {"adapter_dtype": DTYPES}, "provenance": {"command": TEXT, "versions": OBJECT},
-    "base": {"held": (_held, "quantize, blocksize and double_quant"), "mark": TEXT_OR_NONE},
+    "config": {"adapter_dtype": DTYPES}, "tokens": dict.fromkeys(("data", "held_out"), TEXT),
+    "provenance": {"command": TEXT, "versions": OBJECT},
+    "base": {"held": (_held, "quantize, blocksize and double_quant"), "mark": TEXT_OR_NONE,
+             "config": (lambda v: v is None or _object(v), "an object, or null")},
     "ended": {"step": WHOLE, "why": TEXT}}
 
 # %% ../nbs/reference/run_records.ipynb #2533ee99

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from .batches import longest_batch, step_batches
 from .checkpointing import checkpoint_layers
 from .checkpoints import Log, load_best, measured, through_quantizer
-from .data import Example, Split, collate, encode
+from .data import Split, collate
 from .dealing import by_turns, learned, passes, share_of
 from .engine.dispatch import faster
 from .head_loss import place_losses
@@ -46,10 +46,10 @@ from .model import answer
 from .nonfinite import NotFinite, located, noting_a_stop
 from .open_run import base_as_held, hold_mark
 from .packing import check_packing, kept_apart, pack
-from .processes import by_first, rank, sum_gradients, total_of
+from .processes import agree, by_first, rank, sum_gradients, total_of
 from .provenance import peak_memory_gib, provenance, release_memory
 from .rates import as_decided, make_optimizer, rates_at
-from .runs import Run, fingerprint, step_memory
+from .runs import Run, encoded, fingerprint, hold_tokens, step_memory
 from .same_run import check_group, held_by_first, in_group, keep_trained, watched_by_first, write_record
 from .scoring import Score, recorded, spread
 from .settings import FROM_THE_WEIGHT, TrainConfig, as_json
@@ -196,10 +196,10 @@ def run_steps(log: Log, learn: list, held: list, watchers: Watchers) -> None:
 
 # %% ../nbs/10_train.ipynb #d0ab65e1
 def begin(
-    folder: Path, identity: dict, config: TrainConfig, model: nn.Module, tokenizer, held: list, asked: list[Example]
+    folder: Path, told: dict, config: TrainConfig, model: nn.Module, tokenizer, held: list, asked: list
 ) -> dict:
     "What is known before the first step: settings, machine, the untrained model's held-out loss and its answers."
-    record = {"state": "running", "identity": identity, "config": as_json(config), "provenance": provenance(),
+    record = {"state": "running", **told, "config": as_json(config), "provenance": provenance(),
               "base": base_as_held(model), "before": _sound(model, held, "before the first step")}
     answers = _answers(model, tokenizer, [e.prompt for e in asked])
     record["answers"] = [{"prompt": e.prompt, "reference": e.answer, "before": a} for e, a in zip(asked, answers)]
@@ -268,10 +268,10 @@ def train(
 # %% ../nbs/10_train.ipynb #8b0cb9ad
 def _carry_out(folder, identity, record, model, tokenizer, data, asked_for, lookers) -> None:
     "A run from its begin, or from its checkpoint, to its end."
-    longest = min(asked_for.max_length, getattr(model.config, "max_position_embeddings", asked_for.max_length))
-    learn = encode(tokenizer, data.train, longest, asked_for.long, "examples to learn from")
-    scored = spread(data.held_out, asked_for.eval_examples)
-    held = encode(tokenizer, scored, longest, asked_for.long, "held-out examples")
+    learn, held, tokens = encoded(model, tokenizer, data, asked_for)
+    agree({"hash of the tokens": tokens})
+    hold_tokens(folder, record, tokens)
+    told = {"identity": identity, "tokens": tokens}
     prompts = spread([e for e in data.held_out if e.prompt], asked_for.eval_prompts)  # plain text has no question
     if asked_for.packing: check_packing(model)
     config, said = by_first(lambda: as_decided(asked_for, model, learn))
@@ -279,7 +279,7 @@ def _carry_out(folder, identity, record, model, tokenizer, data, asked_for, look
     model = in_group(model, config)
     if config.merge_aware: through_quantizer(model, check=True)
     optimizer = make_optimizer(model, config)
-    if record is None: record = begin(folder, identity, asked_for, model, tokenizer, held, prompts)
+    if record is None: record = begin(folder, told, asked_for, model, tokenizer, held, prompts)
     record = {k: v for k, v in record.items() if k != "stopped"} | said
     largest = longest_batch(learn, share_of(config))
     activations = activation_bytes(model, pack(largest) if config.packing else collate(largest))

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -252,3 +253,95 @@ def test_a_checkpoint_that_lacks_a_tensor(tmp_path):
     assert saved_step(tmp_path) == 0 and all(torch.equal(v, before[k]) for k, v in lora_state(model).items())
     save_file(whole, path, {"step": "3"})
     assert load_checkpoint(tmp_path, model, optimizer) == saved_step(tmp_path) == 3
+
+
+@pytest.fixture
+def cut_short(tiny, data, tmp_path):
+    "A run that was stopped in its third step, the folder of its base, and the call that goes on with it."
+    import torch
+
+    from qlora_lab.model import load_model
+    from qlora_lab.settings import TrainConfig
+    from qlora_lab.train import train
+    from qlora_lab.watching import Watcher
+    class Stop(Watcher):
+        def on_step(self, row):
+            if row["step"] == 3: raise KeyboardInterrupt
+    folder, base = tmp_path / "run", shutil.copytree(tiny, tmp_path / "base")
+    config = TrainConfig(folder=str(folder), steps=4, batch_size=4, accumulation=1, rank=2, checkpoint_every=2,
+                         eval_examples=4, eval_prompts=1)
+    def call(*watchers):
+        model, tokenizer = load_model(base, compute_dtype=torch.float32, device="cpu")
+        return train(model, tokenizer, data, config, False, watchers)
+    with pytest.raises(KeyboardInterrupt): call(Stop())
+    return folder, base, call
+
+
+def other_template(base):
+    file = base / "chat_template.jinja"
+    file.write_text(file.read_text().replace("<|im_start|>", "### "))
+
+
+def other_tokenizer(base):
+    told = json.loads((base / "tokenizer.json").read_text())
+    told["model"]["merges"].clear()
+    (base / "tokenizer.json").write_text(json.dumps(told))
+
+
+def without(folder, part):
+    "run.json as a version wrote it that did not know of a part."
+    record = json.loads((folder / "run.json").read_text())
+    del record[part]
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("change", [other_template, other_tokenizer])
+def test_the_same_examples_in_other_tokens_are_refused(change, cut_short):
+    "Nothing of the run is touched; a record that is older than the hashes of tokens goes on as ever."
+    from qlora_lab.records import LabError
+    folder, base, call = cut_short
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    change(base)
+    with pytest.raises(LabError, match="the tokens of data are others .* tokenizer or its chat template"): call()
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    without(folder, "tokens")
+    assert call().record["state"] == "done"
+
+
+def reconfigured(base, **settings):
+    told = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(told | settings))
+
+
+@pytest.mark.parametrize("settings, said", [
+    (dict(rms_norm_eps=0.5), "rms_norm_eps was 1e-06, now 0.5"), (dict(hidden_act="relu"), "hidden_act was 'silu'"),
+    (dict(rope_parameters={"rope_type": "default", "rope_theta": 17.}), "rope_parameters.rope_theta was 10000.0")])
+def test_a_base_that_computes_otherwise_is_refused(settings, said, cut_short):
+    "On resume, and by the doctor; a record that is older than this goes on as ever."
+    from qlora_lab.engine.resume_organ import look_at_resume
+    from qlora_lab.records import LabError
+    from qlora_lab.runs import Run
+    folder, base, call = cut_short
+    reconfigured(base, **settings)
+    with pytest.raises(LabError, match=f"not the base that it was begun with: its config.json .* {said}"): call()
+    found = [f for f in look_at_resume(Run.load(folder)) if f.verdict == "ill"]
+    assert [f.name for f in found] == ["another base"] and said in str(found[0])
+    record = json.loads((folder / "run.json").read_text())
+    del record["base"]["config"]
+    (folder / "run.json").write_text(json.dumps(record))
+    assert call().record["state"] == "done"
+
+
+def test_a_base_that_was_written_again_is_the_same(cut_short):
+    "By transformers, with other notes and settings of generation: nothing of it changes the numbers."
+    from transformers import AutoModelForCausalLM
+
+    from qlora_lab.engine.resume_organ import look_at_resume
+    from qlora_lab.runs import Run
+    folder, base, call = cut_short
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(base, max_shard_size="100KB")
+    (base / "model.safetensors").unlink()
+    reconfigured(base, transformers_version="4.40.0", torch_dtype="float32", use_cache=False, unsloth_version="1",
+                 _name_or_path="elsewhere", eos_token_id=[1, 2], _attn_implementation="eager")
+    assert call().record["state"] == "done"
+    assert not [f for f in look_at_resume(Run.load(folder)) if f.name == "another base"]

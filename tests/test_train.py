@@ -80,6 +80,16 @@ def test_a_finished_run_is_read_not_trained(lab, tiny, data):
     assert before == {p: p.read_bytes() for p in lab.folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.parametrize("settings, told", [
+    (dict(batch_size=999), "do not fill one batch of 999"), (dict(batch_size=999, tensorboard=True), "batch of 999"),
+    (dict(batch_size=999, init="pissa"), "batch of 999"), (dict(max_length=1), "longer than 1"),
+    (dict(targets=("nope",)), "nope")])
+def test_what_cannot_be_trained_leaves_the_folder_free(settings, told, tiny, data, tmp_path):
+    "A call that was refused has begun no run, so the corrected one may have the folder."
+    with pytest.raises(LabError, match=told): run(tiny, data, tmp_path / "run", **settings)
+    assert run(tiny, data, tmp_path / "run", steps=1).record["state"] == "done"
+
+
 def test_accumulation_is_one_big_batch(tiny, data):
     "Two passes of four learn what one of eight does, though their answers differ in length."
     from qlora_lab.train import train_step

@@ -14,7 +14,7 @@ __all__ = ['DROPPED', 'order_hash', 'marks_of', 'compare_marks', 'checkpoint_mar
 #
 # From a folder alone: the checkpoint is whole, has as many lines beside it as steps, and neither an adapter nor an
 # optimizer of zeros; the adapter of a finished run is that of its checkpoint, or of its best step; the base has the
-# mark that run.json gives it; the manifest, where there is one, is true.
+# mark and the settings that run.json gives it; the manifest, where there is one, is true.
 #
 # With a live model and optimizer: their hashes against those of the checkpoint. `marks_of` gives them for a training
 # that is about to be interrupted, so that before and after can be compared in any trainer.
@@ -36,7 +36,7 @@ from ..loading import find_model
 from ..manifest import verify
 from ..manifest_file import MANIFEST
 from ..methods import hash_of, trained_state
-from ..open_run import base_mark
+from ..open_run import other_base
 from ..records import LabError, read_json
 from ..runs import Run
 from ..settings import TrainConfig
@@ -138,13 +138,13 @@ def _kept(run: Run, held) -> list[Finding]:
 
 # %% ../../nbs/engine/resume_organ.ipynb #75ad6d93
 def _base(run: Run) -> list[Finding]:
-    "The base that lies under the run's name, by its mark."
-    mark = run.record.get("base", {}).get("mark")
-    if not mark or run.base != run.record["identity"]["model"]: return []
-    try: here = base_mark(find_model(run.base))
+    "The base that lies under the run's name, by its mark and its config."
+    told = run.record.get("base", {})
+    if not told.get("mark") or run.base != run.record["identity"]["model"]: return []
+    try: odd = other_base(told, find_model(run.base))
     except (LabError, OSError) as e: return [ill("another base", f"it cannot be read: {str(e).splitlines()[0]}")]
-    said = f"{run.base} is {here}, the run had {mark}"
-    return [well("resume", "base", said) if here == mark else ill("another base", said)]
+    if odd: return [ill("another base", f"{run.base}: {odd}")]
+    return [well("resume", "base", f"{run.base} has the mark that the run had, {told['mark']}")]
 
 def _files(run: Run) -> list[Finding]:
     if not (run.folder / MANIFEST).is_file(): return []
