@@ -35,6 +35,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .adapter_sets import AdapterSet, base_alone
 from .assets import quiet
+from .conversations import text_of
 from .engine.dispatch import faster
 from .open_run import to_answer
 from .records import LabError, visible
@@ -132,6 +133,7 @@ class _Manner:
 
     def __post_init__(self):
         check_manner(self.max_new_tokens, self.temperature)
+        if self.system: text_of(self.system, "system", "this conversation")
         if self.system and self.tokenizer.chat_template is None:
             raise LabError("the tokenizer has no chat template, so there is no place for a system text")
         to_answer(self.net)
@@ -194,7 +196,7 @@ class Talk(_Generating):
             ) -> dict[str, str]:
         """Speaker to answer; with `both` that of each, of which the usual one's is remembered. `begin` is told who
         speaks next. Ctrl-C ends an answer, and those that would have followed it."""
-        if not text.strip(): raise LabError("the prompt is empty")
+        if not text_of(text, "prompt", "this conversation").strip(): raise LabError("the prompt is empty")
         answers, asked = {}, {"role": "user", "content": text}
         for who in self.speakers if both else [self.who]:
             begin(who)

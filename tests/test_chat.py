@@ -403,6 +403,8 @@ def test_two_adapters_by_name(run, tmp_path, capsys, monkeypatch):
     (["{tmp}/gone"], "no run and no model here"), (["nowhere"], "no run and no model here"),
     (["{tmp}"], "no run and no model here"), (["{undone}"], "this run is not done"),
     (["{run}", "--prompt", " "], "expected text"), (["{run}", "--max-new-tokens", "0"], "expected at least 1"),
+    (["{run}", "--prompt", "hi\udcff"], "--prompt has half a character at place 3"),
+    (["{run}", "--system", "hi\udcff"], "--system has half a character at place 3"),
     (["{run}", "--temperature", "-1"], "expected 0, or a positive number"),
     (["{run}", "--temperature", "nan"], "expected 0, or a positive number"),
     (["{base}", "--compare"], "has no adapter beside its base"),
@@ -414,6 +416,25 @@ def test_a_mistake_is_one_line(words, said, run, base, tmp_path, capsys, monkeyp
     places = dict(tmp=tmp_path, run=run, base=base, undone=undone)
     code, out, err = told([w.format(**places) for w in words], capsys, monkeypatch)
     assert (code, out) == (2, "") and err.startswith("qlora-lab: ") and err.count("\n") == 1 and said in err
+
+
+def test_bytes_that_are_no_text(run, capsys, monkeypatch):
+    "From a pipe they are named, in one shot and in a turn of a conversation."
+    def given(more, text):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
+        code = cli.main(["chat", str(run), "--max-new-tokens", "2", "--device", "cpu", *more])
+        return code, capsys.readouterr().err
+    for more, text in ((["--prompt", "-"], b"hi\xff"), ([], b"read\nhi\xff\n")):
+        code, err = given(more, text)
+        assert code == 2 and "prompt has half a character at place 3" in err and err.count("\n") == 1
+
+
+def test_a_conversation_outlives_a_text_that_is_none(adapters, tokenizer):
+    from qlora_lab.talk import Talk
+    talk = Talk(adapters, tokenizer, max_new_tokens=2)
+    with pytest.raises(LabError, match="prompt has half a character"): talk.ask("hi\udcff")
+    assert talk.turns == [] and talk.ask("read the file")
+    with pytest.raises(LabError, match="system has half a character"): Talk(adapters, tokenizer, system="\ud800")
 
 
 def test_a_slip_below_a_folder_is_not_looked_for_elsewhere(tmp_path, capsys, monkeypatch):

@@ -110,6 +110,9 @@ HOSTILE = {
     "linked weights": (lambda f: away(f, "model.safetensors"), "a link out of the folder"),
     "a linked config": (lambda f: away(f, "config.json"), "a link out of the folder"),
     "a linked template": (lambda f: away(f, "chat_template.jinja"), "a link out of the folder"),
+    "a link in a circle": (lambda f: (f / "latest").symlink_to("latest"), "a link that leads back to itself"),
+    "a template in a circle": (
+        lambda f: [(f / a).symlink_to(b) for a, b in (("x.jinja", "y.jinja"), ("y.jinja", "x.jinja"))], "to itself"),
     "a linked folder": (lambda f: (f / "chat_templates").symlink_to("/etc"), "a link out of the folder"),
 }
 

@@ -34,10 +34,12 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from ..adapter_sets import AdapterSet, adapter_set
 from ..assets import SMOLLM2
+from ..conversations import text_of
 from ..model import load_model
 from ..open_run import open_run
 from ..records import LabError
 from ..runs import Run
+from ..safe_files import real
 from ..talk import Talk, check_manner
 
 # isort: split
@@ -47,7 +49,7 @@ from .training import device_of_run, first_time
 # %% ../../nbs/commands/chat.ipynb #f151b155
 def adapter_name(folder: Path, taken: list[str]) -> str:
     "What an adapter is called in a conversation."
-    folder = folder.resolve()
+    folder = real(folder)
     name = (folder.parent if folder.name == "adapter" else folder).name.replace(".", "_") or "adapter"
     names = [name, *(f"{name}-{i}" for i in range(2, 100))]
     return next(n for n in names if n not in (*taken, "base"))
@@ -216,7 +218,10 @@ class Chat:
 # %% ../../nbs/commands/chat.ipynb #81aa40b5
 def start(asked: Chat) -> int:
     "Open what is talked to, and talk; the exit code."
+    if hasattr(sys.stdin, "reconfigure"): sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is named
     prompt = sys.stdin.read() if asked.prompt == "-" else asked.prompt
+    for name, text in ("--prompt", prompt), ("--system", asked.system):
+        if text is not None: text_of(text, name, "chat")
     if prompt is not None and not prompt.strip(): raise LabError("the prompt is empty; expected a question")
     check_manner(asked.max_new_tokens, asked.temperature)
     device = device_of_run(asked.device)

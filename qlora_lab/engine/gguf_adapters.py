@@ -36,6 +36,7 @@ from ..loading import find_model
 from ..manifest import record_step
 from ..model_card import write_card
 from ..records import LabError, whole_folder
+from ..safe_files import real
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -81,13 +82,13 @@ def pairs(
 # %% ../../nbs/engine/gguf_adapters.ipynb #630f8d20
 def run_of(folder: Path) -> Path | None:
     "The run whose adapter this is; None for an adapter by itself."
-    parent = folder.resolve().parent
+    parent = real(folder).parent
     return parent if (parent / "run.json").is_file() else None
 
 def beside(folder: Path, kind: str) -> Path:
     "Where an adapter's file goes by default."
     run = run_of(folder)
-    return default_out(run, f"{folder.resolve().name}-{kind}") if run else default_out(folder, kind)
+    return default_out(run, f"{real(folder).name}-{kind}") if run else default_out(folder, kind)
 
 # %% ../../nbs/engine/gguf_adapters.ipynb #b1c0c4a0
 def adapter_to_gguf(
