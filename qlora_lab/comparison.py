@@ -50,8 +50,8 @@ def metrics_in(run: Run) -> dict[str, Score | float]:
     "All that a finished run was measured by, by name."
     before, after = run.before, run.after
     gained = Score(tuple(b - a for b, a in zip(before.sums, after.sums)), before.tokens, before.groups)
-    last = run.losses[-max(1, len(run.losses) // 10):]
-    made = {LOSS: after, f"{LOSS} before": before, "gain": gained, "training loss": sum(last) / len(last)}
+    made = {LOSS: after, f"{LOSS} before": before, "gain": gained}
+    if last := run.losses[-max(1, len(run.losses) // 10):]: made["training loss"] = sum(last) / len(last)
     return made | measures_in(run.folder)
 
 def metric_of(run: Run, metric: str) -> Score | float:

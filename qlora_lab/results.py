@@ -104,7 +104,7 @@ def _mean(values: list[float]) -> float: return sum(values) / len(values)
 def cost_of(run: Run, cost: dict) -> dict:
     "What a run took, by column."
     memory, peak = run.record.get("memory", {}), run.record.get("peak_memory_gib")
-    made = {"steps done": len(run.metrics)}
+    made = {"steps done": run.steps_done}
     if peak is not None: made["peak memory [GiB]"] = peak - cost.get("kept_gib", 0.)
     if memory: made["step memory [MiB]"] = sum(row[0] for row in memory.values()) / 2 ** 20
     made |= {f"{part} [MiB]": row[0] / 2 ** 20 for part, row in memory.items()}

@@ -111,9 +111,16 @@ class _Losses(_Asked):
         return [(m["step"], m["held_out"]) for m in self.metrics if "held_out" in m]
 
     @property
+    def steps_done(self) -> int:
+        "Steps that were taken; of a run that is done run.json tells, though its lines be lost."
+        told = (self.record.get("ended", {}).get("step"), self.record.get("steps"), self.record.get("adapter_step"))
+        done = self.record.get("state") == "done"
+        return max(len(self.metrics), next((n for n in told if n is not None), 0) if done else 0)
+
+    @property
     def adapter_step(self) -> int:
         "The step whose adapter lies in `adapter/`, or whose model in `model/`: the best one measured, or the last."
-        return self.record.get("adapter_step", len(self.metrics))
+        return self.record.get("adapter_step", self.steps_done)
 
 # %% ../nbs/reference/runs.ipynb #1cf580d7
 class Run(_Losses):

@@ -143,6 +143,18 @@ def test_what_cannot_be_compared(sides, swept, tokenizer, jsonl, tmp_path):
         compare(Score((1., 2.), (1, 1), ("a", "b")), Score((1., 2.), (1, 2), ("a", "b")))
 
 
+def test_a_run_whose_lines_are_lost(sides, tmp_path, capsys):
+    "It has no training loss, and is compared by the rest; the steps that it took are in run.json."
+    here = shutil.copytree(sides[0]["folder"].iloc[0], tmp_path / "lost")
+    (here / "metrics.jsonl").unlink()
+    other = sides[1]["folder"].iloc[0]
+    assert compare(here, other).estimate == compare(sides[0]["folder"].iloc[0], other).estimate
+    with pytest.raises(LabError, match="lost: has no metric 'training loss'; it has"):
+        compare(here, other, "training loss")
+    assert said(capsys, "compare", here, other)[0] == 0
+    assert Run.load(here).steps_done == 3 and results(here)["steps done"].tolist() == [3]
+
+
 def test_other_data_is_refused(sides, swept, tmp_path, jsonl):
     data = split(load_jsonl(jsonl), 0.3)
     grid = SHORT | {"model": str(swept.parent / "small"), "lr": 1e-2}
@@ -267,6 +279,24 @@ def test_json_is_json(swept, tmp_path, capsys):
     code, out, err = said(capsys, "compare", swept, "--json", "--out", tmp_path / "t.md", "--reference",
                           "lr=1e-4,max_grad_norm=0.3")
     assert code == 0 and json.loads(out)["b"] == OTHER and "written" in err and (tmp_path / "t.md").exists()
+
+
+def strict(text):
+    "JSON as the standard has it: without NaN and infinities."
+    return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+
+def test_what_nothing_is_known_of_is_null_in_json(sides, tmp_path, capsys):
+    "One held-out example has no error; its interval is none, and not NaN."
+    places = []
+    for side, name in zip(sides, "ab"):
+        here = shutil.copytree(side["folder"].iloc[0], tmp_path / name)
+        record = json.loads((here / "run.json").read_text())
+        for when in ("before", "after"): record[when]["score"] = {k: v[:1] for k, v in record[when]["score"].items()}
+        (here / "run.json").write_text(json.dumps(record))
+        places.append(here)
+    code, out, _ = said(capsys, "compare", *places, "--json")
+    assert code == 0 and strict(out)["interval"] == [None, None] and "NaN" not in out
 
 
 def test_other_data_may_be_said(swept, sides, tmp_path, jsonl, capsys):

@@ -127,6 +127,13 @@ def test_lines_that_a_checkpoint_counts_on(sick):
     assert "no whole checkpoint" in names(look_at_resume(Run.load(sick)))
 
 
+def test_a_trained_run_whose_lines_are_lost(sick):
+    "Its adapter has been trained, as run.json tells, and was not changed before."
+    (sick / "metrics.jsonl").unlink()
+    shutil.rmtree(sick / "checkpoint")
+    assert examine(sick, organs=["step"]).names == []
+
+
 def test_an_adapter_of_another_run(sick):
     path = sick / "adapter" / "adapter_model.safetensors"
     with safe_open(path, "pt") as f: tensors = {k: f.get_tensor(k) * 1.01 for k in f.keys()}

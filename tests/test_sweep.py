@@ -276,6 +276,12 @@ def test_the_sweep_command(grid, tmp_path, capsys):
     (tmp_path / "wrong.toml").write_text("lr = [1e-3")
     asked = ["--folder", str(tmp_path / "s")]
     assert main(["sweep", str(tmp_path / "grid.toml"), "--dry-run", *asked]) == 0 and not (tmp_path / "s").exists()
+    capsys.readouterr()
+    assert main(["sweep", str(tmp_path / "grid.toml"), "--dry-run", "--json", *asked]) == 0
+    cells = json.loads(capsys.readouterr().out)
+    assert [(c["state"], c["seed"], c["lr"]) for c in cells] == [
+        ("waiting", seed, lr) for seed in (0, 1) for lr in (1e-3, 1e-2)] and not (tmp_path / "s").exists()
+    assert main(["sweep", str(tmp_path / "grid.toml"), "--dry-run", *asked]) == 0
     assert main(["sweep", str(tmp_path / "grid.toml"), *asked, "--table", str(tmp_path / "t.csv")]) == 0
     assert "4, 0 of them done" in (out := capsys.readouterr().out) and "Methods, held-out loss" in out
     assert (tmp_path / "t.csv").read_text().count("\n") == 3

@@ -38,7 +38,7 @@ from ..results import LOSS, results, run_folders
 from ..runs import Run
 
 # isort: split
-from .report import heading, show, table, waiting
+from .report import heading, json_text, show, table, waiting
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -112,8 +112,8 @@ def start(asked: Compare) -> int:
             sheet = ask_runs({name: runs[0] for name, runs in sides.items()}, asked.prompts, asked.answers)
     if asked.json:
         rows = json.loads(made.reset_index().to_json(orient="records"))
-        print(json.dumps({"metric": asked.metric, "sentence": said, **told, "methods": rows,
-                          **({"answers": sheet.record} if sheet else {})}, indent=1, ensure_ascii=False))
+        print(json_text({"metric": asked.metric, "sentence": said, **told, "methods": rows,
+                         **({"answers": sheet.record} if sheet else {})}))
     else:
         unit = f" in {UNITS[asked.metric]}" if asked.metric in UNITS else ""
         head = heading(f"Methods, {asked.metric}{unit}, ± at {100 * asked.level:g} %")

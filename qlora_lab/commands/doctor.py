@@ -20,7 +20,6 @@ __all__ = ['SMALL', 'Check', 'twins', 'checkup', 'say', 'say_machine', 'say_repo
 # Exit code 1: something is ill, or missing that the lab cannot do without. Built in nbs/commands/doctor.ipynb.
 
 # %% ../../nbs/commands/doctor.ipynb #fac74c64
-import json
 import os
 import shutil
 import warnings
@@ -32,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from rich.text import Text
 from tyro.conf import Positional, arg
 
-from .report import console, heading, show, table, waiting
+from .report import console, heading, json_text, show, table, waiting
 
 if TYPE_CHECKING:
     from qlora_lab.engine.dispatch import Place
@@ -192,7 +191,7 @@ def say_machine(as_json: bool) -> int:
     with waiting("looking at this machine"): found, rows = checkup()
     usable = all(c.state != "missing" for c in found)
     told = {"usable": usable, "checks": [asdict(c) for c in found], "twins": [p._asdict() for p in rows]}
-    if as_json: print(json.dumps(told, indent=1))
+    if as_json: print(json_text(told))
     else: say(found, rows)
     if not as_json: print("\nThis machine can run the lab." if usable else "\nSomething needed is missing.")
     return 0 if usable else 1
@@ -272,6 +271,6 @@ class Doctor(_Options):
         kind = "data" if Path(self.what).is_file() else "run" if (Path(self.what) / "run.json").is_file() else "model"
         look = {"data": _of_data, "run": _of_run, "model": _of_model}[kind]
         with waiting(f"examining the {kind}"): report = look(self)
-        if self.json: print(json.dumps({"what": self.what, "kind": kind} | report.as_dict(), indent=1))
+        if self.json: print(json_text({"what": self.what, "kind": kind} | report.as_dict()))
         else: say_report(report, f"the {kind} {self.what}")
         return 1 if report.ill else 0

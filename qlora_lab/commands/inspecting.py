@@ -19,7 +19,6 @@ __all__ = ['tokenizer_of', 'shown', 'Data']
 # Built in nbs/commands/inspecting.ipynb.
 
 # %% ../../nbs/commands/inspecting.ipynb #85cd2372
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,7 +27,7 @@ from rich.text import Text
 from tyro.conf import Positional, arg
 
 from ..assets import SMOLLM2, quiet
-from .report import console, heading, show, table, waiting
+from .report import console, heading, json_text, show, table, waiting
 from ..records import LabError
 
 if TYPE_CHECKING:
@@ -85,6 +84,6 @@ class Data:
             if getattr(self, name) < least: raise LabError(f"{name}={getattr(self, name)}: expected at least {least}")
         with waiting("reading the data"):
             report = data_report(self.file, tokenizer_of(self.model), self.max_length, self.held_out, self.samples)
-        if self.json: print(json.dumps(report.as_dict(), indent=1))
+        if self.json: print(json_text(report.as_dict()))
         else: show(*shown(report, colour=bool(console().color_system)))
         return 1 if report.lengths.refused else 0

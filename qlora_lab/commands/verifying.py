@@ -18,7 +18,6 @@ __all__ = ['as_json', 'Verify', 'ModelCard']
 # given. Functions: `manifest.verify`, `model_card.write_card`. Built in nbs/commands/verifying.ipynb.
 
 # %% ../../nbs/commands/verifying.ipynb #a66c4376
-import json
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -29,7 +28,7 @@ from ..manifest import Verdict, record_origin, verify
 from ..model_card import write_card
 
 # isort: split
-from .report import show, waiting
+from .report import json_text, show, waiting
 
 # %% ../../nbs/commands/verifying.ipynb #26debfcc
 _Folder = Annotated[str, arg(metavar="FOLDER", help="a run, a merged or an exported model")]
@@ -37,7 +36,7 @@ _Digest = Annotated[str | None, arg(metavar="SHA256", help_behavior_hint="(defau
 
 def as_json(verdict: Verdict) -> str:
     "A verdict as one JSON object."
-    return json.dumps({"ok": verdict.ok, **verdict._asdict(), "folder": str(verdict.folder)}, indent=1)
+    return json_text({"ok": verdict.ok, **verdict._asdict(), "folder": str(verdict.folder)})
 
 @dataclass(frozen=True)
 class Verify:

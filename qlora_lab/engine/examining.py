@@ -180,7 +180,7 @@ def examine_run(
     config = _config_of(run)
     longest = getattr(config, "max_length", LONGEST)
     rows, fitting = _own_rows(run, tokenizer, data, longest)
-    patient = Patient(model, tokenizer, rows, None, config, None, len(run.metrics), fitting, longest * fitting or None)
+    patient = Patient(model, tokenizer, rows, None, config, None, run.steps_done, fitting, longest * fitting or None)
     seen = _of_model(patient, live, times=False)
     if "export" in live: found += look_at_export(model, tokenizer, rows[:8], stages, gguf, config)
     return report_of([*found, *seen.findings], seen.shown)
