@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import AddedToken
 from torch import nn
 
-from conftest import WORDS, make_llama, make_tokenizer
+from conftest import CHATML, WORDS, make_llama, make_tokenizer
 from qlora_lab.data import Example, Split, collate, encode, pair
 from qlora_lab.engine.adapters_organ import UNASKED, share_of_weight
 from qlora_lab.engine.data_organ import look_at_batch
@@ -378,6 +379,24 @@ def test_a_model_that_waits_for_another_mark(taught):
     model = patient(taught)
     model.generation_config.eos_token_id = 7
     assert names(model) == ["end mark unknown to the model"]
+
+
+ENDED = CHATML.replace("<|im_end|>", "<|end|>")
+
+
+@pytest.mark.parametrize("special, stops", [(True, [300, 1]), (True, None), (False, [300, 1])])
+def test_an_end_mark_that_is_not_the_tokenizers_own(taught, monkeypatch, special, stops):
+    "Phi-3 ends its turns with a token that was only added, as special, and stops at it: no role of the tokenizer's."
+    tokenizer, model = make_tokenizer(), patient(taught)
+    tokenizer.add_tokens([AddedToken("<|end|>", special=special, normalized=False)])
+    tokenizer.chat_template, model.generation_config.eos_token_id = ENDED, stops
+    assert 300 not in tokenizer.all_special_ids and tokenizer.convert_tokens_to_ids("<|end|>") == 300
+    rows = encode(tokenizer, EXAMPLES)
+    assert examine(model, tokenizer, data=rows, organs=["data"]).names == []
+    batch = collate(rows[:4])
+    def seen(labels): return examine(model, tokenizer, batch=batch | {"labels": labels}, organs=["data"]).names
+    assert seen(batch["labels"].masked_fill(batch["input_ids"] == 300, -100)) == ["no end mark"]
+    assert seen(batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)) == ["everything is learned"]
 
 
 def of_data(examples, **options):
