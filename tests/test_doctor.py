@@ -433,6 +433,14 @@ def test_weights_of_another_model(taught):
     assert "worse than chance" in names(model)
 
 
+def test_sentences_of_english_are_no_judge_of_another_language(taught):
+    "Without rows of its own a healthy model of few words is above chance; on its own it is not, and others are."
+    found = examine(patient(taught), TOKENIZER, steps=0, organs=["step"])
+    odd, = (f for f in found.findings if f.verdict != "well")
+    assert odd.name == "worse than chance" and odd.verdict == "note" and "of its own kind" in odd.evidence
+    assert names(patient(taught)) == [] == names(patient(taught), batch=collate(ROWS[:4]))
+
+
 def test_an_adapter_that_does_not_begin_as_nothing(taught):
     assert "changed before training" in names(patient(taught, moved=1.), steps=0)
 

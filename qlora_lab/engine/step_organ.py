@@ -9,7 +9,7 @@ __all__ = ['PRODUCTS', 'DECODING', 'step_times', 'look_at_step', 'look_at_run']
 # One step.
 #
 # Loss: a model that knows nothing is right once in as many times as there are words, which costs ln(vocabulary) nats a
-# token. Any base of its own language is far below that; one above it has other weights, or another's tokenizer.
+# token. On rows of its own kind any base is far below that; one above it has other weights, or another's tokenizer.
 #
 # Beside the base: an adapter that has not been trained must not change the loss; one that has should not be above it on
 # its own kind of data.
@@ -48,12 +48,15 @@ def _vocabulary(model: nn.Module) -> int:
     config = getattr(model, "config", None)
     return getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", 0) or 2 ** 16
 
+_NOT_ITS_OWN = "; measured on sentences of English, examples of its own kind (data) would decide it"
+
 def _loss(patient: Patient) -> list[Finding]:
     seen, chance = patient.seen, log(_vocabulary(patient.model))
     said = f"{seen.loss:.2f} nats a token; chance is ln(vocabulary) = {chance:.2f}"
     if not isfinite(seen.loss): return [ill("loss is not finite", f"{seen.loss} on the first batch{_where(patient)}")]
     if not seen.learned or seen.loss == 0: return [ill("loss is zero", f"{seen.loss:g} over {seen.learned} tokens")]
-    if seen.loss > chance + 1: return [ill("worse than chance", said)]
+    if seen.loss > chance + 1:  # sentences of English say little of a model of code, or of few words
+        return [ill("worse than chance", said) if patient.fitting else note("worse than chance", said + _NOT_ITS_OWN)]
     return [well("step", "loss", said)]
 
 # %% ../../nbs/engine/step_organ.ipynb #8219bc6c
