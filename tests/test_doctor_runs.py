@@ -95,6 +95,18 @@ def test_losses_of_a_run(sick):
     assert names(look_at_run(lines(sick, lambda k, r: r | {"loss": float("nan")}))) == ["loss is not finite"]
 
 
+def test_a_held_out_loss_that_rises_after_the_step_that_is_kept(sick):
+    "Without patience steps were too many, with it none; an adapter of a later step is worse than it could be."
+    run = lines(sick, lambda k, r: r | {"loss": 3 - 0.05 * k, "held_out": abs(k - 11) / 10})
+    rewrite(sick, lambda r: r.update(adapter_step=12))
+    found, = (f for f in look_at_run(Run.load(sick)) if f.verdict != "well")
+    assert found.name == "held-out loss rises" and found.verdict == "note" and "step 12 is kept" in found.evidence
+    rewrite(sick, lambda r: r.update(steps=100))
+    assert names(look_at_run(Run.load(sick))) == []
+    rewrite(sick, lambda r: r.update(adapter_step=len(run.metrics)))
+    assert [f.name for f in look_at_run(Run.load(sick)) if f.verdict == "ill"] == ["held-out loss rises"]
+
+
 def test_settings_and_results_of_a_run(sick):
     rewrite(sick, lambda r: r["config"].update(warmup=20))
     assert "warm-up never ends" in names(look_at_run(Run.load(sick)))

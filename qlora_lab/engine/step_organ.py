@@ -17,8 +17,8 @@ __all__ = ['PRODUCTS', 'DECODING', 'step_times', 'look_at_step', 'look_at_run']
 # Time: a pass under torch's profiler. On a CPU decoding is timed by itself, for torch does not see C; on a GPU kernels
 # are told apart by name, and what is left of the time on the clock is the card waiting for the host.
 #
-# A run that is over is judged by its lines: last quarter against first, rates, held-out losses. Differences within the
-# scatter of single steps are none. Built in nbs/engine/step_organ.ipynb.
+# A run that is over is judged by its lines: last quarter against first, rates, held-out losses (ill if the adapter of a
+# worse step was kept). Differences within the scatter of single steps are none. Built in nbs/engine/step_organ.ipynb.
 
 # %% ../../nbs/engine/step_organ.ipynb #ce982c5f
 import os
@@ -185,12 +185,20 @@ def _held_out(run: Run) -> list[Finding]:
         said = f"held out {before.loss:.3f} nats a token before, {after.loss:.3f} after"
         worse = after.loss > before.loss + max(0.05, 2 * (after.stderr if isfinite(after.stderr) else 0))
         found.append(ill("worse than its base", said) if worse else well("step", "held out", said))
-    measured = run.held_out
-    if len(measured) > 2:
-        best, last = min(loss for _, loss in measured), measured[-1][1]
-        said = f"best {best:.3f} nats a token, last {last:.3f}"
-        if last > best + max(0.1, 0.03 * best): found.append(ill("held-out loss rises", said))
-    return found
+    return found + _on_the_way(run)
+
+def _on_the_way(run: Run) -> list[Finding]:
+    "Held-out losses that rise: ill where the adapter of a worse step was kept, else steps too many."
+    if len(run.held_out) < 3: return []
+    measured, last = dict(run.held_out), run.held_out[-1][1]
+    best, kept = min(measured.values()), measured.get(run.adapter_step, last)
+    allowed = best + max(0.1, 0.03 * best)
+    if last <= allowed: return []
+    said = f"best {best:.3f} nats a token, last {last:.3f}"
+    if kept > allowed: return [ill("held-out loss rises", said)]
+    said += f"; step {run.adapter_step} is kept, with {kept:.3f}"
+    early = run.record.get("ended", {}).get("step", 0) < run.record.get("steps", 0)
+    return [well("step", "held out on the way", said) if early else note("held-out loss rises", said)]
 
 # %% ../../nbs/engine/step_organ.ipynb #a0ae9846
 def look_at_run(run: Run) -> list[Finding]:
