@@ -163,8 +163,9 @@ def split(
         return int(hashlib.sha256(told).hexdigest()[:8], 16) / 2 ** 32
     parts = Split([e for e in examples if draw(e) >= held_out], [e for e in examples if draw(e) < held_out])
     if not parts.train or not parts.held_out:
-        groups = len({e.stays_with for e in examples})
-        raise LabError(f"{len(examples)} examples in {groups} groups leave one side of the split empty; "
+        groups, files = len({e.stays_with for e in examples}), {e.source.rpartition(":")[0] for e in examples}
+        of = f"{file}: " if len(files) == 1 and (file := files.pop()) else ""
+        raise LabError(f"{of}{len(examples)} examples in {groups} groups leave one side of the split empty; "
                        f"add examples, or choose another seed or share than held_out={held_out}")
     return parts
 

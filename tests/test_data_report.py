@@ -97,8 +97,16 @@ def test_the_report_counts_what_a_training_would_see(chat):
 def test_a_split_that_cannot_be_is_said(chat):
     report = data_report([pair("a", "b", "g"), pair("c", "d", "g")], chat)
     assert "one side of the split empty" in dict(report.facts())["split"] and "leaks" not in dict(report.facts())
+    assert report.unsplit and not data_report([pair("a", "b", "g")], chat, held_out=None).unsplit
     report = data_report(Split([pair("a", "b")], [pair("A ", "c")]), chat)
-    assert report.copies.prompts == 1 and "1 held out" in dict(report.facts())["split"]
+    assert not report.unsplit and report.copies.prompts == 1 and "1 held out" in dict(report.facts())["split"]
+
+
+@pytest.mark.parametrize("wrong", [{"held_out": float("nan")}, {"held_out": 2}, {"held_out": "x"}, {"max_length": -3},
+                                   {"max_length": "x"}, {"samples": -1}, {"threshold": "x"}], ids=str)
+def test_a_number_that_makes_no_sense_is_named(chat, wrong):
+    (name, value), = wrong.items()
+    with pytest.raises(LabError, match=f"{name}={value!r}: expected"): data_report([pair("a", "b")], chat, **wrong)
 
 
 @searched(40)
@@ -150,6 +158,9 @@ def test_the_command_ends_with_1_where_a_training_would_refuse(model, tmp_path, 
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert cli.main(["data", str(tmp_path / "a.jsonl"), "--model", str(model), "--held-out", "none"]) == 1
     assert "1, the first: " in (said := capsys.readouterr().out) and "a.jsonl:1: " in said
+    (tmp_path / "b.jsonl").write_text(json.dumps(rows[1]))  # alone on one side of the split
+    assert cli.main(["data", str(tmp_path / "b.jsonl"), "--model", str(model)]) == 1
+    assert "leave one side of the split empty" in " ".join(capsys.readouterr().out.split())
     for wrong, message in ((["--max-length", "0"], "max_length=0"), (["--model", "nowhere"], "no model named")):
         assert cli.main(["data", str(tmp_path / "a.jsonl"), *wrong]) == 2
         assert message in capsys.readouterr().err

@@ -411,6 +411,9 @@ def test_data():
     assert of_data(healthy, max_length=20) == ["too long"]
     assert of_data([*healthy, *healthy[:20]]) == ["the same again"]
     assert of_data(Split(healthy[:40], healthy[30:])) == ["the same again", "leaks"]
+    assert of_data([pair(f"{k}", f"{k}", group="one") for k in range(40)]) == ["no split"]
+    assert of_data(healthy[:1]) == ["no split"] and of_data(healthy[:1], held_out=None) == []
+    with pytest.raises(LabError, match="long='xx': expected refuse, truncate"): of_data(healthy, long="xx")
     lone = pair("Half \ud800 a character", "No.", group="lone")
     found = examine(Split([*healthy[:50], lone], healthy[50:]), TOKENIZER)
     FOUND.update(found.names)

@@ -130,7 +130,7 @@ def test_too_little_data(tiny, lab, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n')
     code, message = lab("train", "--data", path, "--model", tiny, "--out", tmp_path / "run")
-    assert code == 2 and "leave one side of the split empty" in message
+    assert code == 2 and "mine.jsonl: 1 examples in 1 groups leave one side of the split empty" in message
 
 
 # models

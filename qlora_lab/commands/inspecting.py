@@ -15,7 +15,8 @@ __all__ = ['tokenizer_of', 'shown', 'Data']
 # In a terminal the learned tokens have a ground of their own. Where the output has no colour, a second line with carets
 # stands under them. --json gives numbers, reasons and the histogram to programs, without the examples.
 #
-# Exit codes: 0; 1 if a training would refuse some of the examples; 2 for a file that cannot be read, with its line.
+# Exit codes: 0; 1 if a training would refuse some of the examples, or no split can be made; 2 for a file that cannot
+# be read, with its line.
 # Built in nbs/commands/inspecting.ipynb.
 
 # %% ../../nbs/commands/inspecting.ipynb #85cd2372
@@ -69,7 +70,7 @@ class Data:
 
     The model's tokenizer alone is opened.
 
-    Exit code 1: a training would refuse some of the examples."""
+    Exit code 1: a training would refuse some of the examples, or cannot split them."""
     file: Positional[_File]
     model: _Name = SMOLLM2        # whose tokenizer reads it: a known name, a folder or a hub id
     max_length: int = 512         # tokens an example, at most
@@ -86,4 +87,4 @@ class Data:
             report = data_report(self.file, tokenizer_of(self.model), self.max_length, self.held_out, self.samples)
         if self.json: print(json_text(report.as_dict()))
         else: show(*shown(report, colour=bool(console().color_system)))
-        return 1 if report.lengths.refused else 0
+        return 1 if report.lengths.refused or report.unsplit else 0

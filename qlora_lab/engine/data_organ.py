@@ -9,7 +9,7 @@ __all__ = ['AGAIN', 'look_at_source', 'end_marks', 'marks_of', 'look_at_batch', 
 # Two looks at data.
 #
 # At the source: `data_report` reads a file, or a split, with the model's tokenizer: examples that would be refused,
-# rows too long, copies, leaks. What the lab's own masks guarantee need not be asked there.
+# rows too long, copies, leaks, sides that are empty. What the lab's own masks guarantee need not be asked there.
 #
 # At a batch: labels as the loss gets them, the lab's or those of somebody's own collator. A label is learned if it is
 # not -100 and has a token before it. Ill are: nothing learned; everything, in rows that are conversations; padding;
@@ -64,7 +64,8 @@ def look_at_source(
     long: str = "refuse",  # what a training does with rows that are too long
 ) -> list[Finding]:
     "What a report of a file says of its health."
-    return [*_lengths(report, long), *_copies(report)]
+    apart = [ill("no split", report.unsplit)] if report.unsplit else []
+    return [*_lengths(report, long), *apart, *_copies(report)]
 
 # %% ../../nbs/engine/data_organ.ipynb #ac9795aa
 def end_marks(tokenizer, model=None) -> tuple[set[int], set[int]]:

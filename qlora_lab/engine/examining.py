@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..data import Example, Split, Tokens, data_hash, encode, pair
+from ..data import LONG, Example, Split, Tokens, data_hash, encode, pair
 from .adapters_organ import look_at_adapters
 from .checkpointing_organ import look_at_checkpointing
 from .data_organ import look_at_batch, look_at_source, sample_of
@@ -46,7 +46,7 @@ from .weights_organ import look_at_weights
 from ..open_run import open_run
 from ..records import LabError
 from ..runs import Run
-from ..settings import TrainConfig
+from ..settings import TrainConfig, expect
 
 if TYPE_CHECKING:
     import torch
@@ -126,6 +126,7 @@ def examine_data(
     long: str = "refuse",          # what it does with longer rows
 ) -> Report:
     "Examples, with the tokenizer of the model that is to learn from them; raises LabError where none can be read."
+    expect(long in LONG, "long", long, "refuse, truncate or drop")
     report = data_report(source, tokenizer, max_length, held_out)
     return report_of(look_at_source(report, long), report.lengths.shown)
 

@@ -83,6 +83,8 @@ KNOWN |= {
     "end mark unknown to the model": Known("data", "add the template's end mark to generation_config.eos_token_id"),
     "too long": Known("data", "raise max_length as far as the model's context goes, or shorten the examples"),
     "the same again": Known("data", "remove copies: each is learned once more"),
+    "no split": Known("data", "a training refuses them: add examples, give them groups of their own, or hold out "
+                              "another share"),
     "leaks": Known("data", "give what belongs together one group, so that it stays on one side of the split"),
 }
 
