@@ -211,7 +211,9 @@ def tokens_hash(
 ) -> str:        # 16 hex digits
     "A fingerprint of what the model is fed: tokens, and which of them are learned."
     made = hashlib.sha256()
-    for row in rows: made.update(repr((row.ids.tolist(), row.mask.nonzero().flatten().tolist())).encode())
+    for row in rows:
+        made.update(len(row.ids).to_bytes(8))
+        for part in (row.ids.long(), row.mask.bool()): made.update(part.numpy().tobytes())
     return made.hexdigest()[:16]
 
 def encoded(model: nn.Module, tokenizer, data: Split, config: TrainConfig) -> tuple[list, list, dict]:
