@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 
 from .adapter_sets import adapter_set, compare_answers
 from .comparison import labels
+from .conversations import text_of
 from .examples import lines_of_json
 from .file_hashes import hash_file
 from .locks import claimed
@@ -74,7 +75,7 @@ def read_prompts(path: str | Path) -> Prompts:
 def _prompt(row, where) -> str:
     told = row.get("prompt") if isinstance(row, Mapping) else None
     if not isinstance(told, str) or not told.strip(): raise LabError(f'{where}: expected {{"prompt": "..."}}')
-    return told
+    return text_of(told, "prompt", where)
 
 # %% ../nbs/reference/prompt_answers.ipynb #415bad0f
 def trained_hash(run: Run) -> str:

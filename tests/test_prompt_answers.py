@@ -104,6 +104,7 @@ def test_runs_on_several_bases(swept, prompts, tmp_path):
 @pytest.mark.parametrize(("name", "text", "told"), [
     ("p.txt", "\n \n", "no prompts"), ("p.txt", "a\na\n", "twice"),
     ("p.jsonl", '{"text": "a"}\n', 'expected {"prompt"'), ("p.jsonl", '{"prompt": "a"\n', "p.jsonl"),
+    ("p.jsonl", '{"prompt": "a \\udcff"}\n', "p.jsonl:1: prompt has half a character"),
     ("none.txt", None, "no such file")])
 def test_prompts_that_are_none(tmp_path, name, text, told):
     if text is not None: (tmp_path / name).write_text(text)
