@@ -40,7 +40,7 @@ from .admission import Kind, Wish, admit, hold_wish, quantization_of, settle_com
 from .against_file import Stored, fits, hold_against, stored_dtype, stored_files
 from .assets import SMOLLM2, quiet, smollm2_folder
 from .bnb_files import load_quantized
-from .claimed_sizes import arose_here, check_sizes, check_vocabulary, one_line, told_of
+from .claimed_sizes import arose_here, check_sizes, check_tokens, check_vocabulary, one_line, told_of
 from .decoding import decoded
 from .engine.dispatch import faster
 from .linear4bit import PackedWeight
@@ -246,6 +246,7 @@ def choice_of(
         raise LabError("scales=, keep= and calibration= say how the lab puts weights into 4 bits, and here it does "
                        "not: the folder holds 4-bit weights already, or backend='bnb' or quantize=None was asked for")
     rows = calibration and [tokenizer(t).input_ids if isinstance(t, str) else t for t in calibration]
+    if rows: check_tokens(model, tokenizer, rows)
     if rows: model.to(device)  # they go through it
     return {"scales": scales, "keep": keep, "calibration": rows}
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from .admission import Wish
 from .assets import SMOLLM2, quiet
 from .casting import cast
-from .claimed_sizes import told_of
+from .claimed_sizes import check_tokens, told_of
 from .head_loss import place_losses
 from .held import held_tensors
 from .linear4bit import quantize_model
@@ -86,7 +86,9 @@ def answer(
     texts = [tokenizer.apply_chat_template(t, **asked) for t in turns] if chat else [t[-1]["content"] for t in turns]
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not chat,
-                      return_token_type_ids=False).to(next(model.parameters()).device)
+                      return_token_type_ids=False)
+    check_tokens(model, tokenizer, batch.input_ids)
+    batch = batch.to(next(model.parameters()).device)
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     with quiet():
         out = model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
@@ -118,6 +120,7 @@ def token_losses(
     "The model's surprise at each token of a text, the first of each window aside."
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
     if len(ids) < 2: raise LabError(f"the text has {len(ids)} tokens; perplexity needs at least 2")
+    check_tokens(model, tokenizer, [ids])
     ids, losses = ids.to(next(model.parameters()).device), []
     for part in (ids[start:start + window + 1] for start in range(0, len(ids) - 1, window)):
         at = torch.arange(len(part) - 1, device=part.device)

@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .batches import step_batches
+from .claimed_sizes import check_tokens
 from .data import Split, data_hash, encode
 from .locks import locked
 from .lora import trainable
@@ -217,12 +218,13 @@ def tokens_hash(
     return made.hexdigest()[:16]
 
 def encoded(model: nn.Module, tokenizer, data: Split, config: TrainConfig) -> tuple[list, list, dict]:
-    "Rows to learn from, rows to score, and their hashes; raises LabError, also where no batch can be filled."
+    "Rows to learn from, rows to score, and their hashes; raises LabError, also for what fills no batch."
     longest = min(config.max_length, getattr(model.config, "max_position_embeddings", config.max_length))
     learn = encode(tokenizer, data.train, longest, config.long, "examples to learn from")
     step_batches([len(row.ids) for row in learn], config, 0)  # now, while the folder is still nobody's
     scored = spread(data.held_out, config.eval_examples)
     held = encode(tokenizer, scored, longest, config.long, "held-out examples")
+    check_tokens(model, tokenizer, [row.ids for row in learn + held])
     return learn, held, {"data": tokens_hash(learn), "held_out": tokens_hash(held)}
 
 # %% ../nbs/reference/runs.ipynb #2c7f81e5

@@ -35,6 +35,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .adapter_sets import AdapterSet, base_alone
 from .assets import quiet
+from .claimed_sizes import check_tokens
 from .conversations import text_of
 from .engine.dispatch import faster
 from .open_run import to_answer
@@ -167,6 +168,7 @@ class _Generating(_Manner):
     def _generate(self, who: str, turns: list[dict], pieces: Pieces) -> None:
         "Let a speaker answer, with what it has read before."
         ids = prompt_ids(self.tokenizer, turns)
+        check_tokens(self.net, self.tokenizer, [ids])
         room, device = self._room(ids), next(self.net.parameters()).device
         batch = {"input_ids": torch.tensor([ids], device=device)}
         batch |= {"attention_mask": torch.ones_like(batch["input_ids"]), "max_new_tokens": room}

@@ -1,20 +1,26 @@
 "Edges that a small change to the code would move: found by `python -m benchmarks.mutation`, which nothing had noticed."
 import math
+from contextlib import nullcontext
 from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
 
-from conftest import make_llama
+from conftest import make_llama, make_tokenizer
 from qlora_lab import rates
+from qlora_lab.admission import Kind
 from qlora_lab.batches import batch_indices
 from qlora_lab.data import Example, Split, collate, docstring_pairs, encode, pair, split, tokenize
+from qlora_lab.evaluate import evaluate
 from qlora_lab.linear4bit import quantize_model
+from qlora_lab.loading import choice_of
+from qlora_lab.model import answer, perplexity
 from qlora_lab.rates import adapter_groups, as_decided, make_optimizer, steps_of
 from qlora_lab.records import LabError
 from qlora_lab.scoring import Score
 from qlora_lab.settings import TrainConfig
-from qlora_lab.train import attach_adapters
+from qlora_lab.talk import Talk
+from qlora_lab.train import attach_adapters, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -134,3 +140,40 @@ def test_one_rate_is_one_group_and_a_budget_is_in_mib(monkeypatch):
     monkeypatch.setattr(rates, "faster", lambda operation, device, *args: asked.append(args) or "made")
     for mib in (3, 0): assert make_optimizer(model, TrainConfig(rank=2, device_budget=mib)) == "made"
     assert [args[-1] for args in asked] == [3 << 20, None]
+
+
+TEXT = "say <new> again"
+
+
+@pytest.mark.parametrize("use", [
+    lambda m, t, to: train(m, t, Split([pair(f"{TEXT} {i}", "yes") for i in range(4)], [pair("no", "no")]),
+                           TrainConfig(folder=str(to), steps=1, batch_size=2, rank=2, eval_prompts=0), progress=False),
+    lambda m, t, to: train(m, t, Split([pair(f"say {i}", "yes") for i in range(4)], [pair(TEXT, "no")]),
+                           TrainConfig(folder=str(to), steps=1, batch_size=2, rank=2, eval_prompts=0), progress=False),
+    lambda m, t, to: answer(m, t, ["say", TEXT], max_new_tokens=1),
+    lambda m, t, to: perplexity(m, t, TEXT),
+    lambda m, t, to: evaluate(m, t, TEXT + "\n"),
+    lambda m, t, to: evaluate(m, t, [pair(TEXT, "yes")]),
+    lambda m, t, to: Talk(m, t, max_new_tokens=1).ask(TEXT),
+    lambda m, t, to: choice_of(m, t, Kind("nf4", 64, True), torch.device("cpu"), scales="chosen", calibration=[TEXT]),
+], ids=["train", "held out", "answer", "perplexity", "evaluate text", "evaluate", "talk", "calibration"])
+@pytest.mark.parametrize("more", [0, 1], ids=["the last row", "one more"])
+def test_the_last_token_that_the_model_has_a_row_for(more, use, tmp_path):
+    "A tokenizer was given tokens that the model was not: harmless until a text has one of them."
+    model, tokenizer = make_llama(), make_tokenizer()
+    rows = model.get_input_embeddings().num_embeddings
+    tokenizer.add_tokens([f"<filler{i}>" for i in range(rows - 1 - len(tokenizer) + more)])
+    tokenizer.add_tokens(["<new>", "<unused>"])
+    assert tokenizer.convert_tokens_to_ids("<new>") == rows - 1 + more
+    told = rf"'<new>' has the number {rows}, .* has {rows} rows; .*embeddings\({rows + 2}\)"
+    with pytest.raises(LabError, match=told) if more else nullcontext(): use(model, tokenizer, tmp_path / "run")
+
+
+def test_the_cure_of_a_token_without_a_row():
+    "The call that the message names is enough, on a model in 4 bits too."
+    model, tokenizer = quantize_model(make_llama()), make_tokenizer()
+    rows = model.get_input_embeddings().num_embeddings
+    tokenizer.add_tokens([f"<{i}>" for i in range(rows + 1 - len(tokenizer))])
+    with pytest.raises(LabError): perplexity(model, tokenizer, f"say <{rows - len(make_tokenizer())}>")
+    model.resize_token_embeddings(len(tokenizer))
+    assert perplexity(model, tokenizer, f"say <{rows - len(make_tokenizer())}>") > 1

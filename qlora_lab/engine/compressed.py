@@ -32,6 +32,7 @@ import torch
 
 from ..admission import admit, quantization_of
 from ..assets import quiet
+from ..claimed_sizes import check_tokens
 from ..data import tokenize
 from .gguf_files import check_out, check_source, default_out
 from ..loading import open_tokenizer
@@ -103,6 +104,7 @@ def _compressed(folder: Path, examples, out: str | Path | None, method: str, cou
         tokenizer = open_tokenizer(str(folder))
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", trust_remote_code=False)
     rows, size = calibration(tokenizer, examples, count, longest), group_size(model, folder)
+    check_tokens(model, tokenizer, [row["input_ids"] for row in rows])
     try:
         with whole_folder(out) as made: _fill(made, model, tokenizer, rows, method, size, source or folder, out.name)
     except LabError: raise
