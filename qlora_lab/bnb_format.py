@@ -39,7 +39,8 @@ def bnb_tensors(
     q: QuantizedTensor,
 ) -> dict[str, Tensor]:  # names as bitsandbytes writes them after "weight."
     "The statistics as bitsandbytes serializes them; numbers and names travel as JSON in a uint8 tensor."
-    dtype = str(q.dtype).removeprefix("torch.")
+    readable = torch.float32 if q.dtype == torch.float64 else q.dtype  # bitsandbytes knows none of 64 bits
+    dtype = str(readable).removeprefix("torch.")
     meta = {"quant_type": q.quant_type, "blocksize": q.blocksize, "dtype": dtype, "shape": list(q.shape)}
     tensors = {"absmax": q.stats, "quant_map": torch.tensor(levels_by_code(q.quant_type))}
     if q.nested:

@@ -169,6 +169,26 @@ def test_shards_as_the_hub_has_them(folder):
     assert model.lm_head.weight is model.model.embed_tokens.weight and not model.get_parameter(QUERY).eq(1).all()
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_weights_of_64_bits_come_back(double_quant, folder, tmp_path):
+    "Scales are computed in 32 bits whatever the weight's dtype, so a folder may say float32, and lose nothing."
+    def packed(model, name):
+        save_quantized(model, tmp_path / name, make_tokenizer())
+        return load_file(tmp_path / name / "model.safetensors")
+    how = dict(double_quant=double_quant)
+    want = load_model(folder, **how, **EXACT)[0]
+    bits_of = {n: t for n, t in packed(want, "32").items() if ".weight." in n or t.dtype == torch.uint8}
+    rewrite(folder, lambda s: {k: t.double() for k, t in s.items()})
+    reconfigure(folder, dtype="float64")
+    in_64 = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    ways = (load_model(folder, **how, **EXACT)[0], quantize_model(in_64, **how),
+            load_model(folder, **how, **EXACT | dict(dtype=torch.float64))[0])
+    for i, model in enumerate(ways):
+        made = packed(model, str(i))
+        assert len(bits_of) > 14 and all(torch.equal(made[n], t) for n, t in bits_of.items())
+        assert torch.equal(logits(load_model(tmp_path / str(i), **EXACT)[0]), logits(want))
+
+
 @pytest.mark.parametrize("config, told", [
     (dict(model_type="t5"), "t5 is an encoder-decoder"),
     (dict(model_type="bart"), "bart is an encoder-decoder"),
