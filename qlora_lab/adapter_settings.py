@@ -16,7 +16,7 @@ __all__ = ['DONE', 'NO_SAY', 'WHY', 'IN_THE_BASE', 'INITIALIZERS', 'KINDS', 'PAT
 # Initializers need a second look. True, False, 'gaussian', 'orthogonal', 'eva' and 'mica' only choose numbers for A and
 # B, so a file loads like any other. 'pissa', 'olora', 'corda', 'loftq' and 'lora_ga' take their first A and B out of
 # the base weight as well: their file fits a base that is not in it. PEFT repeats the subtraction when it loads, which
-# needs the weights of the day; it can instead save such an adapter as plain LoRA, and that is the cure named.
+# needs the weights of the day; it can instead save all but LoftQ's as plain LoRA, and that is the cure named.
 #
 # Another method of PEFT than LoRA is known by peft_type.
 #
@@ -61,16 +61,27 @@ WHY = {
 IN_THE_BASE = "pissa", "olora", "corda", "loftq", "lora_ga"  # initializers that change the base weight
 INITIALIZERS = True, False, "gaussian", "orthogonal", "eva", "mica"
 
-def _check_initializer(value: bool | str) -> None:
+def _check_initializer(config: "LoraConfig") -> None:
     "Refuse what changes the base weight, or is unknown."
+    value = config.init_lora_weights
     text = str(value).lower()
     if text.startswith(IN_THE_BASE):
         raise LabError(
             f"LoraConfig.init_lora_weights={value!r}: such an adapter belongs to a base weight that was changed when "
-            "it was made, and the file does not hold that base; let PEFT save it as plain LoRA "
-            "(save_pretrained with path_initial_model_for_weight_conversion)")
+            f"it was made, and the file does not hold that base; {_way_out(text, config)}")
     if text not in [str(known).lower() for known in INITIALIZERS]:
         raise LabError(f"LoraConfig.init_lora_weights={value!r}: expected one of {INITIALIZERS}")
+
+# %% ../nbs/reference/adapter_settings.ipynb #f3a86c1d
+def _way_out(initializer: str, config: "LoraConfig") -> str:
+    "How to come by a plain adapter: PEFT converts some, where it has the adapter as it was before training."
+    if initializer.startswith("loftq"):
+        return "PEFT does not convert it: merge it with PEFT into the base that it was trained on, and use that model"
+    if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
+        return ("PEFT does not convert it, for rsLoRA has a pattern of ranks or alphas here: merge it with PEFT into "
+                "the base that it was trained on, and use that model")
+    return ("let PEFT save it as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion, the folder "
+            "of the adapter before its training)")
 
 # %% ../nbs/reference/adapter_settings.ipynb #f8854ec1
 def _whole(v): return isinstance(v, int) and not isinstance(v, bool) and v >= 1
@@ -148,7 +159,7 @@ def check_config(config: "LoraConfig") -> None:
     check_method(getattr(config.peft_type, "value", config.peft_type))
     check_kinds(config)
     check_left_out({f.name: getattr(config, f.name) for f in fields(config)})
-    _check_initializer(config.init_lora_weights)
+    _check_initializer(config)
     if config.bias not in ("none", "all", "lora_only"):
         raise LabError(f"LoraConfig.bias={config.bias!r}: expected 'none', 'all' or 'lora_only'")
 

@@ -397,6 +397,18 @@ def test_loftq_is_refused_by_its_name(tmp_path):
     with pytest.raises(LabError, match="loftq"): load_adapter(llama(), written(tmp_path, **changes))
 
 
+@pytest.mark.parametrize("init, more, converts", [
+    *((kind, {}, True) for kind in ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga")), ("loftq", {}, False),
+    ("pissa", dict(use_rslora=True), True), ("pissa", dict(rank_pattern={"q_proj": 2}), True),
+    ("pissa", dict(use_rslora=True, rank_pattern={"q_proj": 2}), False),
+    ("olora", dict(use_rslora=True, alpha_pattern={"q_proj": 2}), False)])
+def test_the_way_out_is_one_that_peft_has(init, more, converts, tmp_path):
+    "PEFT converts some, and none where rsLoRA has patterns."
+    told = "path_initial_model_for_weight_conversion" if converts else "PEFT does not convert it.*merge it with PEFT"
+    if init == "loftq": more = dict(loftq_config={"loftq_bits": 4, "loftq_iter": 1})
+    with pytest.raises(LabError, match=told): load_adapter(llama(), written(tmp_path, init_lora_weights=init, **more))
+
+
 def test_a_field_of_a_newer_peft(tmp_path):
     "Harmless where it is empty, refused where it is set."
     load_adapter(llama(), written(tmp_path / "a", use_future=None))
