@@ -22,6 +22,7 @@ from qlora_lab.engine.rehearsal import Settings, empty_model
 from qlora_lab.linear4bit import quantize_model
 from qlora_lab.lora import add_lora, trainable
 from qlora_lab.memory import watch_step
+from qlora_lab.records import LabError
 
 pytestmark = pytest.mark.usefixtures("one_thread", "lean")
 
@@ -140,3 +141,27 @@ def test_known_shapes_have_the_sizes_of_their_names():
             found = sum(p.numel() for p in model.parameters()) / 1e9
             assert abs(found / billion - 1) < 0.02, (name, found)
     assert set(wanted) <= set(KNOWN)
+
+
+@pytest.mark.parametrize("name, odd, said", [
+    ("qwen3", dict(num_key_value_heads=0), "num_key_value_heads"), ("phi", dict(num_key_value_heads=-1), "heads is -1"),
+    ("bloom", dict(n_head=7), "divisible"), ("falcon", dict(num_attention_heads=7), "divisible"),
+    ("phi3", dict(hidden_act="x"), "'x'"), ("gpt2", dict(embd_pdrop=7), "dropout"),
+    ("mixtral", dict(num_experts_per_tok=9), "not in range"), ("qwen3", dict(head_dim=0), "built"),
+    ("mistral", dict(pad_token_id=99999), "Padding_idx"), ("gemma2", dict(sliding_window=None), "sliding_window"),
+    ("glm4_moe", dict(return_dict=False), "rehearsed"), ("llama4_text", dict(head_dim=3), "shape"),
+    ("gpt_oss", dict(num_local_experts=-1), "num_local_experts"), ("gpt2", dict(n_layer=10**15), "n_layer"),
+    ("llama", dict(vocab_size=10**15), "vocab_size")], ids=str)
+def test_a_config_that_describes_no_model_is_refused(name, odd, said):
+    "In one sentence, whether its sizes, building it or a step of it says so; what was raised is chained."
+    with pytest.raises(LabError, match=said) as refused:
+        plan(FAMILIES[name]().to_dict() | odd, sequence=32, rank=4, device="cpu", dtype="float32")
+    assert "\n" not in str(refused.value) and ("cannot be" in str(refused.value)) == bool(refused.value.__cause__)
+
+
+def test_a_fault_of_the_lab_is_chained(monkeypatch):
+    "Named in the sentence, and there to be looked at."
+    def faulty(*_): raise RuntimeError("a fault of the lab's")
+    monkeypatch.setattr("qlora_lab.engine.planner.rehearsed", faulty)
+    with pytest.raises(LabError, match="a fault of the lab's") as refused: plan("smollm2-135m", device="cpu")
+    assert type(refused.value.__cause__) is RuntimeError

@@ -17,13 +17,14 @@ __all__ = ['KNOWN', 'FAMILIES', 'model_config', 'longest_text']
 #
 # What cannot be planned is refused here, with the name of the model, what was expected and what came: names that
 # nobody knows (with the nearest that are), families that the rehearsal has not been tested with, sizes that are
-# missing or are no whole numbers, by the names that the family gives them (GPT-2's n_embd). A config with a text model
-# inside may leave sizes to transformers, as Gemma 3's files do. Fields that say nothing about memory, or would make
-# transformers look for weights in another format, are left out.
+# missing, are no whole numbers, or beyond those of any model, by the names that the family gives them. A config with a
+# text model inside may leave sizes to transformers, as Gemma 3's files do. Fields that say nothing about memory, or
+# would make transformers look for weights in another format, are left out.
 #
 # Built in nbs/engine/known_models.ipynb, for lesson 12.
 
 # %% ../../nbs/engine/known_models.ipynb #b0269122
+import re
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
@@ -135,6 +136,20 @@ def _named_config(name: str) -> dict:
     others = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(KNOWN)}."
     raise LabError(f"no model named {name!r}{others} A config.json or its folder does as well")
 
+# %% ../../nbs/engine/known_models.ipynb #a5f02d9c
+_BOUNDS = [  # endings of names, the least and the most
+    (re.compile(r"layers?$"), 0, 2048), (re.compile(r"heads?$"), 1, 1 << 16), (re.compile(r"experts$"), 0, 1 << 16),
+    (re.compile(r"(size|dim|rank|inner|embd|positions|_embeddings)$"), 0, 1 << 32)]
+
+def _within(fields: dict, who: str) -> None:
+    "Refuse sizes that no model has, before anything is made as large as they say."
+    for name, n in fields.items():
+        if isinstance(n, dict) and str(name).endswith("_config"): _within(n, who)
+        if not isinstance(n, int) or isinstance(n, bool): continue
+        for pattern, least, most in _BOUNDS:
+            if pattern.search(str(name)) and not least <= n <= most:
+                raise LabError(f"{who}: {name} is {n}: expected a number from {least} to {most:,}")
+
 # %% ../../nbs/engine/known_models.ipynb #fa242270
 def _expected(family: str) -> dict[str, str]:
     "The sizes that a family's file must give, by the names that it has for them."
@@ -153,6 +168,7 @@ def _checked(found: dict, who: str) -> dict:
     sizes, text = (found, _expected(family)) if inside is None else (inside, few)
     odd = [k for k, name in text.items() if not whole(sizes.get(name, sizes.get(k)))]
     if odd: raise LabError(f"{who}: lacks {', '.join(odd)}: expected a positive whole number")
+    _within(found, who)
     return {k: _checked_part(v) if isinstance(v, dict) else v for k, v in found.items() if k not in _SKIPPED}
 
 def _checked_part(part: dict) -> dict:

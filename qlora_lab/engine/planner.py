@@ -27,6 +27,7 @@ __all__ = ['MemoryPlan', 'plan']
 
 # %% ../../nbs/engine/planner.ipynb #d67cf71f
 import json
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from math import ceil
 from pathlib import Path
@@ -34,13 +35,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..claimed_sizes import one_line
 from .allocator import CONTEXT_GIB, FRAGMENTS, LIBRARY_BYTES, ROUNDED
 from .dispatch import REHEARSED, rehearsing, twin
 from .host_checkpoints import piece_bytes
 from .known_models import longest_text, model_config
 from .packed_rows import filled_places
 from .portion import Spread, Travels, portioned, share
-from .rehearsal import Rehearsal, Settings, dtype_named, rehearsed
+from .rehearsal import Rehearsal, Settings, chosen_layers, dtype_named, rehearsed
 from .scaling import COMMUNICATOR_GIB, StepTime, step_time
 from .state_formats import FORMATS, page_parameters, read_moments, state_bytes, write_moments
 from ..memory import Moment
@@ -183,6 +185,15 @@ def _of_one(text: str, s: Settings, process_bytes: int) -> tuple:
     first = rehearsed(text, replace(alike, accumulation=1), kernels).gradients if s.accumulation > 1 else 0
     return r, *_completed(r, s, kernels, process_bytes, first)
 
+# %% ../../nbs/engine/planner.ipynb #e37b5a10
+@contextmanager
+def _told(what: str):
+    "Whatever is raised in the block becomes one LabError: a config may describe no model, in ways beyond listing."
+    try: yield
+    except (LabError, MemoryError): raise
+    except Exception as e:
+        raise LabError(f"{what}: {one_line(e).rstrip('.')}; correct its config.json or the settings") from e
+
 # %% ../../nbs/engine/planner.ipynb #5ad54866
 def plan(
     model: "str | Path | dict | PretrainedConfig",  # a known name, a config.json or its folder, or its content
@@ -199,7 +210,9 @@ def plan(
     if most and s.sequence > most: raise LabError(f"sequence={s.sequence}: this {config.model_type} has {most} places")
     name = name or str(model if isinstance(model, (str, Path)) else config.model_type)
     text = json.dumps(config.to_dict(), default=str)
-    r, held, moments, host = _of_one(text, s, process_bytes)
+    with _told(f"{name}: this {config.model_type} cannot be built"): chosen_layers(text, s)
+    with _told(f"{name}: a step of this {config.model_type} cannot be rehearsed"):
+        r, held, moments, host = _of_one(text, s, process_bytes)
     inputs = _host_inputs(config, s, r.layers, r.fused)
     results = r.results if inputs else 0
     held, moments, travels = portioned(held, moments, text, s, spread, ROUNDED[s.device])
