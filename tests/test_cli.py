@@ -77,6 +77,18 @@ def test_a_mistake_is_one_line(line, said, capsys, monkeypatch):
     assert (out, err) == ("", f"qlora-lab: {said}; {where}\n")
 
 
+@pytest.mark.parametrize("words", [["train", "--data", ""], ["train", "--out="], ["merge", "runs/a", "--out", ""],
+                                   ["export", "", "--gguf", "Q8_0"], ["compare", "runs/a", ""],
+                                   ["doctor", "--data", ""], ["chat", "runs/a", "--adapter", ""], ["plan", ""],
+                                   ["train", "--init-adapter", ""]])
+def test_an_empty_text_is_no_name(words, capsys):
+    "A variable of the shell that is not set: nothing is trained or written in its place."
+    assert cli.main(words) == 2
+    option = next((w.strip("=") for w in words[1:] if w[:2] == "--" and w != "--gguf"), "an argument")
+    assert capsys.readouterr().err.startswith(f"qlora-lab: {option}: expected a value, not an empty text")
+    cli.hold_empty(["runs/a", "--system", "", "--prompt", "a=", "--rank=4"])
+
+
 @pytest.mark.parametrize("line", ["--help", "doctor --help", "train --help", "plan --help"])
 def test_help_is_plain_in_a_pipe(line, capsys, monkeypatch):
     "No frames, no colours, no blanks at the end of lines; at most 80 characters wide."

@@ -383,6 +383,22 @@ def test_data_by_the_command(healthy, capsys, tmp_path):
     assert code == 1 and "the same again" in {f["name"] for f in json.loads(told)["findings"]}
 
 
+@pytest.mark.parametrize("words, said", [
+    (["--data", "x.jsonl"], "--data: means nothing for this machine, it is for MODEL or RUN"),
+    (["base", "--max-length", "3"], "--max-length: means nothing for MODEL, it is for DATA"),
+    (["base", "--gguf", "Q8_0"], "--gguf: means nothing for MODEL, it is for RUN"),
+    (["base", "--model", "mine"], "--model: means nothing for MODEL, it is for DATA"),
+    (["run", "--quantize", "none"], "--quantize: means nothing for RUN, it is for MODEL"),
+    (["run", "--held-out", "0.2"], "--held-out: means nothing for RUN, it is for DATA"),
+    (["run/run.json", "--export"], "--export: means nothing for DATA, it is for RUN"),
+    (["run/run.json", "--data", "x.jsonl"], "--data: means nothing for DATA, it is for MODEL or RUN")])
+def test_an_option_that_means_nothing(healthy, capsys, words, said):
+    "Dropped in silence, it would seem to have been looked at."
+    words = [str(healthy.parent / w) if w.split("/")[0] in ("base", "run") else w for w in words]
+    code, out, err = doctor(capsys, *words)
+    assert (code, out) == (2, "") and said in err
+
+
 def test_what_is_none_of_the_three(capsys, tmp_path):
     code, _, err = doctor(capsys, tmp_path)
     assert code == 2 and "config.json" in err and "Traceback" not in err
