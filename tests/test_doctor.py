@@ -3,6 +3,7 @@
 The patient is a tiny Llama that has learned a few sentences, so that a loss can be better than chance.
 """
 import copy
+import json
 
 import pytest
 import torch
@@ -141,6 +142,28 @@ def test_rows_need_no_tokenizer_and_examples_do(taught):
     assert "adapters: gradients" in repr(examine(patient(taught), data=ROWS, organs=["adapters"]))
     with pytest.raises(LabError, match="tokenizer"): examine(patient(taught), data=EXAMPLES)
     assert examine(patient(taught), organs=["data"]).findings == ()
+
+
+def test_data_in_every_form(taught, tmp_path):
+    "Examples as a file, as dicts, as a Split: all say the same."
+    dicts = [{"prompt": e.prompt, "completion": e.answer} for e in EXAMPLES]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, dicts)))
+    model = patient(taught)
+    told = [repr(examine(model, TOKENIZER, data=data, organs=["data"]))
+            for data in (EXAMPLES, dicts, tmp_path / "mine.jsonl", str(tmp_path / "mine.jsonl"), Split(EXAMPLES, []))]
+    assert len(set(told)) == 1 and "end mark" in told[0]
+    with pytest.raises(LabError, match="row 1"): examine(model, TOKENIZER, data=["a", "b"])
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda b: {k: v for k, v in b.items() if k != "labels"}, "labels is missing"),
+    (lambda b: {}, "input_ids is missing"),
+    (lambda b: {k: v[0] for k, v in b.items()}, "input_ids has 1 dimensions"), (list, "batch is a list"),
+    (lambda b: b | {"labels": b["labels"].tolist()}, "labels is a list"),
+    (lambda b: b | {"attention_mask": None}, "attention_mask is a NoneType")])
+def test_a_batch_in_another_form(taught, change, said):
+    with pytest.raises(LabError, match=said): examine(taught, TOKENIZER, batch=change(collate(ROWS[:2])))
+    with pytest.raises(LabError, match="steps=-1"): examine(taught, TOKENIZER, steps=-1)
 
 
 def test_plain_texts_are_no_conversations(taught):

@@ -32,14 +32,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..data import LONG, Example, Split, Tokens, data_hash, encode, pair
+from ..data import LONG, Example, Split, Tokens, data_hash, encode, load_examples, pair
 from .adapters_organ import look_at_adapters
 from .checkpointing_organ import look_at_checkpointing
 from .data_organ import look_at_batch, look_at_source, sample_of
 from .data_report import data_report
 from .export_organ import check_places, look_at_export
 from .findings import Finding, Report, report_of
-from .patient import Patient
+from .patient import Patient, check_batch
 from .resume_organ import look_at_resume, other_data
 from .step_organ import look_at_run, look_at_step
 from .weights_organ import look_at_weights
@@ -67,18 +67,25 @@ def _cut(tokenizer, examples: list[Example], longest: int) -> list[Tokens]:
 # %% ../../nbs/engine/examining.ipynb #f845a5e8
 def rows_for(
     tokenizer,
-    data: Iterable | None,   # Examples or a Split, rows of `encode`, or None for some sentences
+    data: Iterable | None,   # what `load_examples` takes, a Split, rows of `encode`, or None for some sentences
     longest: int = LONGEST,  # tokens of a row
 ) -> tuple[list[Tokens], bool]:  # the rows; whether they are the data's
     "A few short rows, sentences where none of the data fits; raises LabError for examples that cannot be learned."
-    if hasattr(data, "train"): data = data.train
-    found = [] if data is None else list(data)[:256]
+    found = [] if data is None else _given(data)[:256]
     if data is not None and not found: raise LabError("no examples to examine the model on")
     if found and isinstance(found[0], Tokens): return found, True
     if found and tokenizer is None: raise LabError("examples need the model's tokenizer: give tokenizer=")
     rows = _cut(tokenizer, sorted(found, key=_length)[:8], longest) if found else []
     if rows or tokenizer is None: return rows, True
     return _cut(tokenizer, [pair(q, a) for q, a in SENTENCES], LONGEST), False
+
+def _given(data) -> list:
+    "Rows of `encode` as they are; of anything else the examples."
+    if hasattr(data, "train"): data = data.train
+    if not isinstance(data, (str, Path)) and not hasattr(data, "columns"):
+        data = list(data)
+        if not data or isinstance(data[0], Tokens): return data
+    return load_examples(data)
 
 def _length(e: Example) -> int: return len(e.text) + sum(len(m["content"] or "") for m in e.messages)
 
@@ -103,7 +110,7 @@ def _of_model(patient: Patient, wanted: set[str], times: bool) -> Report:
 def examine_model(
     model: nn.Module,
     tokenizer=None,
-    data: Iterable | None = None,          # examples, a Split, rows of `encode`
+    data: Iterable | None = None,          # what `load_examples` takes, a Split, rows of `encode`
     batch: dict[str, Tensor] | None = None,  # or a batch of your own: input_ids, labels, attention_mask
     config: TrainConfig | None = None,     # of the training that it is meant for
     optimizer: "torch.optim.Optimizer | None" = None,
@@ -112,6 +119,8 @@ def examine_model(
     times: bool = False,                   # say too where a step's time goes
 ) -> Report:
     "A live model, as it stands; raises LabError."
+    if batch is not None: check_batch(batch)
+    expect(steps is None or isinstance(steps, int) and steps >= 0, "steps", steps, "a number of steps, or 0")
     wanted, longest = _chosen(organs, OF_MODEL, "a model"), getattr(config, "max_length", LONGEST)
     rows, fitting = rows_for(tokenizer, data, longest) if batch is None else ([], True)
     longest = longest if fitting and batch is None else None

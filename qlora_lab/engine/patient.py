@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Halves', 'adapters_of', 'base_changed', 'silenced', 'base_of_layer', 'Pass', 'learned_in', 'undisturbed', 'one_pass',
-           'loss_without_adapters', 'Patient']
+           'loss_without_adapters', 'check_batch', 'Patient']
 
 # %% ../../nbs/engine/patient.ipynb #ee279530
 # A model, and all that is known of it.
@@ -23,7 +23,7 @@ __all__ = ['Halves', 'adapters_of', 'base_changed', 'silenced', 'base_of_layer',
 # nbs/engine/patient.ipynb.
 
 # %% ../../nbs/engine/patient.ipynb #34339ead
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -168,6 +168,17 @@ def loss_without_adapters(model: nn.Module, batch: dict[str, Tensor]) -> float:
     "The base's own loss on the batch, nats a learned token."
     with silenced(model), undisturbed(model), torch.no_grad(): losses = answer_losses(model, batch)[0]
     return losses.mean().item()
+
+# %% ../../nbs/engine/patient.ipynb #6b20d4e1
+def check_batch(batch: dict[str, Tensor]) -> None:
+    "Raises LabError for a batch that lacks what a loss needs, or has it in another form."
+    if not isinstance(batch, Mapping): raise LabError(f"batch is a {type(batch).__name__}; expected a dict of tensors")
+    for name in ("input_ids", "labels", "attention_mask"):
+        found = batch.get(name)
+        if name not in batch and name == "attention_mask" or isinstance(found, Tensor) and found.dim() == 2: continue
+        said = "is missing" if name not in batch else f"is a {type(found).__name__}"
+        if isinstance(found, Tensor): said = f"has {found.dim()} dimensions"
+        raise LabError(f"batch: {name} {said}; expected a tensor of [rows, tokens], as a collator gives it")
 
 # %% ../../nbs/engine/patient.ipynb #ba8db9ff
 @dataclass
