@@ -138,6 +138,16 @@ def test_long_examples_are_no_illness(taught):
     assert all(f.verdict == "well" for f in look_at_batch(batch))
 
 
+def test_rows_that_are_all_as_long_as_allowed(taught):
+    "Cut by a collator of one's own, none need have its end mark."
+    longest = min(len(row.ids) for row in encode(TOKENIZER, LONG, 10_000)) - 20
+    batch = collate(encode(TOKENIZER, LONG[:4], longest, "truncate", say=lambda line: None))
+    assert {int(n) for n in batch["attention_mask"].sum(1)} == {longest}
+    def seen(**settings): return examine(taught, TOKENIZER, batch=batch, organs=["data"], **settings).names
+    assert seen(config=TrainConfig(max_length=longest)) == []
+    assert seen() == ["no end mark"] == seen(config=TrainConfig(max_length=longest + 1))
+
+
 def test_rows_need_no_tokenizer_and_examples_do(taught):
     assert "adapters: gradients" in repr(examine(patient(taught), data=ROWS, organs=["adapters"]))
     with pytest.raises(LabError, match="tokenizer"): examine(patient(taught), data=EXAMPLES)
@@ -468,7 +478,9 @@ def test_sentences_of_english_are_no_judge_of_another_language(taught):
 
 
 def test_an_adapter_that_does_not_begin_as_nothing(taught):
-    assert "changed before training" in names(patient(taught, moved=1.), steps=0)
+    model = patient(taught, moved=1.)
+    assert "changed before training" in names(model, steps=0)
+    assert "changed before training" not in names(model, steps=0, config=TrainConfig(rank=4, alpha=8, init_adapter="a"))
 
 
 def test_an_adapter_that_has_made_it_worse(taught):

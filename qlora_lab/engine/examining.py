@@ -123,7 +123,7 @@ def examine_model(
     expect(steps is None or isinstance(steps, int) and steps >= 0, "steps", steps, "a number of steps, or 0")
     wanted, longest = _chosen(organs, OF_MODEL, "a model"), getattr(config, "max_length", LONGEST)
     rows, fitting = rows_for(tokenizer, data, longest) if batch is None else ([], True)
-    longest = longest if fitting and batch is None else None
+    longest = longest if fitting and (batch is None or config is not None) else None  # no row of it need be whole
     return _of_model(Patient(model, tokenizer, rows, batch, config, optimizer, steps, fitting, longest), wanted, times)
 
 # %% ../../nbs/engine/examining.ipynb #c3e1e821

@@ -72,7 +72,8 @@ def _beside_base(patient: Patient) -> list[Finding]:
     if not patient.adapters or not isfinite(seen.loss) or not seen.learned or patient.base_changed: return []
     base = loss_without_adapters(patient.model, patient.batch)
     said = f"{seen.loss:.3f} nats a token with adapters, {base:.3f} without"
-    if patient.steps == 0 and abs(seen.loss - base) > 0.02 * max(base, 1):
+    begun = getattr(patient.config, "init_adapter", "")  # goes on from what another run has learned
+    if patient.steps == 0 and not begun and abs(seen.loss - base) > 0.02 * max(base, 1):
         return [ill("changed before training", said)]
     if patient.fitting and seen.loss > base + 0.3: return [ill("worse than its base", said)]
     return [well("step", "beside the base", said)]
