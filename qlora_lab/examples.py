@@ -43,6 +43,9 @@ def read_text(
     content = read_bytes(path)
     try: return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
+        if content[:2] not in (b"\xff\xfe", b"\xfe\xff") and b"\0" in content[:4096]:
+            raise LabError(f"{path}: no text, as files of weights are; expected examples in JSONL, JSON, CSV, TSV or "
+                           "Parquet") from None
         wide = " (it looks like UTF-16)" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         line = content[:e.start].count(b"\n") + 1
         raise LabError(f"{path}:{line}: not UTF-8 text, byte 0x{content[e.start]:02x}{wide}; "

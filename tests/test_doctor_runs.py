@@ -160,6 +160,13 @@ def test_another_base_under_the_same_name(sick, tmp_path):
     assert "another base" in names(look_at_resume(Run.load(sick)))
 
 
+def test_a_base_that_is_not_found_is_not_another(sick):
+    "A run of a relative path, from another folder: its base was not looked at."
+    rewrite(sick, lambda r: r["identity"].update(model="not/here"))
+    found, = (f for f in look_at_resume(Run.load(sick)) if f.name == "another base")
+    assert found.verdict == "note" and "not looked at" in found.evidence and "not/here" in found.evidence
+
+
 def test_other_data_than_the_runs(healthy):
     assert "another order of data" in examine(healthy, data=split(DATA[:30], 0.2), organs=["resume"]).names
     assert examine(healthy, data=split(DATA, 0.2), organs=["resume"]).names == []

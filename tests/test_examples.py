@@ -173,6 +173,7 @@ BROKEN = {
     "twice.jsonl": ('{"prompt": "a", "prompt": "b", "completion": "c"}', ":1: the field 'prompt' is there twice"),
     "deep.jsonl": ("[" * 100_000, ":1: nested too deep"),
     "digits.jsonl": ('{"prompt": "a", "completion": "b", "n": ' + "9" * 5000 + "}", ":1: not valid JSON"),
+    "model.gguf.jsonl": (b"GGUF\x03\0\0\0\xff\xfe", ": no text, as files of weights are; expected examples in JSONL"),
     "latin.jsonl": (b'{"prompt": "a"}\n{"prompt": "\xfc"}', ":2: not UTF-8 text, byte 0xfc"),
     "wide.csv": ("prompt,completion\na,b\n".encode("utf-16"), ":1: not UTF-8 text.*UTF-16"),
     "list.json": ('[{"prompt": "a", "completion": "b"},\n{"prompt"', ": not valid JSON .*line 2.* expected a list"),

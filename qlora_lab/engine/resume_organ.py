@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ..batches import batch_indices
 from ..checkpoints import best_path, read_state
-from .findings import Finding, ill, well
+from .findings import Finding, ill, note, well
 from ..loading import find_model
 from ..manifest import verify
 from ..manifest_file import MANIFEST
@@ -142,7 +142,7 @@ def _base(run: Run) -> list[Finding]:
     told = run.record.get("base", {})
     if not told.get("mark") or run.base != run.record["identity"]["model"]: return []
     try: odd = other_base(told, find_model(run.base))
-    except (LabError, OSError) as e: return [ill("another base", f"it cannot be read: {str(e).splitlines()[0]}")]
+    except (LabError, OSError) as e: return [note("another base", f"not looked at: {str(e).splitlines()[0]}")]
     if odd: return [ill("another base", f"{run.base}: {odd}")]
     return [well("resume", "base", f"{run.base} has the mark that the run had, {told['mark']}")]
 
