@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ONE_AT_LEAST', 'NONE_AT_LEAST', 'POSITIVE', 'SHARES', 'COUNTS', 'FROM_THE_WEIGHT', 'OF_ADAPTERS', 'LARGEST', 'LIMITS',
-           'WORDS', 'Init', 'gib_of', 'count_of', 'expect', 'check_type', 'check_numbers', 'check_fields',
-           'TrainConfig', 'as_json']
+           'WORDS', 'SPOKEN', 'Init', 'gib_of', 'count_of', 'expect', 'check_type', 'check_numbers', 'check_fields',
+           'hold_empty', 'TrainConfig', 'as_json']
 
 # %% ../nbs/reference/settings.ipynb #5a848cbb
 # The settings of a training run.
@@ -27,6 +27,7 @@ __all__ = ['ONE_AT_LEAST', 'NONE_AT_LEAST', 'POSITIVE', 'SHARES', 'COUNTS', 'FRO
 # %% ../nbs/reference/settings.ipynb #2e54edc4
 import re
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from math import ceil
 from numbers import Integral, Real
 from os import PathLike
@@ -131,6 +132,18 @@ def check_fields(options) -> None:
         check_type(f.name, value, f.type)
         if _is_real(value): check_numbers(**{f.name: value})
         if f.name == "targets": expect(_is_targets(value), f.name, value, "a layer's name, or several in a tuple")
+
+# %% ../nbs/reference/settings.ipynb #5e0a41b8
+SPOKEN = "--prompt", "--system"  # what is said may be empty
+
+def hold_empty(words: list[str]) -> list[str]:
+    "The words of a command; raises LabError for an empty one in place of a name, a number or a path."
+    for before, word in pairwise(["", *words]):
+        option = word[:-1] if word[:2] == "--" and word[-1:] == "=" else before
+        if word and option == before or option in SPOKEN: continue
+        raise LabError(f"{option if option[:2] == '--' else 'an argument'}: expected a value, not an empty text, which "
+                       "a variable that is not set leaves; give it one, or leave it out")
+    return words
 
 # %% ../nbs/reference/settings.ipynb #be819c14
 class _Shared:
