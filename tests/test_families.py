@@ -216,7 +216,8 @@ def test_bitsandbytes_quantizes_the_same_layers(family, tmp_path):
     assert packed and all(torch.equal(read[n], ours[n]) for n in packed if _packed(ours, n))
     ours_alone = {n for n, m in family.model.named_modules() if isinstance(m, Linear4bit)}
     their_own = {n for n, m in opened.named_modules() if isinstance(m, Linear4bit)}
-    assert not ours_alone - their_own and all("dt_proj" in n for n in their_own - ours_alone)
+    read = ("dt_proj", "x_proj", "out_proj") if "mamba" in family.name else ()  # in passing, some in training alone
+    assert not ours_alone - their_own and all(n.endswith(read) for n in their_own - ours_alone)
 
 
 def test_what_the_file_holds_is_what_the_model_holds(family):
