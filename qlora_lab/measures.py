@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from .claimed_sizes import check_tokens
 from .data import Example, Split, Tokens
 from .divergence import Said, kl_at, logs_at, same_favourite, surprise
 from .estimates import estimate
@@ -79,9 +80,11 @@ def beside(
     model: nn.Module,
     rows: list[Tokens],
     reference: nn.Module | Said | None = None,  # another model of the same vocabulary, or what it said of these rows
+    tokenizer=None,                             # to name a token that a model has no row for
 ) -> dict[str, Score]:
     "Loss of each row; beside a reference also KL divergence from it and agreement on the likeliest token."
     sums: dict[str, list[float]] = {}
+    for net in (model, reference) if tokenizer else (): check_tokens(net, tokenizer, [one.ids for one in rows])
     if isinstance(reference, Said): _check_rows(reference, rows)
     for i, one in enumerate(rows):
         logs, targets = logs_at(model, one)

@@ -88,11 +88,10 @@ def answer(
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not chat,
                       return_token_type_ids=False)
     check_tokens(model, tokenizer, batch.input_ids)
-    batch = batch.to(next(model.parameters()).device)
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     with quiet():
-        out = model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-                             synced_gpus=is_sharded(model), **greedy)
+        out = model.generate(**batch.to(next(model.parameters()).device), max_new_tokens=max_new_tokens,
+                             pad_token_id=tokenizer.pad_token_id, synced_gpus=is_sharded(model), **greedy)
     new = out[:, batch.input_ids.shape[1]:]
     return [t.strip() for t in tokenizer.batch_decode(new, skip_special_tokens=True)]
 

@@ -27,11 +27,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/10_train.ipynb #7c1e50aa
 from .batches import longest_batch, step_batches
+
+# %% ../nbs/10_train.ipynb #7c1e50aa
 from .checkpointing import checkpoint_layers
 from .checkpoints import Log, load_best, measured, through_quantizer
 from .data import Split, collate
@@ -62,7 +62,7 @@ def answer_places(
     batch: dict[str, Tensor],  # of `collate`
 ) -> tuple[Tensor, Tensor]:    # [tokens] int64 both: places in the flattened batch that foretell learned tokens; these
     "Where the loss looks, and what should be there."
-    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100).view(-1)  # the state at t speaks of token t + 1
+    labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100).view(-1)  # the state at t speaks of t + 1
     at = (labels != -100).nonzero()[:, 0]
     return at, labels[at]
 
