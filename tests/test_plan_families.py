@@ -159,6 +159,12 @@ def test_a_config_that_describes_no_model_is_refused(name, odd, said):
     assert "\n" not in str(refused.value) and ("cannot be" in str(refused.value)) == bool(refused.value.__cause__)
 
 
+def test_a_number_below_zero_that_is_no_size():
+    "A layer counted from the end, as the vision part of some models names one; -1 where there is no limit."
+    odd = dict(vision_feature_layer=-2, max_relative_positions=-1)
+    plan(FAMILIES["llama"]().to_dict() | odd, sequence=32, rank=4, device="cpu", dtype="float32")
+
+
 def test_a_fault_of_the_lab_is_chained(monkeypatch):
     "Named in the sentence, and there to be looked at."
     def faulty(*_): raise RuntimeError("a fault of the lab's")

@@ -137,9 +137,10 @@ def _named_config(name: str) -> dict:
     raise LabError(f"no model named {name!r}{others} A config.json or its folder does as well")
 
 # %% ../../nbs/engine/known_models.ipynb #a5f02d9c
-_BOUNDS = [  # endings of names, the least and the most
-    (re.compile(r"layers?$"), 0, 2048), (re.compile(r"heads?$"), 1, 1 << 16), (re.compile(r"experts$"), 0, 1 << 16),
-    (re.compile(r"(size|dim|rank|inner|embd|positions|_embeddings)$"), 0, 1 << 32)]
+_BOUNDS = [  # endings of names, the least and the most; -2 may name a layer (vision_feature_layer), -1 no limit
+    (re.compile(r"(^|_)(num|n)_(\w+_)?layers?$"), 0, 2048), (re.compile(r"(^|_)(num|n)_(\w+_)?heads?$"), 1, 1 << 16),
+    (re.compile(r"experts$"), 0, 1 << 16),
+    (re.compile(r"(?<!chunk_)(?<!relative_)(size|dim|rank|inner|embd|positions|_embeddings)$"), 0, 1 << 32)]
 
 def _within(fields: dict, who: str) -> None:
     "Refuse sizes that no model has, before anything is made as large as they say."
