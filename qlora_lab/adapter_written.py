@@ -55,7 +55,7 @@ def written_patterns(
     model: nn.Module,  # with adapters
 ) -> dict[str, dict]:  # empty where the config's own patterns mean the same in the file
     "rank_pattern and alpha_pattern in which no order matters."
-    config, said = model.lora_config, model.lora_ranks
+    config, said = model.lora_config, getattr(model, "lora_ranks", {})  # none in what an earlier version pickled
     ranks, alphas = (dict(sorted((table or {}).items())) for table in (config.rank_pattern, config.alpha_pattern))
     stored = SimpleNamespace(r=config.r, lora_alpha=config.lora_alpha, rank_pattern=ranks, alpha_pattern=alphas)
     said = {f"{n}.weight" if _by_weight_alone(model, n) else n: pair for n, pair in said.items()}
