@@ -124,7 +124,9 @@ def adapter_targets(
     there = sorted({last(n) for n in linear})
     narrowed = [f"{f}={v!r}" for f in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
                 if (v := getattr(config, f)) is not None]
+    whole = f" (a text is a pattern for whole names: [{config.target_modules!r}] names layers by their last part)"
     raise LabError(f"target_modules={config.target_modules!r} names no linear layer of this model"
+                   f"{whole if config.target_modules in there else ''}"
                    f"{' with ' + ', '.join(narrowed) if narrowed else ''}; it has {there}")
 
 # %% ../nbs/reference/adapter_targets.ipynb #f0cc8e31

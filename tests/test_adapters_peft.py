@@ -517,6 +517,7 @@ def test_a_config_that_disagrees_with_the_tensors(changes, tmp_path):
 
 @pytest.mark.parametrize("settings, says", [
     (dict(target_modules=["mlp"]), "LlamaMLP: the lab adapts linear layers"),
+    (dict(target_modules="q_proj"), r"pattern for whole names: \['q_proj'\] names layers by their last part"),
     (dict(rank_pattern={"q_prj": 2}), "q_prj"),
     (dict(modules_to_save=["classifier"]), "names no module"), (dict(target_modules=["input_layernorm"]), "RMSNorm"),
     (dict(modules_to_save=["_proj"], target_modules=["q_proj"]), "named too"),

@@ -91,6 +91,7 @@ def test_the_report_counts_what_a_training_would_see(chat):
     assert told["learned"] == 5 + 6 + 50 + 1 + 4 and "f:5: " in told["refused"][0] and len(told["refused"]) == 1
     assert sum(n for _, _, n in told["histogram"]) == 4 and told["split"] == "none was asked for"
     assert len(report.lengths.shown) == 3
+    assert len(data_report([*examples, odd], chat, 40, held_out=None, samples=10 ** 12).lengths.shown) == 4
     with pytest.raises(LabError, match="f:5"): data_report([odd], chat, held_out=None)
 
 

@@ -251,6 +251,7 @@ def test_an_export_that_cannot_be_looked_at(healthy, merged, tmp_path, monkeypat
         with pytest.raises(LabError, match=match): examine(healthy, **options)
     refused("there is no 'gguf'; expected some of merged, 4-bit, GGUF", stages={"gguf": merged})
     refused("either its type", stages={"merged": merged}, gguf="Q8_0")
+    refused("none.gguf: no such file", stages={"GGUF": "none.gguf"})
     refused("name it in organs=", stages={"merged": merged}, organs=["weights"])
     for organ in ("machine", "checkpointing"): refused(f"'{organ}': not asked of a run", organs=[organ])
     monkeypatch.setattr(Run, "whole", True)

@@ -74,8 +74,8 @@ def lengths_of(
         for k, (m, _) in enumerate(found):
             rows.append((len(m.ids), int(m.mask.sum()), int(m.mask[1:longest].sum()), i, k))
     if not rows: raise LabError(refused[0] if refused else "no examples")
-    ordered = sorted(rows)
-    places = dict.fromkeys(len(rows) * (2 * k + 1) // (2 * samples) for k in range(samples))
+    ordered, n = sorted(rows), min(samples, len(rows))
+    places = [len(rows) * (2 * k + 1) // (2 * n) for k in range(n)]
     shown = [_runs(tokenizer, examples[ordered[p][3]], ordered[p][4]) for p in places]
     tokens, learned, left = (tuple(row[k] for row in rows) for k in range(3))
     return Lengths(longest, tokens, learned, left, tuple(refused), tuple(shown))

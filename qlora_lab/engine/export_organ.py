@@ -64,9 +64,11 @@ def check_places(
     places: dict | None,  # stages that are there
     kind: str | None,     # of a GGUF file to be made
 ) -> None:
-    "Raises LabError for a stage that there is not, and for a file to be made beside stages that are there."
+    "Raises LabError for a stage or a file that there is not, and for one to be made beside stages that are there."
     odd = next((name for name in places or () if name not in BREAKS), None)
     if odd is not None: raise LabError(f"stages: there is no {odd!r}; expected some of {', '.join(BREAKS)}")
+    gone = next((p for p in (places or {}).values() if Path(p).suffix == ".gguf" and not Path(p).is_file()), None)
+    if gone is not None: raise LabError(f"{gone}: no such file")
     if places and kind:
         raise LabError(f"a GGUF of type {kind} is made of the merge that is made here: name either its type (gguf) or "
                        "what is there (merged, served)")
