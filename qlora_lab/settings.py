@@ -141,8 +141,9 @@ def hold_empty(words: list[str]) -> list[str]:
     for before, word in pairwise(["", *words]):
         option = word[:-1] if word[:2] == "--" and word[-1:] == "=" else before
         if word and option == before or option in SPOKEN: continue
-        raise LabError(f"{option if option[:2] == '--' else 'an argument'}: expected a value, not an empty text, which "
-                       "a variable that is not set leaves; give it one, or leave it out")
+        named = word or option if option[:2] == "--" else "an argument"
+        raise LabError(f"{named}: expected a value, not an empty text, which a variable that is not set leaves; give "
+                       "it one, or leave it out")
     return words
 
 # %% ../nbs/reference/settings.ipynb #be819c14
