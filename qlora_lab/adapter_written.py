@@ -31,7 +31,7 @@ from types import SimpleNamespace
 from torch import nn
 
 from .adapter_kinds import adapted_layers
-from .adapter_targets import last, rank_and_alpha, stored_transposed, taken_for_experts
+from .adapter_targets import last, means, rank_and_alpha, stored_transposed, taken_for_experts
 
 # %% ../nbs/reference/adapter_written.ipynb #9d91ff9d
 def _by_weight_alone(model: nn.Module, name: str) -> bool:
@@ -69,7 +69,7 @@ def written_settings(model: nn.Module) -> dict:
     "The fields of a saved config that say which layers, and how they store their weight."
     weights = {f"{n}.weight" for n in adapted_layers(model) if not _by_weight_alone(model, n)}
     wanted = model.lora_config.target_parameters or []
-    left = [name for name in wanted if not any(w == name or w.endswith(f".{name}") for w in weights)]
+    left = [name for name in wanted if not any(means(name, w) for w in weights)]
     turned = any(stored_transposed(model, m.base_layer) for m in adapted_layers(model).values())
     return {"inference_mode": True, "target_modules": written_targets(model), "exclude_modules": None,
             "layers_to_transform": None, "layers_pattern": None, "fan_in_fan_out": turned,

@@ -54,12 +54,11 @@ def stored_files(
     return files
 
 def _hold_index(index: str, named: dict[str, str], stored: "Stored") -> None:
-    "Raise LabError where a tensor lies in another file than the index says."
+    "Raise LabError where a tensor lies in another file than the index says; names that no file has may stand."
     for name, place in stored.place.items():
         if name not in named or Path(index).parent / named[name] == Path(place): continue
         raise LabError(f"{place}: holds {name}, and by {index} it lies in {named[name]}; parts of two savings are "
                        "mixed here: save or fetch the model again")
-    # What it names and no file holds is left to `fits`: the Hub's converter names tied tensors that it leaves out.
 
 # %% ../nbs/reference/against_file.ipynb #f8acee5a
 class Stored:

@@ -27,14 +27,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batches import longest_batch, step_batches
-
 # %% ../nbs/10_train.ipynb #7c1e50aa
+from .batches import longest_batch, step_batches
 from .checkpointing import checkpoint_layers
 from .checkpoints import Log, load_best, measured, through_quantizer
-from .data import Split, collate
+from .data import Example, Split, collate
 from .dealing import by_turns, learned, passes, share_of
 from .engine.dispatch import faster
 from .head_loss import place_losses
@@ -62,7 +62,7 @@ def answer_places(
     batch: dict[str, Tensor],  # of `collate`
 ) -> tuple[Tensor, Tensor]:    # [tokens] int64 both: places in the flattened batch that foretell learned tokens; these
     "Where the loss looks, and what should be there."
-    labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100).view(-1)  # the state at t speaks of t + 1
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100).view(-1)  # the state at t speaks of token t + 1
     at = (labels != -100).nonzero()[:, 0]
     return at, labels[at]
 
@@ -196,7 +196,7 @@ def run_steps(log: Log, learn: list, held: list, watchers: Watchers) -> None:
 
 # %% ../nbs/10_train.ipynb #d0ab65e1
 def begin(
-    folder: Path, told: dict, config: TrainConfig, model: nn.Module, tokenizer, held: list, asked: list
+    folder: Path, told: dict, config: TrainConfig, model: nn.Module, tokenizer, held: list, asked: list[Example]
 ) -> dict:
     "What is known before the first step: settings, machine, the untrained model's held-out loss and its answers."
     record = {"state": "running", **told, "config": as_json(config), "provenance": provenance(),

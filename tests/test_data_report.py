@@ -10,7 +10,7 @@ from templates import TEMPLATES, tokenizer_of
 from conftest import searched
 from qlora_lab import cli
 from qlora_lab.data import Example, Split, pair
-from qlora_lab.engine.data_report import copies_of, data_report
+from qlora_lab.engine.data_report import copies_of, data_report, unsplit
 from qlora_lab.engine.learned_text import in_colour, runs_of, underlined
 from qlora_lab.engine.near_copies import THRESHOLD, near_copies, overlap, shingles
 from qlora_lab.records import LabError
@@ -98,9 +98,9 @@ def test_the_report_counts_what_a_training_would_see(chat):
 def test_a_split_that_cannot_be_is_said(chat):
     report = data_report([pair("a", "b", "g"), pair("c", "d", "g")], chat)
     assert "one side of the split empty" in dict(report.facts())["split"] and "leaks" not in dict(report.facts())
-    assert report.unsplit and not data_report([pair("a", "b", "g")], chat, held_out=None).unsplit
+    assert unsplit(report) and not unsplit(data_report([pair("a", "b", "g")], chat, held_out=None))
     report = data_report(Split([pair("a", "b")], [pair("A ", "c")]), chat)
-    assert not report.unsplit and report.copies.prompts == 1 and "1 held out" in dict(report.facts())["split"]
+    assert not unsplit(report) and report.copies.prompts == 1 and "1 held out" in dict(report.facts())["split"]
 
 
 @pytest.mark.parametrize("wrong", [{"held_out": float("nan")}, {"held_out": 2}, {"held_out": "x"}, {"max_length": -3},

@@ -80,11 +80,11 @@ class Data:
 
     def run(self) -> int:
         "Look, and say so; the exit code."
-        from qlora_lab.engine.data_report import data_report
+        from qlora_lab.engine.data_report import data_report, unsplit
         for name, least in (("max_length", 1), ("samples", 0)):
             if getattr(self, name) < least: raise LabError(f"{name}={getattr(self, name)}: expected at least {least}")
         with waiting("reading the data"):
             report = data_report(self.file, tokenizer_of(self.model), self.max_length, self.held_out, self.samples)
         if self.json: print(json_text(report.as_dict()))
         else: show(*shown(report, colour=bool(console().color_system)))
-        return 1 if report.lengths.refused or report.unsplit else 0
+        return 1 if report.lengths.refused or unsplit(report) else 0

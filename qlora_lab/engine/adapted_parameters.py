@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..adapter_kinds import scaling_of
-from ..adapter_targets import named_matrices, rank_and_alpha
+from ..adapter_targets import means, named_matrices, rank_and_alpha
 from .expert_adapters import adapt_experts, check_settings, peft_names, target_parameters
 from ..linear_layers import linear_layers
 from ..records import LabError
@@ -60,8 +60,7 @@ def _experts_alone(config: "LoraConfig", model: nn.Module) -> "LoraConfig":
     "A copy of the config whose target_parameters name neither a matrix nor the weight of a linear layer."
     left = copy.copy(config)
     matrices = [*named_matrices(model, config), *(f"{n}.weight" for n in linear_layers(model))]
-    def is_matrix(name): return any(full == name or full.endswith(f".{name}") for full in matrices)
-    left.target_parameters = [name for name in config.target_parameters if not is_matrix(name)]
+    left.target_parameters = [name for name in config.target_parameters if not any(means(name, m) for m in matrices)]
     return left
 
 def _check_apart(matrices: dict, experts: dict) -> None:

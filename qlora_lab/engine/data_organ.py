@@ -27,7 +27,7 @@ __all__ = ['AGAIN', 'look_at_source', 'end_marks', 'marks_of', 'look_at_batch', 
 import torch
 from torch import Tensor
 
-from .data_report import DataReport
+from .data_report import DataReport, unsplit
 from .findings import Finding, ill, note, well
 from .learned_text import runs_of
 from .patient import Patient, learned_in
@@ -64,7 +64,7 @@ def look_at_source(
     long: str = "refuse",  # what a training does with rows that are too long
 ) -> list[Finding]:
     "What a report of a file says of its health."
-    apart = [ill("no split", report.unsplit)] if report.unsplit else []
+    apart = [ill("no split", why)] if (why := unsplit(report)) else []
     return [*_lengths(report, long), *apart, *_copies(report)]
 
 # %% ../../nbs/engine/data_organ.ipynb #ac9795aa

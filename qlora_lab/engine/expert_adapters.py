@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter_kinds import scaling_of
-from ..adapter_targets import rank_and_alpha
+from ..adapter_targets import means, rank_and_alpha
 from .held_experts import DenseExperts, HeldExperts, choose_forward, hold
 from ..records import LabError
 
@@ -114,10 +114,9 @@ def target_parameters(
 ) -> dict[str, tuple[nn.Module, str]]:  # full name to module and name, in the model's order
     "The experts that are named; raises LabError for a name that means none, or something that is not experts."
     there = _parameters(model)
-    def means(full, name): return full == name or full.endswith(f".{name}")
     for name in wanted:
-        if not any(means(full, name) for full in there): raise LabError(_no_such(name, there))
-    found = {full: at for full, at in there.items() if any(means(full, name) for name in wanted)}
+        if not any(means(name, full) for full in there): raise LabError(_no_such(name, there))
+    found = {full: at for full, at in there.items() if any(means(name, full) for name in wanted)}
     for full, (m, name) in found.items():
         shape = tuple(getattr(m, name).shape)
         if len(shape) != 3: raise LabError(f"target_parameters: {full} has shape {shape}; the lab adapts experts, "

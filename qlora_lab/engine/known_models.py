@@ -24,12 +24,12 @@ __all__ = ['KNOWN', 'FAMILIES', 'model_config', 'longest_text']
 # Built in nbs/engine/known_models.ipynb, for lesson 12.
 
 # %% ../../nbs/engine/known_models.ipynb #b0269122
-import re
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..claimed_sizes import ANY, COUNT, SIZE
 from ..records import LabError, read_json
 from ..safe_files import check_kernels
 
@@ -137,17 +137,13 @@ def _named_config(name: str) -> dict:
     raise LabError(f"no model named {name!r}{others} A config.json or its folder does as well")
 
 # %% ../../nbs/engine/known_models.ipynb #a5f02d9c
-_BOUNDS = [  # endings of names, the least and the most; -2 may name a layer (vision_feature_layer), -1 no limit
-    (re.compile(r"(^|_)(num|n)_(\w+_)?layers?$"), 0, 2048), (re.compile(r"(^|_)(num|n)_(\w+_)?heads?$"), 1, 1 << 16),
-    (re.compile(r"experts$"), 0, 1 << 16),
-    (re.compile(r"(?<!chunk_)(?<!relative_)(size|dim|rank|inner|embd|positions|_embeddings)$"), 0, 1 << 32)]
-
 def _within(fields: dict, who: str) -> None:
     "Refuse sizes that no model has, before anything is made as large as they say."
     for name, n in fields.items():
         if isinstance(n, dict) and str(name).endswith("_config"): _within(n, who)
-        if not isinstance(n, int) or isinstance(n, bool): continue
-        for pattern, least, most in _BOUNDS:
+        if not isinstance(n, int) or isinstance(n, bool) or ANY.search(str(name)): continue
+        least = int(str(name).endswith("heads"))
+        for pattern, most in (COUNT, 2048), (SIZE, 1 << 32):
             if pattern.search(str(name)) and not least <= n <= most:
                 raise LabError(f"{who}: {name} is {n}: expected a number from {least} to {most:,}")
 
