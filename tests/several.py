@@ -4,14 +4,19 @@
         results = run(2, function, *args)   # a list by rank; function and arguments travel by pickle
 
 What a function raises comes back as the first rank's error, in rank order; a call that takes too long is ended.
+
+They are forked, as those of `forking` are, from a process that sees no card, where there is one too: what CUDA has
+begun in a process, none of its forks can use.
 """
 import multiprocessing
 import os
 import tempfile
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from queue import Empty
+from unittest.mock import patch
 
 MOST = 3
 SLOW = [  # to import: once, by the process of which all workers are forked
@@ -21,6 +26,14 @@ SLOW = [  # to import: once, by the process of which all workers are forked
     "qlora_lab.train", "qlora_lab.loading", "qlora_lab.cli", "qlora_lab.engine.sharded_base",
     "qlora_lab.engine.planner",
 ]
+
+
+def forking():
+    "A context whose processes are forked from one that has imported what is slow, and sees no card."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(SLOW)
+    with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""): forkserver.ensure_running()
+    return context
 
 
 def _work(rank, asked, told):
@@ -45,10 +58,9 @@ def _work(rank, asked, told):
 @contextmanager
 def several(most=MOST):
     "A function that has some processes carry out a function together, and gives their results by rank."
-    spawn = multiprocessing.get_context("forkserver")
-    spawn.set_forkserver_preload(SLOW)
-    asked, told = [spawn.Queue() for _ in range(most)], spawn.Queue()
-    workers = [spawn.Process(target=_work, args=(i, asked[i], told), daemon=True) for i in range(most)]
+    context = forking()
+    asked, told = [context.Queue() for _ in range(most)], context.Queue()
+    workers = [context.Process(target=_work, args=(i, asked[i], told), daemon=True) for i in range(most)]
     for worker in workers: worker.start()
 
     def run(count, function, *args, seconds=120):

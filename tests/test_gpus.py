@@ -76,9 +76,9 @@ def test_a_part_is_started_by_torchrun(tmp_path, capsys):
 
 
 def test_a_part_that_takes_too_long_is_ended(monkeypatch):
-    "With its processes, and with what they have said."
+    "With its processes."
     monkeypatch.setattr(gpus, "LIMIT", 4)
-    with pytest.raises(RuntimeError, match="ddp, 2 processes:\nnot done in 4 s\n."): gpus.launched("ddp", 2, True)
+    with pytest.raises(RuntimeError, match="ddp, 2 processes:\nnot done in 4 s\n"): gpus.launched("ddp", 2, True)
     lines = [p.info["cmdline"] or () for p in psutil.process_iter(["cmdline"])]
     assert not [line for line in lines if "benchmarks.on_cards" in line and "ddp" in line]
 
@@ -97,7 +97,8 @@ def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("line, limit, said", [("raise SystemExit('gone wrong')", 60, "gone wrong"),
-                                               ("import time; time.sleep(60)", 1, "not done in 1 s")])
+                                               ("print('begun', flush=True)\nimport time; time.sleep(60)", 3,
+                                                "not done in 3 s\nbegun")])
 def test_what_processes_said_last_is_told(tmp_path, monkeypatch, line, limit, said):
     "Of processes that end by an error, or do not end."
     (tmp_path / "python").write_text(f"#!{sys.executable}\n{line}\n")

@@ -32,6 +32,8 @@ from qlora_lab.train import attach_adapters, train
 from qlora_lab.watching import Watcher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IDS = torch.tensor([[5, 9, 20, 3]], device=DEVICE)
 SHORT = dict(steps=6, batch_size=4, accumulation=1, rank=4, alpha=16, eval_examples=4, eval_prompts=0, warmup=0,
              checkpoint_every=2, lr=2e-2, max_grad_norm=0.)
 WHOLE = {k: v for k, v in SHORT.items() if k not in ("rank", "alpha")} | {"method": "full", "lr": 2e-3}
@@ -82,6 +84,7 @@ def test_full_training_is_adamw_on_every_weight(whole, tiny, data):
     optimizer = torch.optim.AdamW(model.train().requires_grad_(True).parameters(), lr=2e-3, weight_decay=0.)
     for step in range(6):
         batch = collate([learn[i] for i in batch_indices([len(t.ids) for t in learn], 4, step, 0)])
+        batch = {name: of.to(model.device) for name, of in batch.items()}
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
         loss.backward()
@@ -96,9 +99,8 @@ def test_the_folder_of_a_full_run_holds_a_model_and_no_adapter(whole, tiny, data
     assert {p.name for p in done.folder.iterdir() if p.is_dir()} == {"model", "checkpoint"} and done.whole
     with safe_open(done.folder / "checkpoint" / "state.safetensors", "pt") as f: names = list(f.keys())
     assert {n.partition(".")[0] for n in names} == {"model", "optimizer"}
-    ids = torch.tensor([[5, 9, 20, 3]])
     for again in (load_model(done.folder / "model", quantize=None, dtype=torch.float32)[0], open_run(done.folder)[0]):
-        with torch.no_grad(): assert torch.equal(again(ids).logits, trained.eval()(ids).logits)
+        with torch.no_grad(): assert torch.equal(again(IDS).logits, trained.eval()(IDS).logits)
         assert not any(p.requires_grad for p in again.parameters())
     tables = [m.get_input_embeddings().weight for m in (open_run(done.folder, None)[0], opened(tiny, quantize=None)[0])]
     assert torch.equal(*tables)
@@ -187,21 +189,19 @@ def test_pissa_is_pefts(tiny):
         update = merged_weight(m) - base_numbers(m.base_layer)
         assert torch.allclose(update, peft.get_delta_weight("default"), atol=1e-5)
         assert torch.allclose(m.base_layer.weight, peft.base_layer.weight, atol=1e-5)
-    ids = torch.tensor([[5, 9, 20, 3]])
     with torch.no_grad():
-        assert torch.allclose(model(ids).logits, opened(tiny, quantize=None)[0](ids).logits, atol=1e-4)
+        assert torch.allclose(model(IDS).logits, opened(tiny, quantize=None)[0](IDS).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("quantize, init", [("nf4", "qpissa"), ("nf4", "loftq5"), (None, "pissa")])
 def test_a_changed_base_travels_with_its_adapter(quantize, init, tiny, data, tmp_path):
     "Opened anew, the run answers as it was trained; its adapter on the old base does not."
     done, trained = run(tiny, data, tmp_path / "run", quantize=quantize, init=init, **SHORT)
-    ids = torch.tensor([[5, 9, 20, 3]])
     with torch.no_grad():
-        said = trained.eval()(ids).logits
-        assert torch.allclose(open_run(done.folder)[0](ids).logits, said, atol=1e-5)
+        said = trained.eval()(IDS).logits
+        assert torch.allclose(open_run(done.folder)[0](IDS).logits, said, atol=1e-5)
         old = load_adapter(opened(tiny, quantize=quantize)[0], done.folder / "adapter").eval()
-        assert not torch.allclose(old(ids).logits, said, atol=1e-4)
+        assert not torch.allclose(old(IDS).logits, said, atol=1e-4)
     named = json.loads((done.folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(done.folder / "base") and (done.folder / "base" / "config.json").is_file()
 
@@ -210,8 +210,8 @@ def test_a_changed_base_travels_with_its_adapter(quantize, init, tiny, data, tmp
 def test_where_the_base_stays_the_adapter_is_plain_lora(init, tiny, data, tmp_path):
     done, trained = run(tiny, data, tmp_path / "run", init=init, **SHORT)
     assert not (done.folder / "base").exists()
-    again, ids = load_adapter(opened(tiny)[0], done.folder / "adapter").eval(), torch.tensor([[5, 9, 20, 3]])
-    with torch.no_grad(): assert torch.allclose(again(ids).logits, trained.eval()(ids).logits, atol=1e-5)
+    again = load_adapter(opened(tiny)[0], done.folder / "adapter").eval()
+    with torch.no_grad(): assert torch.allclose(again(IDS).logits, trained.eval()(IDS).logits, atol=1e-5)
 
 
 def test_eora_is_best_where_it_is_asked_and_the_wrong_order_is_worst():
@@ -267,8 +267,7 @@ def test_pefts_other_starts_by_name(init, tiny, data, tmp_path):
     same = [torch.equal(x, y) for x, y in zip(trained_tensors(a).values(), trained_tensors(b).values(), strict=True)]
     other = [torch.equal(x, y) for x, y in zip(trained_tensors(a).values(), trained_tensors(c).values(), strict=True)]
     assert all(same) and (init == "mica" or not all(other))
-    ids = torch.tensor([[5, 9, 20, 3]])
-    with torch.no_grad(): assert torch.allclose(a.eval()(ids).logits, opened(tiny)[0](ids).logits, atol=1e-4)
+    with torch.no_grad(): assert torch.allclose(a.eval()(IDS).logits, opened(tiny)[0](IDS).logits, atol=1e-4)
 
 
 def test_dora_learns_with_both_backends_alike(tiny, data, tmp_path):
@@ -328,13 +327,12 @@ def test_a_run_on_a_chosen_base_opens_on_that_base(how, tiny, data, tmp_path):
     model, tokenizer = opened(tiny, **how)
     before = bases(model)
     done = train(model, tokenizer, data, TrainConfig(folder=tmp_path / "run", **SHORT), progress=False)
-    ids = torch.tensor([[5, 9, 20, 3]])
     for adapter in ("adapter", None):
         again = open_run(done.folder, adapter)[0]
         now = bases(again)
         assert before.keys() == now.keys() and all(torch.equal(before[n], now[n]) for n in now)
     with torch.no_grad():
-        assert torch.allclose(open_run(done.folder)[0](ids).logits, model.eval()(ids).logits, atol=1e-5)
+        assert torch.allclose(open_run(done.folder)[0](IDS).logits, model.eval()(IDS).logits, atol=1e-5)
     named = json.loads((done.folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     by_texts = "scales" in how or "calibration" in how
     assert named == done.base == str(done.folder / "base" if by_texts else tiny)
@@ -437,9 +435,8 @@ def test_all_weights_and_then_adapters(tiny, data, tmp_path):
     assert {p.name for p in second.folder.iterdir() if p.is_dir()} == {"adapter", "checkpoint"}
     with safe_open(second.folder / "checkpoint" / "state.safetensors", "pt") as f: names = list(f.keys())
     assert not any("embed" in n for n in names)
-    ids = torch.tensor([[5, 9, 20, 3]])
     with torch.no_grad():
-        assert torch.allclose(open_run(second.folder)[0](ids).logits, model.eval()(ids).logits, atol=1e-5)
+        assert torch.allclose(open_run(second.folder)[0](IDS).logits, model.eval()(IDS).logits, atol=1e-5)
 
 
 def test_a_merged_model_is_nobodys_base_any_more(tiny, data, tmp_path):

@@ -3,7 +3,6 @@
 The runs are the console script's own `main`, in processes that are killed with SIGKILL: nothing can tidy up.
 """
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -14,10 +13,8 @@ import time
 
 import pytest
 from safetensors import safe_open
+from several import forking
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["qlora_lab.cli", "qlora_lab.train", "qlora_lab.model", "peft",
-                                "transformers.models.llama.modeling_llama"])
 STEPS = 24
 
 
@@ -50,7 +47,7 @@ def process(argv, log, kill_at=None):
 
 
 def start(argv, log, kill_at=None):
-    p = CONTEXT.Process(target=process, args=(argv, str(log), kill_at))
+    p = forking().Process(target=process, args=(argv, str(log), kill_at))
     p.start()
     return p
 

@@ -145,10 +145,11 @@ TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2
 ACCELERATE = "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"  # on a CPU it needs mpirun
 
 
-def launched(tmp_path, what, *words, launcher=TORCHRUN):
-    "Exit code, output and what is said of errors, by two processes of a launcher."
+def launched(tmp_path, what, *words, launcher=TORCHRUN, cards=False):
+    "Exit code, output and what is said of errors, by two processes of a launcher; on the CPU, or on cards."
     start = [sys.executable, *launcher, *what]
     env = {k: v for k, v in os.environ.items() if k != "QLORA_LAB_DEBUG"} | {"OMP_NUM_THREADS": "1"}
+    if not cards: env["CUDA_VISIBLE_DEVICES"] = ""
     start += map(str, words)
     done = subprocess.run(start, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
     return done.returncode, done.stdout, [line for line in done.stderr.splitlines() if line.startswith("qlora-lab")]
@@ -178,7 +179,8 @@ def test_the_same_command_in_each_process(tiny, jsonl, tmp_path, capsys):
 def test_two_cards_by_the_command(tiny, jsonl, tmp_path, launcher, sharding):
     "Either launcher, the base whole or spread: the losses of one card."
     assert cli.main([str(w) for w in options(tiny, jsonl, tmp_path / "one")]) == 0
-    code, out, said = launched(tmp_path, LAB, *options(tiny, jsonl, "two"), "--sharding", sharding, launcher=launcher)
+    code, out, said = launched(tmp_path, LAB, *options(tiny, jsonl, "two"), "--sharding", sharding, launcher=launcher,
+                               cards=True)
     assert code == 0 and "by 2 processes" in out, (out, said)
     one, two = ([json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
                 for name in ("one", "two"))

@@ -110,8 +110,9 @@ def test_accumulation_is_one_big_batch(tiny, data):
 
 def test_answer_losses_are_cross_entropy_of_the_shifted_answers(tiny, data):
     "Against the plain way: all logits, shift by one, ignore what is masked."
-    model, tokenizer = load_model(tiny, quantize=None)
+    model, tokenizer = load_model(tiny, quantize=None, dtype=torch.float32)
     batch = collate([tokenize(tokenizer, e) for e in data.train[:5]])
+    batch = {name: of.to(model.device) for name, of in batch.items()}
     losses, rows = answer_losses(model, batch)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     plain = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none")
@@ -124,7 +125,7 @@ def test_scoring_leaves_dropout_out_and_puts_it_back(tiny, data):
     model, tokenizer = load_model(tiny, compute_dtype=torch.float32)
     model = attach_adapters(model, TrainConfig(rank=4, dropout=0.5)).train()
     for n, p in model.named_parameters():
-        if "lora_B" in n: p.data.normal_(generator=torch.Generator().manual_seed(0))
+        if "lora_B" in n: p.data.normal_(generator=torch.Generator(p.device).manual_seed(0))
     held = [tokenize(tokenizer, e) for e in data.held_out[:4]]
     assert score(model, held) == score(model, held)
     assert all(m.training for m in model.modules() if isinstance(m, torch.nn.Dropout))
@@ -167,7 +168,7 @@ def test_4bit_checkpoints_go_both_ways(quant_type, double_quant, tiny, tmp_path)
     quantized_by_them.save_pretrained(tmp_path / "theirs")
     tokenizer.save_pretrained(tmp_path / "theirs")
     back, _ = load_model(tmp_path / "theirs", compute_dtype=torch.float32)
-    ids = torch.arange(20)[None] + 5
+    ids = torch.arange(20, device=ours.device)[None] + 5
     with torch.no_grad(): a, b, c = (m(input_ids=ids).logits.float() for m in (ours, theirs, back))
     assert torch.equal(a, c) and torch.allclose(a, b, atol=1e-5)
     assert sum(isinstance(m, Linear4bit) for m in back.modules()) == 14 and memory_bill(back).equals(memory_bill(ours))

@@ -35,6 +35,8 @@ TRAIN = sys.modules["qlora_lab.train"]  # the package's `train` is the function
 SHORT = dict(steps=10, batch_size=4, accumulation=1, rank=4, eval_examples=4, eval_prompts=0, checkpoint_every=3,
              warmup=0, lr=2e-2, max_grad_norm=0.)
 MEASURED = SHORT | dict(eval_every=2, dropout=0.1)
+SURE = MEASURED | dict(dropout=0.)  # the sixth step is the best wherever it runs: a card drops other numbers out
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +121,9 @@ def test_cut_short_it_ends_the_same(way, name, moments, whole, tiny, data, tmp_p
 def test_the_best_adapter_is_the_runs(whole, tiny, data, tmp_path):
     """`adapter/` is that of the step with the lowest held-out loss, the last one lies beside it; what the run says it
     scored is what the adapter scores."""
-    done = run(tiny, data, tmp_path / "run", **MEASURED)
+    done = run(tiny, data, tmp_path / "run", **SURE)
     losses = dict(done.held_out)
-    assert list(losses) == [2, 4, 6, 8, 10] and done.adapter_step == min(losses, key=losses.get) != 10
+    assert list(losses) == [2, 4, 6, 8, 10] and done.adapter_step == min(losses, key=losses.get) == 6
     assert done.after.loss == pytest.approx(losses[done.adapter_step], abs=1e-12) and done.record["ended"]["step"] == 10
     assert done.record["last"]["held_out"] == losses[10]
     held = [tokenize(opened(tiny)[1], e) for e in data.held_out]
@@ -373,13 +375,13 @@ def test_the_last_steps_train_through_the_quantizer(tiny, data, tmp_path, monkey
     """The twin is asked once, before the first of these steps, and again where a run goes on among them; the best
     adapter is one of theirs; without a twin nothing is trained."""
     with pytest.raises(LabError, match="merge_aware: nothing trains through the quantizer"):
-        with dispatch.standing_in({("through_quantizer", "cpu"): None}):
+        with dispatch.standing_in({("through_quantizer", DEVICE): None}):
             run(tiny, data, tmp_path / "none", merge_aware=4)
     assert not list((tmp_path / "none").glob("metrics.jsonl"))
     asked = []
     def through(model): asked.append(len((folder / "metrics.jsonl").read_text().splitlines()))
     settings = MEASURED | dict(merge_aware=0.3, checkpoint_every=1)
-    with dispatch.standing_in({("through_quantizer", "cpu"): through}):
+    with dispatch.standing_in({("through_quantizer", DEVICE): through}):
         folder = tmp_path / "whole"
         done = run(tiny, data, folder, **settings)
         assert asked == [7] and done.adapter_step > 7
@@ -407,7 +409,7 @@ def test_an_identity_knows_what_changes_a_result(tiny, data):
 
 
 def test_a_damaged_best_adapter_is_named(tiny, data, tmp_path, monkeypatch):
-    assert cut_short(monkeypatch, tiny, data, tmp_path / "run", "score", 7, **MEASURED)  # before, five times, after
+    assert cut_short(monkeypatch, tiny, data, tmp_path / "run", "score", 7, **SURE)  # before, five times, after
     best = next((tmp_path / "run/checkpoint").glob("best-*"))
     save_file({"a": torch.zeros(1)}, best)
-    with pytest.raises(LabError, match=best.name): run(tiny, data, tmp_path / "run", **MEASURED)
+    with pytest.raises(LabError, match=best.name): run(tiny, data, tmp_path / "run", **SURE)

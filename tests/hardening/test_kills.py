@@ -5,7 +5,6 @@ The runs are the console script's own `main`. `make test` kills three, `make har
 many. What was met is kept in the file that QLORA_LAB_HARDENING names, for benchmarks/hardening.py.
 """
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -17,10 +16,8 @@ import pytest
 from layer import faults
 from noted import LONG, note
 from safetensors import safe_open
+from several import forking
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["qlora_lab.cli", "qlora_lab.train", "qlora_lab.model", "peft",
-                                "transformers.models.llama.modeling_llama"])
 KILLED = int(os.environ.get("QLORA_LAB_KILLS") or (100 if LONG else 3))  # runs
 SIGNALS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 STEPS = 12
@@ -46,7 +43,7 @@ def process(argv, log, folder, at, sig, count):
 
 
 def start(argv, log, folder, at=0, sig=signal.SIGKILL, count=None):
-    p = CONTEXT.Process(target=process, args=(argv, str(log), str(folder), at, sig, count))
+    p = forking().Process(target=process, args=(argv, str(log), str(folder), at, sig, count))
     p.start()
     return p
 
