@@ -203,7 +203,7 @@ def same(name: str, here: Tensor, there: Tensor) -> bool:
     if "quant_state.bitsandbytes__" in name: return _text(here) == _text(there)
     if here.dtype == torch.uint8 and there.dtype != torch.uint8:
         there = there.contiguous().view(torch.uint8).view_as(here)
-    return here.shape == there.shape and torch.equal(bits(here.cpu()), bits(there.to("cpu", here.dtype)))
+    return here.shape == there.shape and torch.equal(bits(here.detach().cpu()), bits(there.to("cpu", here.dtype)))
 
 def _text(t: Tensor) -> dict: return json.loads(bytes(t.tolist()))
 

@@ -24,10 +24,13 @@ from conftest import devices, make_tokenizer
 from qlora_lab import bnb_files, segments
 from qlora_lab.against_file import Stored, hold_against, stored_files
 from qlora_lab.bnb_files import save_quantized, skip_list
+from qlora_lab.engine.byte_hashes import hash_tensors
+from qlora_lab.engine.examining import examine
+from qlora_lab.from_peft import with_lab_layers
 from qlora_lab.linear4bit import Linear4bit, quantize_model
 from qlora_lab.loading import listening, settle
 from qlora_lab.lora import add_lora, save_adapter
-from qlora_lab.model import answer, load_model, token_losses
+from qlora_lab.model import answer, load_model, memory_bill, token_losses
 from qlora_lab.processes import own_card
 from qlora_lab.records import LabError
 from qlora_lab.segments import ALLOCATOR
@@ -498,3 +501,16 @@ def test_a_model_lies_in_segments_that_grow(tmp_path):
     for name in ALLOCATOR: env.pop(name, None)
     done = subprocess.run([sys.executable, "-c", SEGMENTS, str(folder)], env=env, capture_output=True, text=True)
     assert done.stdout.split() == ["True", "True"], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("device", devices())
+def test_looking_moves_nothing_of_bitsandbytes(device, folder, tmp_path, monkeypatch):
+    """`Params4bit.cpu` makes a copy of the weight and moves its statistics themselves: on a card a layer that was
+    looked at so would read them in host memory."""
+    def moved(*_): raise AssertionError("moved by being looked at")
+    save_quantized(*load_model(folder, **EXACT)[:1], tmp_path / "packed", make_tokenizer())
+    monkeypatch.setattr("bitsandbytes.nn.Params4bit.to", moved)
+    model, tokenizer = load_model(tmp_path / "packed", backend="bnb", **EXACT | {"device": device})
+    assert answer(model, tokenizer, "read the file", 2) and memory_bill(model).loc["4-bit codes"].sum()
+    assert examine(model, tokenizer).findings and hash_tensors(model.named_parameters())
+    assert with_lab_layers(model)
