@@ -121,15 +121,18 @@ def check_vocabulary(
 # %% ../nbs/reference/claimed_sizes.ipynb #a4d97f02
 def check_tokens(
     model: nn.Module,
-    tokenizer,
+    tokenizer,       # to name the token; None where there are numbers alone
     rows: Iterable,  # of token ids, each a tensor or a list
 ) -> None:
     "Raise LabError for a token that the model's embedding has no row for."
     table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     known = getattr(table, "num_embeddings", None)
     if known is None: return
-    most = max((int(t.max()) for t in map(torch.as_tensor, rows) if t.numel()), default=0)
-    if most >= known:
-        raise LabError(f"the token {tokenizer.convert_ids_to_tokens(most)!r} has the number {most}, and the model's "
-                       f"embedding has {known} rows; take the model's own tokenizer, or call "
-                       f"model.resize_token_embeddings({max(len(tokenizer), most + 1)}) and train the embedding too")
+    ends = [number for t in map(torch.as_tensor, rows) if t.numel() for number in t.aminmax()]
+    most, least = int(max(ends, default=0)), int(min(ends, default=0))
+    if least < 0: raise LabError(f"a token has the number {least}; the first row of an embedding is number 0")
+    if most < known: return
+    token = "a token" if tokenizer is None else f"the token {tokenizer.convert_ids_to_tokens(most)!r}"
+    rows = most + 1 if tokenizer is None else max(len(tokenizer), most + 1)
+    raise LabError(f"{token} has the number {most}, and the model's embedding has {known} rows; take the model's own "
+                   f"tokenizer, or call model.resize_token_embeddings({rows}) and train the embedding too")

@@ -26,6 +26,7 @@ from numbers import Real
 
 from torch import nn
 
+from .claimed_sizes import check_tokens
 from .records import LabError
 from .scoring import Score
 
@@ -75,5 +76,7 @@ def task_scores(
     if unknown: raise LabError(f"{unknown[0]}: no task of lm-evaluation-harness; `lm_eval ls tasks` lists them")
     ready = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     how = dict(limit=limit, log_samples=True, bootstrap_iters=0, task_manager=known)
-    out = simple_evaluate(ready, tasks=list(tasks), **how)
+    look = model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: check_tokens(model, tokenizer, ids))
+    try: out = simple_evaluate(ready, tasks=list(tasks), **how)
+    finally: look.remove()
     return {name: score for task, found in out["samples"].items() for name, score in scores_of(task, found).items()}

@@ -34,6 +34,7 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
+from ..claimed_sizes import check_tokens
 from ..data import Tokens
 from ..divergence import divergence, said
 from ..double_quant import QuantizedTensor, quantize_4bit
@@ -200,6 +201,7 @@ def choices(
     if calibration is not None and scales == "absmax" and not by_bytes:
         raise LabError("calibration is read for scales='chosen' or keep=<bytes> alone; name one of them")
     rows = None if calibration is None else _rows(calibration)
+    if rows: check_tokens(model, None, rows)
     if keep is not None:
         for name in sensitive_layers(model, take, keep, kind, rows):
             stay[name] = "kept in 16 bits"
