@@ -3,8 +3,9 @@
     python -m benchmarks.heads              # writes results/heads_CARD.json
 
 Heads of models as people bring them, and of the same models without the tokens that were added. `losses`: loss and
-slope of 8,192 places, the sides in turns, and how far the slope of the first places is from float32's. `products`: one
-piece, into rows of the vocabulary's length and of the next multiple of 64. No graphs: kernels of milliseconds.
+slope of 8,192 places, the sides in turns, and how far the slope of the first places is from float32's; one product also
+with torch's `allow_bf16_reduced_precision_reduction` off. `products`: one piece, into rows of the vocabulary's length
+and of the next multiple of 64. No graphs: kernels of milliseconds.
 """
 from functools import partial
 from statistics import median
@@ -36,21 +37,24 @@ def made(name: str) -> tuple[nn.Linear, Tensor, Tensor]:
     return head, torch.randn(PLACES, width, **MADE), torch.randint(vocabulary, (PLACES,), device="cuda")
 
 
-def slope(head: nn.Linear, states: Tensor, targets: Tensor, twins: dict) -> Tensor:
-    "The gradient of the states, of the whole loss in pieces."
+def slope(head: nn.Linear, states: Tensor, targets: Tensor, twins: dict, reduced: bool = True) -> Tensor:
+    "The gradient of the states, of the whole loss in pieces; whether parts of a sum may be kept in bfloat16."
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = reduced
     states = states.detach().requires_grad_()
     with standing_in(twins):
         in_pieces(states, None, targets, Head(head, (), 2 * len(head.weight))).sum().backward()
     torch.cuda.synchronize()
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True  # as torch has it
     return states.grad
 
 
 def losses(name: str, rounds: int = 9) -> dict:
     "Milliseconds of each side, and how far its slope is from float32's."
     head, states, targets = made(name)
-    ways = {"one product": {("head_logits", "cuda"): None}, "two": {}}
-    seconds = interleaved({who: partial(slope, head, states, targets, twins) for who, twins in ways.items()}, rounds)
-    found = {who: slope(head, states, targets, twins).float() for who, twins in ways.items()}
+    one = {("head_logits", "cuda"): None}
+    ways = {"one product": (one,), "one product, whole sums": (one, False), "two": ({},)}
+    works = {who: partial(slope, head, states, targets, *how) for who, how in ways.items()}
+    seconds, found = interleaved(works, rounds), {who: work().float() for who, work in works.items()}
     exact = slope(head.float(), states[:EXACT].float(), targets[:EXACT], {("slopes", "cuda"): None})
     return {"head": name, "vocabulary": head.out_features, "width": states.shape[1],
             "slope_off": ((found["two"] - found["one product"]).norm() / found["one product"].norm()).item(),

@@ -50,7 +50,7 @@ MODULES = {  # module: its page, and tests of it, the quickest first
     "lora": ("06_lora", "test_lora test_adapters_peft"),
     "examples": ("reference/examples", "test_examples test_data"),
     "conversations": ("reference/conversations", "test_examples test_data"),
-    "settings": ("reference/settings", "test_exact_settings test_ways_to_train"),
+    "settings": ("reference/settings", "test_settings test_exact_settings test_ways_to_train"),
     "token_masks": ("reference/token_masks", "test_data test_templates"),
     "bnb_format": ("reference/bnb_format", "test_linear test_experts"),
     "safe_files": ("reference/safe_files", "test_safe_files"),
