@@ -1,6 +1,9 @@
 "What plain `pytest --nbval nbs/` needs, so that no one has to remember options."
 import os
 import re
+from unittest.mock import patch
+
+import pytest
 
 from scripts.warm_kernels import PLACE, QUIET
 
@@ -17,6 +20,13 @@ def pytest_configure(config):
     if not hasattr(config.option, "nbval_current_env"): return
     if PLACE in os.environ: config.option.nbval_kernel_name = "python3"
     else: config.option.nbval_current_env = True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    "A notebook's kernel, which starts here, sees no card: what its cells have stored are a CPU's numbers."
+    if getattr(item, "cell", None) is None: return (yield)
+    with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""): return (yield)
 
 
 def pytest_itemcollected(item):

@@ -216,3 +216,17 @@ def test_every_search_can_be_widened():
     of_its_own = re.compile(r"^@.*settings\(|^from hypothesis import.*\bsettings\b", re.M)
     own = {p.name for p in (ROOT / "tests").rglob("*.py") if of_its_own.search(p.read_text())}
     assert own == {"conftest.py"}
+
+
+def test_kernels_under_test_see_no_card(tmp_path):
+    "What cells have stored are a CPU's numbers: beside a GPU too, and whatever the user's own variable says."
+    import nbformat
+    v4, name = nbformat.v4, "CUDA_VISIBLE_DEVICES"
+    cells = [v4.new_code_cell(f"import os\nrepr(os.environ[{name!r}])", outputs=[
+        v4.new_output("execute_result", {"text/plain": "\"''\""})])]
+    nbformat.write(v4.new_notebook(cells=cells), tmp_path / "page.ipynb")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "conftest", "--rootdir", tmp_path,
+               "--nbval", tmp_path / "page.ipynb"]
+    env = {k: v for k, v in os.environ.items() if k not in ("WARM_KERNELS", "JUPYTER_PATH", "PYTEST_XDIST_WORKER")}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env | {name: "0"})
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-2000:]
