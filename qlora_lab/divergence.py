@@ -35,11 +35,11 @@ def surprise(logs: Tensor, targets: Tensor) -> Tensor:  # [tokens, vocabulary], 
 
 def kl_at(wanted: Tensor, logs: Tensor) -> Tensor:  # [tokens, vocabulary] both, to [tokens], nats
     "How far a model is at each place from one whose words count: sum of p log(p / p')."
-    return (wanted.exp() * (wanted - logs)).sum(1)
+    return (wanted.exp() * (wanted - logs.to(wanted.device))).sum(1)
 
 def same_favourite(wanted: Tensor, logs: Tensor) -> Tensor:  # likewise, to [tokens] bool
     "Where both hold the same token for the likeliest."
-    return wanted.argmax(1) == logs.argmax(1)
+    return wanted.argmax(1) == logs.argmax(1).to(wanted.device)
 
 class Said(NamedTuple):
     "What a model says of some answers."

@@ -74,10 +74,10 @@ def check_places(
                        "what is there (merged, served)")
 
 # %% ../../nbs/engine/export_organ.ipynb #0e73d8ef
-def opened(place: str | Path) -> nn.Module:
+def opened(place: str | Path, device: torch.device | None = None) -> nn.Module:
     "The model of a folder or a GGUF file; raises LabError."
     path = Path(place)
-    if path.suffix != ".gguf": return load_model(path, quantize="auto" if _in_4_bits(path) else None)[0]
+    if path.suffix != ".gguf": return load_model(path, "auto" if _in_4_bits(path) else None, device=device)[0]
     from transformers import AutoModelForCausalLM
     try:
         with quiet():
@@ -85,7 +85,7 @@ def opened(place: str | Path) -> nn.Module:
                                                         trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise LabError(f"{path}: transformers cannot open it ({str(e).splitlines()[0]})") from None
-    return made.eval()
+    return made.eval().to(device)
 
 def _in_4_bits(folder: Path) -> bool:
     from qlora_lab.records import read_json
@@ -121,7 +121,8 @@ def stages_of(
     check_places(places, None)
     trained = said(model, rows)
     with silenced(model): untrained = None if base_changed(model, config) else said(model, rows)
-    found = _made(model) if places is None else ((n, opened(places[n])) for n in BREAKS if n in places)
+    device = next(model.parameters()).device
+    found = _made(model) if places is None else ((n, opened(places[n], device)) for n in BREAKS if n in places)
     moved = None if untrained is None else divergence(trained, untrained).loss
     return moved, [stage_of(name, trained, made, rows) for name, made in found]
 
@@ -173,5 +174,5 @@ def look_at_export(
         file = (places or {}).get("GGUF")
         if places is None and kind:
             file = made_gguf(model, tokenizer, kind, folder)
-            stages.append(stage_of("GGUF", said(model, rows), opened(file), rows))
+            stages.append(stage_of("GGUF", said(model, rows), opened(file, next(model.parameters()).device), rows))
         return judged(base, stages) + (look_at_gguf(file, tokenizer) if file else [])

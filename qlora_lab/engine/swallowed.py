@@ -89,7 +89,8 @@ def swallowed(
 ) -> dict[str, dict[str, Arrival]]:  # layer to way to what arrives
     "What 16 bits would swallow of each adapter's update on a batch; raises LabError where no layer can be asked."
     layers = {n: m for n, m in adapted_layers(model).items() if not isinstance(m, LoRAEmbedding)}
-    with _inputs(layers) as seen: model(**inputs, use_cache=False)
+    device = next(model.parameters()).device
+    with _inputs(layers) as seen: model(**{k: t.to(device) for k, t in inputs.items()}, use_cache=False)
     if not seen: raise LabError("no adapted layer was called: the model has no adapters, or its layers are fused; "
                                 "attach them under standing_in({('fuse_layers', device): None})")
     return {n: {way: arrival(*_parts(layers[n], x), way, dtype) for way in WAYS} for n, x in seen.items()}
