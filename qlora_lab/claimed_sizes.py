@@ -128,11 +128,11 @@ def check_tokens(
     table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     known = getattr(table, "num_embeddings", None)
     if known is None: return
-    ends = [number for t in map(torch.as_tensor, rows) if t.numel() for number in t.aminmax()]
-    most, least = int(max(ends, default=0)), int(min(ends, default=0))
+    ends = [int(number) for t in map(torch.as_tensor, rows) if t.numel() for number in t.aminmax()]
+    most, least = max(ends, default=0), min(ends, default=0)
     if least < 0: raise LabError(f"a token has the number {least}; the first row of an embedding is number 0")
     if most < known: return
     token = "a token" if tokenizer is None else f"the token {tokenizer.convert_ids_to_tokens(most)!r}"
-    rows = most + 1 if tokenizer is None else max(len(tokenizer), most + 1)
+    needed = max(most + 1, len(tokenizer) if tokenizer else 0)
     raise LabError(f"{token} has the number {most}, and the model's embedding has {known} rows; take the model's own "
-                   f"tokenizer, or call model.resize_token_embeddings({rows}) and train the embedding too")
+                   f"tokenizer, or call model.resize_token_embeddings({needed}) and train the embedding too")

@@ -17,7 +17,7 @@ from qlora_lab.assets import SMOLLM2
 from qlora_lab.cli import main
 from qlora_lab.commands.doctor import SMALL
 from qlora_lab.data import collate, encode, pair, split
-from qlora_lab.engine import machine_organ, resume_organ
+from qlora_lab.engine import export_organ, machine_organ, resume_organ
 from qlora_lab.engine.examining import examine
 from qlora_lab.engine.export_organ import Stage, judged, look_at_gguf, stages_of
 from qlora_lab.engine.findings import KNOWN, ill, lines_of
@@ -241,6 +241,20 @@ def test_a_base_that_was_changed_with_its_adapter_is_no_measure(healthy, monkeyp
     model, tokenizer, _ = open_run(healthy, device="cpu")
     rows = encode(tokenizer, DATA[:4])
     assert stages_of(model, rows, {})[0] > 0 and stages_of(model, rows, {}, TrainConfig(init="pissa"))[0] is None
+
+
+def test_stages_are_opened_where_the_model_is(healthy, monkeypatch):
+    "A card beside it is no reason to take that, and its 16 bits."
+    model, tokenizer, _ = open_run(healthy, device="cpu")
+    asked, real = [], export_organ.load_model
+
+    def noted(*args, **how):
+        asked.append(how["device"])
+        return real(*args, **how)
+
+    monkeypatch.setattr(export_organ, "load_model", noted)
+    assert stages_of(model, encode(tokenizer, DATA[:2]), {"merged": healthy.parent / "base"})[1]
+    assert asked == [torch.device("cpu")]
 
 
 def test_an_export_that_cannot_be_looked_at(healthy, merged, tmp_path, monkeypatch):

@@ -181,5 +181,5 @@ def test_a_task_of_the_harness(tokenizer, tmp_path):
     assert len(found["own acc"].sums) == 4 and set(found["own acc"].sums) <= {0., 1.}
     with pytest.raises(LabError, match="no task of lm-evaluation"): task_scores(model, tokenizer, ["no such task"])
     with pytest.raises(LabError, match="the token .* has the number .* has 64 rows"):
-        task_scores(make_llama(vocab_size=64), tokenizer, [task])
-    assert not model.get_input_embeddings()._forward_pre_hooks
+        task_scores(small := make_llama(vocab_size=64), tokenizer, [task])
+    assert not small.get_input_embeddings()._forward_pre_hooks

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import make_llama
+from conftest import devices, make_llama
 from qlora_lab.engine.adapted_linear import AdaptedLinear
 from qlora_lab.engine.dispatch import standing_in
 from qlora_lab.engine.group import Group, group_forward
@@ -91,8 +91,11 @@ def test_the_labs_layers_add_as_their_way_says(way, size):
     if size == 1e-4: assert (kept > 0.8) == (way == "one product")
 
 
-def test_every_adapted_layer_is_asked():
-    model = attach_adapters(quantize_model(make_llama(layers=1)), TrainConfig(rank=4))
+@pytest.mark.parametrize("device", devices())
+def test_every_adapted_layer_is_asked(device):
+    "Wherever the model is; what it is called with may lie on the CPU."
+    model = quantize_model(make_llama(layers=1)).to(device)
+    with standing_in({("fuse_layers", device): None}): model = attach_adapters(model, TrainConfig(rank=4))
     ids = {"input_ids": torch.tensor([[5, 9, 20, 3]])}
     before = swallowed(model, ids)
     assert len(before) == 7 and all(math.isnan(a.kept) for ways in before.values() for a in ways.values())

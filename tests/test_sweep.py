@@ -144,7 +144,7 @@ def test_the_card_of_a_sweep_is_the_current_one(grid, tmp_path, monkeypatch):
     work = prepare(grid, tmp_path / "s")
     work.bases.device = torch.device("cuda:1")
     serve(replace(work, places=[]), print)
-    assert entered[0] == torch.device("cuda:1")
+    assert set(entered) == {torch.device("cuda:1")}
     bases = Bases((torch.nn.Linear(256, 1024), None), torch.device("cpu"))
     bases.copy(work.places[0].cell)
     assert bases.kept_gib > 0 or torch.cuda.is_available()

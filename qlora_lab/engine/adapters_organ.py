@@ -135,9 +135,9 @@ def _answers_in(model: nn.Module) -> torch.dtype:
 
 def _heard(patient: Patient) -> list[Finding]:
     "Asked where activations are in 16 bits and adapters have moved."
-    model, half, device = patient.model, _answers_in(patient.model), next(patient.model.parameters()).device
+    model, half = patient.model, _answers_in(patient.model)
     if patient.batch is None or patient.fresh or half.itemsize > 2: return []
-    inputs = {k: patient.batch[k].to(device) for k in ("input_ids", "attention_mask") if k in patient.batch}
+    inputs = {k: patient.batch[k] for k in ("input_ids", "attention_mask") if k in patient.batch}
     try:
         with undisturbed(model): found = swallowed(model, inputs, half)
     except LabError: return []  # fused layers add once, and lose nothing; PEFT's are not looked into
