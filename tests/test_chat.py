@@ -446,9 +446,9 @@ def test_a_slip_below_a_folder_is_not_looked_for_elsewhere(tmp_path, capsys, mon
     assert code == 2 and "runs/mien: no run and no model here" in err
 
 
-def read_until(fd, wanted, seconds=120):
-    "What a terminal shows until some text has come."
-    seen, end = "", time.monotonic() + seconds
+def read_until(fd, wanted, seconds=120, seen=""):
+    "What a terminal shows until some text has come, which may arrive in pieces; `seen` came before."
+    end = time.monotonic() + seconds
     while wanted not in seen:
         if not select.select([fd], [], [], max(0, end - time.monotonic()))[0]:
             raise AssertionError(f"{wanted!r} did not come: {seen[-2000:]!r}")
@@ -487,7 +487,7 @@ def test_in_a_terminal(run, tmp_path):
     try:
         shown = read_until(ours, "Ctrl-D ends.")
         assert "mine answers" in shown
-        if "> " not in shown.partition("Ctrl-D ends.")[2]: read_until(ours, "> ")  # else both came in one piece
+        read_until(ours, "> ", seen=shown.partition("Ctrl-D ends.")[2])
         assert "/both" in type_in("/help\n", "the end, as Ctrl-D")
         type_in("/base\n", "now: base")
         type_in("/nobody\n", "the end, as Ctrl-D")

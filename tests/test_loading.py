@@ -24,6 +24,7 @@ from conftest import devices, make_tokenizer
 from qlora_lab import bnb_files, segments
 from qlora_lab.against_file import Stored, hold_against, stored_files
 from qlora_lab.bnb_files import save_quantized, skip_list
+from qlora_lab.double_quant import quantize_4bit
 from qlora_lab.engine.byte_hashes import hash_tensors
 from qlora_lab.engine.examining import examine
 from qlora_lab.from_peft import with_lab_layers
@@ -501,6 +502,19 @@ def test_a_model_lies_in_segments_that_grow(tmp_path):
     for name in ALLOCATOR: env.pop(name, None)
     done = subprocess.run([sys.executable, "-c", SEGMENTS, str(folder)], env=env, capture_output=True, text=True)
     assert done.stdout.split() == ["True", "True"], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("device", devices())
+def test_the_base_is_the_same_on_every_machine(device, folder):
+    "Weights go to 4 bits on the CPU, wherever the model is to be: an adapter trained on a card opens on its own base."
+    plain, _ = load_model(folder, quantize=None, **EXACT)
+    want = {name: quantize_4bit(m.weight) for name, m in plain.named_modules() if isinstance(m, nn.Linear)}
+    model, _ = load_model(folder, **EXACT | {"device": device})
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+    assert layers and {m.weight.device.type for m in layers.values()} == {device}
+    for name, m in layers.items():
+        for part in ("packed", "stats", "absmax2", "offset"):
+            assert torch.equal(getattr(m.quantized, part).cpu(), getattr(want[name], part))
 
 
 @pytest.mark.parametrize("device", devices())

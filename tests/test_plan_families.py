@@ -14,7 +14,7 @@ from benchmarks.common import random_batch
 from qlora_lab import plan
 from qlora_lab.checkpointing import checkpoint_layers
 from qlora_lab.engine.dispatch import REHEARSED, faster, rehearsing, twin
-from qlora_lab.engine.empty_answers import Answers
+from qlora_lab.engine.empty_answers import Answers, empty_attention
 from qlora_lab.engine.known_models import FAMILIES as PLANNED
 from qlora_lab.engine.known_models import KNOWN, model_config
 from qlora_lab.engine.paged_adamw import PagedAdamW
@@ -171,3 +171,11 @@ def test_a_fault_of_the_lab_is_chained(monkeypatch):
     monkeypatch.setattr("qlora_lab.engine.planner.rehearsed", faulty)
     with pytest.raises(LabError, match="a fault of the lab's") as refused: plan("smollm2-135m", device="cpu")
     assert type(refused.value.__cause__) is RuntimeError
+
+
+def test_fewer_heads_of_keys_where_torch_has_no_kernel_for_them(monkeypatch):
+    "As in older versions of torch: scores are multiplied out, and it is still said that heads are shared."
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: 0)
+    q, k = (torch.empty(1, heads, 5, 24, device="meta") for heads in (6, 3))  # a size that no other test asks for
+    for mask in (None, torch.empty(1, 1, 5, 5, dtype=torch.bool, device="meta")):
+        assert empty_attention("cpu", q, k, k, mask, is_causal=mask is None, enable_gqa=True).shape == q.shape

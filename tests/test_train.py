@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from qlora_lab.bnb_files import save_quantized
 from qlora_lab.data import collate, tokenize
+from qlora_lab.double_quant import QuantizedTensor
 from qlora_lab.linear4bit import Linear4bit, quantize_model
 from qlora_lab.lora import load_adapter
 from qlora_lab.model import answer, load_model, memory_bill
@@ -160,7 +161,8 @@ def test_settings_that_make_no_sense(bad):
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_4bit_checkpoints_go_both_ways(quant_type, double_quant, tiny, tmp_path):
-    "transformers with bitsandbytes opens what we saved, we open what they saved: the same logits, the same bill."
+    """transformers with bitsandbytes opens what we saved, we open what they saved: the same logits, the same bytes, the
+    same bill. What they quantize on a CPU is what we quantize; a card's statistics are others."""
     ours, tokenizer = load_model(tiny, quant_type, compute_dtype=torch.float32, double_quant=double_quant)
     save_quantized(ours, tmp_path / "ours", tokenizer)
     theirs, _ = load_model(tmp_path / "ours", backend="bnb", compute_dtype=torch.float32)
@@ -170,8 +172,15 @@ def test_4bit_checkpoints_go_both_ways(quant_type, double_quant, tiny, tmp_path)
     back, _ = load_model(tmp_path / "theirs", compute_dtype=torch.float32)
     ids = torch.arange(20, device=ours.device)[None] + 5
     with torch.no_grad(): a, b, c = (m(input_ids=ids).logits.float() for m in (ours, theirs, back))
-    assert torch.equal(a, c) and torch.allclose(a, b, atol=1e-5)
-    assert sum(isinstance(m, Linear4bit) for m in back.modules()) == 14 and memory_bill(back).equals(memory_bill(ours))
+    assert torch.allclose(a, b, atol=1e-5)
+    assert torch.equal(a, c) if a.device.type == "cpu" else torch.allclose(a, c, atol=1e-2)
+    layers = {name: m.quantized for name, m in back.named_modules() if isinstance(m, Linear4bit)}
+    assert len(layers) == 14 and memory_bill(back).equals(memory_bill(ours))
+    for name, got in layers.items():
+        weight = quantized_by_them.get_submodule(name).weight
+        want = QuantizedTensor.from_bitsandbytes(weight.detach(), weight.quant_state)
+        assert all(torch.equal(getattr(got, part), getattr(want, part)) for part in ("packed", "stats"))
+        assert got.nested == want.nested == double_quant and torch.equal(got.dequantize(), want.dequantize())
 
 
 def test_freed_memory_is_handed_back_between_layers(monkeypatch):

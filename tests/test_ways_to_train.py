@@ -130,8 +130,14 @@ def test_the_best_adapter_is_the_runs(whole, tiny, data, tmp_path):
     for name, step in (("adapter", done.adapter_step), ("last_adapter", 10)):
         model = load_adapter(opened(tiny)[0], tmp_path / "run" / name)
         assert score(model, spread(held, 4)).loss == pytest.approx(losses[step], abs=1e-5)
-    assert whole["patience"][0]["ended"]["why"] == "no better held-out loss in 1 measurements"
-    assert whole["patience"][0]["ended"]["step"] == 4
+
+
+def test_patience_ends_a_run_at_the_first_measurement_that_is_no_better(whole):
+    told, lines, _ = whole["patience"]
+    assert told["ended"]["why"] == "no better held-out loss in 1 measurements"
+    *better, last = [row["held_out"] for row in lines if "held_out" in row]
+    assert better == sorted(set(better), reverse=True) and last >= better[-1]
+    assert told["ended"]["step"] == lines[-1]["step"] == 2 + 2 * len(better) < 10
 
 
 def test_measuring_changes_no_step(tiny, data, tmp_path):

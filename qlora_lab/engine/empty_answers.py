@@ -65,7 +65,7 @@ def empty_attention(
         mask = torch.where(mask, 0., torch.scalar_tensor(-torch.inf, dtype=q.dtype, device=mask.device))
     heads, sizes = zip(*((t.shape[1], t.shape[-1]) for t in (q, k, v)))
     if _keeps_scores(device, heads, sizes, enable_gqa):
-        return F.scaled_dot_product_attention(q, k, v, mask, 0., is_causal, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, mask, 0., is_causal, scale=scale, enable_gqa=enable_gqa)
     if mask is not None: mask = mask.expand(q.shape[0], q.shape[1], -1, -1)
     more = {"attn_mask": mask} if device == "cpu" else {}
     if q.shape[-1] == v.shape[-1] and (mask is None or more):

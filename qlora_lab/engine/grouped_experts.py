@@ -210,7 +210,7 @@ def gate_of(module: nn.Module) -> Gate:  # experts of transformers
 def declines(module: nn.Module, x: Tensor, chosen: Tensor, dtype: torch.dtype) -> bool:
     "Whether the loop has to do it."
     names = sides_of(module)
-    if names is None or x.dim() != 2 or chosen.dim() != 2 or not hasattr(F, "grouped_mm"): return True
+    if names is None or x.dim() != 2 or chosen.dim() != 2: return True
     if chosen.numel() < len(module.down_proj): return True
     if not x.is_meta and torch.is_autocast_enabled(x.device.type): return True
     if dtype is torch.float16 or x.device.type == "cuda" and dtype is not torch.bfloat16: return True

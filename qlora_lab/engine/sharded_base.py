@@ -203,8 +203,6 @@ def _mesh(mesh: "DeviceMesh | None") -> tuple["DeviceMesh", torch.device]:
     from torch.distributed.device_mesh import init_device_mesh
     if not (distributed.is_available() and distributed.is_initialized()):
         raise LabError("shard_base: no group of processes; start with torchrun, or call init_process_group first")
-    if torch.torch_version.TorchVersion(torch.__version__) < (2, 8):
-        raise LabError(f"shard_base: torch {torch.__version__} gathers frozen tensors of one type alone; take 2.8")
     kind = "cuda" if "nccl" in distributed.get_backend_config() else "cpu"
     mesh = mesh or init_device_mesh(kind, (distributed.get_world_size(),))
     if mesh.ndim != 1: raise LabError(f"shard_base: a mesh of {mesh.ndim} axes; expected one, all processes in a row")

@@ -112,7 +112,7 @@ class Roomy(Recordings):
         if not sizes: return
         own = self.pool - sum(g.nbytes for g in self.grads if self.maker)  # what of the pool a replay works in
         reserved, (free, whole) = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()
-        limit = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.)()  # torch 2.6 does not tell
+        limit = torch.cuda.get_per_process_memory_fraction()
         cached = reserved - torch.cuda.memory_allocated() - own  # freed by passes, for passes
         if min(free, whole * limit - reserved) + cached < own * inputs[0].numel() / max(sizes):
             self.clear()

@@ -6,12 +6,13 @@ is taken for whole, and the same call afterwards does it after all.
 import os
 import random
 import signal
-import time
 
 import pytest
+import torch
 from deeds import DEEDS, EXPECTED, THEIRS, tiny
 from layer import WAYS, faults
 from noted import LONG, note
+from several import forking
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SOME = {"train": 5, "gguf": 3}  # steps of a deed that `make test` takes, a way; others 4
@@ -71,19 +72,21 @@ def test_each_step_fails_in_turn(name, how, done, tmp_path):
     note("steps", deed=name, way=how, steps=steps, tried=len(chosen))
 
 
+def undertake(name, place, at):
+    "In a process of its own."
+    torch.set_num_threads(1)
+    with faults(place, at, "kill"): DEEDS[name].do(place)
+
+
 def killed(name, place, at):
-    "The deed in a process of its own that is gone at a step; its exit code."
-    child = os.fork()
-    if child == 0:
-        try:
-            with faults(place, at, "kill"): DEEDS[name].do(place)
-        finally: os._exit(0)
-    for _ in range(600):
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found: return os.waitstatus_to_exitcode(status)
-        time.sleep(0.1)
-    os.kill(child, signal.SIGKILL)
-    raise AssertionError(f"{name} hung at step {at}")
+    "The deed in a process that is gone at a step; its exit code."
+    child = forking().Process(target=undertake, args=(name, place, at))
+    child.start()
+    child.join(60)
+    hung = child.exitcode is None
+    child.kill()
+    assert not hung, f"{name} hung at step {at}"
+    return child.exitcode
 
 
 @pytest.mark.parametrize("name", DEEDS)
@@ -130,5 +133,5 @@ def test_the_layer_sees_a_plain_writer(tmp_path):
         (folder / "adapter_model.safetensors").write_bytes(save(tensors))
     whole = {p.name: p.read_bytes() for p in (place / "out").iterdir()}
     with pytest.raises(OSError), faults(place, 2, "cut"):
-        plainly(place / "out", whole["adapter_config.json"].decode(), {"x": __import__("torch").ones(2)})
+        plainly(place / "out", whole["adapter_config.json"].decode(), {"x": torch.ones(2)})
     with pytest.raises(Exception): DEEDS["adapter"].whole(place / "out")  # noqa: B017 - whatever it raises
