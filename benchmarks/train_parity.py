@@ -21,7 +21,7 @@ def one_side(backend: str, steps: int, folder: Path) -> None:
     from qlora_lab.data import default_split
     from qlora_lab.model import load_model
     from qlora_lab.train import TrainConfig, train
-    model, tokenizer = load_model(backend=backend, compute_dtype=torch.float32)
+    model, tokenizer = load_model(backend=backend, compute_dtype=torch.float32, device="cpu")  # one base for both
     train(model, tokenizer, default_split(), TrainConfig(folder=str(folder), steps=steps))
 
 

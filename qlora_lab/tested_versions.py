@@ -11,7 +11,7 @@ __all__ = ['TESTED_ON', 'TESTED_PYTHONS', 'Tested', 'packages', 'tested_range']
 # The oldest version of a library is what the package asks for (settings.ini), the newest that was tested is the one in
 # constraints.txt; both travel with the installed package, the second as the extra "tested". When and with which Python
 # the whole suite passed is written here, by hand, after a run of `make test`. What is newer than tested may work:
-# `make test-latest` tries it, as `make test-oldest` tries the other end.
+# `make test-latest` tries it. `make test-oldest` runs the suite with the oldest.
 #
 # Nothing is imported of the libraries themselves. A package that is not installed has no range, and the table is empty.
 #

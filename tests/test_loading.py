@@ -505,7 +505,7 @@ def test_a_model_lies_in_segments_that_grow(tmp_path):
 
 
 @pytest.mark.parametrize("device", devices())
-def test_the_base_is_the_same_on_every_machine(device, folder):
+def test_the_base_is_the_same_on_every_device(device, folder):
     "Weights go to 4 bits on the CPU, wherever the model is to be: an adapter trained on a card opens on its own base."
     plain, _ = load_model(folder, quantize=None, **EXACT)
     want = {name: quantize_4bit(m.weight) for name, m in plain.named_modules() if isinstance(m, nn.Linear)}
@@ -515,6 +515,9 @@ def test_the_base_is_the_same_on_every_machine(device, folder):
     for name, m in layers.items():
         for part in ("packed", "stats", "absmax2", "offset"):
             assert torch.equal(getattr(m.quantized, part).cpu(), getattr(want[name], part))
+    if device == "cuda":  # the control: quantized there, some statistics would be others
+        w = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+        assert not torch.equal(quantize_4bit(w.to(device)).stats.cpu(), quantize_4bit(w).stats)
 
 
 @pytest.mark.parametrize("device", devices())

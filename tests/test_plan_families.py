@@ -174,8 +174,8 @@ def test_a_fault_of_the_lab_is_chained(monkeypatch):
 
 
 def test_fewer_heads_of_keys_where_torch_has_no_kernel_for_them(monkeypatch):
-    "As in older versions of torch: scores are multiplied out, and it is still said that heads are shared."
-    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: 0)
-    q, k = (torch.empty(1, heads, 5, 24, device="meta") for heads in (6, 3))  # a size that no other test asks for
+    "Where a CPU has none the scores are multiplied out, and it is still said that heads are shared."
+    monkeypatch.setattr("qlora_lab.engine.empty_answers._keeps_scores", lambda *_: True)
+    q, k = (torch.empty(1, heads, 5, 24, device="meta") for heads in (6, 3))
     for mask in (None, torch.empty(1, 1, 5, 5, dtype=torch.bool, device="meta")):
         assert empty_attention("cpu", q, k, k, mask, is_causal=mask is None, enable_gqa=True).shape == q.shape

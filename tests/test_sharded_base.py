@@ -255,7 +255,7 @@ def cast_on_the_way():
     model = by_bnb(torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     with patch.object(sharded_base, "_wrap", lambda m, how, offload: fully_shard(m, mp_policy=policy, **how)):
-        fine = raised(lambda: shard_base(model))  # bytes are not cast; norms in float32 are, which the proof sees
+        fine = raised(lambda: shard_base(model))  # norms in float32 are cast, which the proof sees
     with patch.object(sharded_base, "_wrap", lambda m, how, offload: fully_shard(m, mp_policy=policy, **how)), \
             patch.object(sharded_base, "as_bytes", lambda t: t.view(-1, 1)):
         return fine, raised(lambda: shard_base(by_bnb(torch.float32)))

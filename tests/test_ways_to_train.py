@@ -132,8 +132,9 @@ def test_the_best_adapter_is_the_runs(whole, tiny, data, tmp_path):
         assert score(model, spread(held, 4)).loss == pytest.approx(losses[step], abs=1e-5)
 
 
-def test_patience_ends_a_run_at_the_first_measurement_that_is_no_better(whole):
-    told, lines, _ = whole["patience"]
+def test_patience_ends_a_run_at_the_first_measurement_that_is_no_better(tiny, data, tmp_path):
+    run(tiny, data, tmp_path / "run", **SURE, patience=1)
+    told, lines, _ = results(tmp_path / "run")
     assert told["ended"]["why"] == "no better held-out loss in 1 measurements"
     *better, last = [row["held_out"] for row in lines if "held_out" in row]
     assert better == sorted(set(better), reverse=True) and last >= better[-1]

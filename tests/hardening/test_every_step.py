@@ -73,18 +73,19 @@ def test_each_step_fails_in_turn(name, how, done, tmp_path):
 
 
 def undertake(name, place, at):
-    "In a process of its own."
+    "The deed, up to the step at which its process is gone."
     torch.set_num_threads(1)
     with faults(place, at, "kill"): DEEDS[name].do(place)
 
 
 def killed(name, place, at):
-    "The deed in a process that is gone at a step; its exit code."
+    "The deed in a process of its own, which knows nothing of a card that this one may be using; its exit code."
     child = forking().Process(target=undertake, args=(name, place, at))
     child.start()
     child.join(60)
     hung = child.exitcode is None
     child.kill()
+    child.join()
     assert not hung, f"{name} hung at step {at}"
     return child.exitcode
 
