@@ -40,7 +40,7 @@ def cards_map_memory() -> bool:
     return cards.value > 0 and all(map(maps, range(cards.value)))
 
 # %% ../nbs/reference/segments.ipynb #5e61e708
-ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # torch reads both, and each of its versions the second
+ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # torch reads both; the second is the older name
 
 def use_expandable_segments() -> None:
     "Ask for segments that grow, where the cards can and nothing is said of torch's allocator."
