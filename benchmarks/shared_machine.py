@@ -1,9 +1,14 @@
 """A training step on a machine that is shared: alone, beside one busy process, beside three.
 
     make bench            # or python -m benchmarks.shared_machine; on two cores about six minutes
+    python -m benchmarks.shared_machine --class 12     # twelve processes that start while the machine is free
 
 Each time in a process of its own, started when the others are busy already, with the way in which OpenMP's threads wait
 chosen by `qlora_lab.threads`, or spinning, or asleep. Prints seconds a step, writes results/shared_machine.json.
+
+A class is the case that no look at the machine can foresee: all its processes have loaded torch before the first one
+works. Each quantizes a matrix of 1,024 x 1,024 by the lab and by bitsandbytes, as lesson 03 does; as torch comes,
+asleep, and with one thread. Prints seconds a matrix, writes results/shared_class.json.
 """
 import argparse
 import json
@@ -19,6 +24,7 @@ import pandas as pd
 from benchmarks.common import save_result
 
 BUSY = "while True: pass"
+CLASS = {"as it comes": {}, "asleep": {"OMP_WAIT_POLICY": "PASSIVE"}, "one thread": {"OMP_NUM_THREADS": "1"}}
 WAYS = {"chosen": {}, "spinning": {"OMP_WAIT_POLICY": "ACTIVE"}, "asleep": {"OMP_WAIT_POLICY": "PASSIVE"}}
 
 
@@ -54,14 +60,51 @@ def measured(side: str, others: int, way: str, steps: int) -> dict:
     return {"side": side, "others": others, "way": way, **found, "median_s": statistics.median(found["seconds"])}
 
 
+def quantized(matrices: int = 3) -> list[float]:
+    "Seconds of each matrix, when all are ready: a line out, a line in."
+    import bitsandbytes.functional as bnb
+    import torch
+
+    from qlora_lab.double_quant import quantize_4bit
+    w = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    quantize_4bit(w[:64])  # what is compiled or loaded at first use
+    print("ready", flush=True)
+    input()
+    found, end = [], time.perf_counter() + 60
+    while len(found) < matrices and time.perf_counter() < end:
+        start = time.perf_counter()
+        quantize_4bit(w)
+        bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def together(processes: int, way: str) -> dict:
+    "So many processes that begin at once."
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")} | CLASS[way]
+    command = [sys.executable, "-c", "import torch; from benchmarks.shared_machine import quantized as f; print(f())"]
+    started = [subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+               for _ in range(processes)]
+    for one in started: assert one.stdout.readline() == "ready\n"
+    for one in started: print(file=one.stdin, flush=True)
+    found = [json.loads(one.communicate()[0]) for one in started]
+    return {"processes": processes, "way": way, "median_s": statistics.median(sum(found, [])), "seconds": found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--class", type=int, dest="processes", help="so many processes at once, in place of steps")
     args = parser.parse_args()
     if args.one:
         from qlora_lab.threads import choose
         return print(json.dumps({"policy": choose().policy, "seconds": seconds(args.one, args.steps)}))
+    if args.processes:
+        rows = [together(n, way) for n in (1, args.processes) for way in CLASS]
+        save_result("shared_class", {"rows": rows})
+        table = pd.DataFrame(rows).pivot_table("median_s", "way", "processes").round(3)
+        return print(table.to_string())
     rows = []
     for others in (0, 1, 3):
         for side in ("lab", "bnb"):
