@@ -22,10 +22,16 @@ from contextlib import ExitStack, contextmanager
 import pandas as pd
 
 from benchmarks.common import save_result
+from qlora_lab.threads import POLICY, THREADS
 
 BUSY = "while True: pass"
-CLASS = {"as it comes": {}, "asleep": {"OMP_WAIT_POLICY": "PASSIVE"}, "one thread": {"OMP_NUM_THREADS": "1"}}
-WAYS = {"chosen": {}, "spinning": {"OMP_WAIT_POLICY": "ACTIVE"}, "asleep": {"OMP_WAIT_POLICY": "PASSIVE"}}
+WAYS = {"chosen": {}, "spinning": {POLICY: "ACTIVE"}, "asleep": {POLICY: "PASSIVE"}}
+CLASS = {"as it comes": {}, "asleep": WAYS["asleep"], "one thread": {THREADS: "1"}}
+
+
+def environment(way: dict[str, str]) -> dict[str, str]:
+    "That of a process whose threads are to wait in one way."
+    return {name: value for name, value in os.environ.items() if name not in (POLICY, THREADS)} | way
 
 
 @contextmanager
@@ -54,37 +60,36 @@ def measured(side: str, others: int, way: str, steps: int) -> dict:
     "A process of its own beside so many others."
     command = [sys.executable, "-m", "benchmarks.shared_machine", "--one", side, "--steps", str(steps)]
     with busy(others):
-        env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | WAYS[way]
-        out = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+        out = subprocess.run(command, env=environment(WAYS[way]), check=True, capture_output=True, text=True)
     found = json.loads(out.stdout.splitlines()[-1])
     return {"side": side, "others": others, "way": way, **found, "median_s": statistics.median(found["seconds"])}
 
 
-def quantized(matrices: int = 3) -> list[float]:
+def quantized(matrices: int = 9) -> list[float]:
     "Seconds of each matrix, when all are ready: a line out, a line in."
     import bitsandbytes.functional as bnb
     import torch
 
     from qlora_lab.double_quant import quantize_4bit
     w = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
-    quantize_4bit(w[:64])  # what is compiled or loaded at first use
-    print("ready", flush=True)
-    input()
-    found, end = [], time.perf_counter() + 60
-    while len(found) < matrices and time.perf_counter() < end:
+
+    def both(w):
         start = time.perf_counter()
         quantize_4bit(w)
         bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
-        found.append(time.perf_counter() - start)
-    return found
+        return time.perf_counter() - start
+
+    both(w[:64])  # what is compiled or loaded at first use
+    print("ready", flush=True)
+    input()
+    return [both(w) for _ in range(matrices)]
 
 
 def together(processes: int, way: str) -> dict:
     "So many processes that begin at once."
-    env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")} | CLASS[way]
     command = [sys.executable, "-c", "import torch; from benchmarks.shared_machine import quantized as f; print(f())"]
-    started = [subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-               for _ in range(processes)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    started = [subprocess.Popen(command, env=environment(CLASS[way]), **pipes) for _ in range(processes)]
     for one in started: assert one.stdout.readline() == "ready\n"
     for one in started: print(file=one.stdin, flush=True)
     found = [json.loads(one.communicate()[0]) for one in started]

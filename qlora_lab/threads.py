@@ -8,11 +8,11 @@ __all__ = ['LOOK', 'BUSY', 'POLICY', 'THREADS', 'WAYS', 'available', 'busy_cores
 # %% ../nbs/reference/threads.ipynb #d102cb61
 # How OpenMP's threads wait for each other: spinning, which is fastest alone, or asleep, which shares a machine.
 #
-# Spinning threads keep the core that a late thread needs as soon as anything else runs on the machine: a training step
-# takes 3.5 times as long beside one busy process and 15 times beside several, where sleeping threads take 2 times
-# (measured on two cores); where every core is taken, half of the threads do better still. libgomp reads
-# OMP_WAIT_POLICY and OMP_NUM_THREADS when torch is loaded, so `choose` looks at the other processes for a moment before
-# that and sets them, and `loaded` takes them away again, so that programs started from here choose for themselves.
+# Spinning threads keep the core that a late thread needs as soon as anything else runs on the machine: beside three
+# busy processes on two cores a training step takes more than ten times as long as alone; by the choice made here, less
+# than four times. Where every core is taken, half of the threads do better still. libgomp reads OMP_WAIT_POLICY and
+# OMP_NUM_THREADS when torch is loaded, so `choose` looks at the other processes for a moment before that and sets
+# them, and `loaded` takes them away again, so that programs started from here choose for themselves.
 #
 # PyTorch, PEFT and bitsandbytes leave the policy as it comes; whoever sets it is not overruled here. Nothing in this
 # module imports torch, and it may run as a script: `python qlora_lab/threads.py MODULE ARGS` chooses and then runs a
